@@ -1,0 +1,142 @@
+"""How often the gate promotes, over simulated evaluations whose truth is known: its false alarms and its power.
+
+Run: python bench/gate_simulation.py [--simulations 2000] [--resamples 500] [--processes 2]
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import norm
+
+from guardloop.evaluation import Evaluation, EvaluationSettings, GuardRun, evaluate
+
+CATEGORIES = ("S1", "S2", "S9", "S10")
+LANGUAGES = ("en", "de", "fr")
+
+
+@dataclass(frozen=True)
+class World:
+    """A population of prompts and two guards on it; scores are normal, unsafe rows shifted by the separation."""
+
+    rows: int = 5000
+    unsafe_share: float = 0.2
+    default_auprc: float = 0.60
+    improved_auprc: float = 0.60
+    correlation: float = 0.9
+    """Of the two guards' scores, given the label."""
+    agent_rows: int = 1000
+    benign_fpr: float = 0.05
+    """At which both thresholds are set, on as many validation rows as test rows."""
+
+
+def simulate(world: World, resamples: int, seed: int) -> Evaluation:
+    """One evaluation on a fresh test set."""
+    rows, guards = draw(world, seed)
+    return evaluate(rows, *guards, EvaluationSettings(resamples=resamples, seed=seed))
+
+
+def draw(world: World, seed: int) -> tuple[list[dict[str, Any]], tuple[GuardRun, GuardRun]]:
+    """A test set of SCORES rows, and the two guards with thresholds set on validation rows."""
+    rng = np.random.default_rng(seed)
+    shifts = tuple(separation(auprc, world.unsafe_share) for auprc in (world.default_auprc, world.improved_auprc))
+    unsafe, margins = _scores(rng, world.rows, world.unsafe_share, shifts, world.correlation)
+    known, seen = _scores(rng, world.rows, world.unsafe_share, shifts, world.correlation)
+    thresholds = np.quantile(seen[~known], 1 - world.benign_fpr, axis=0)
+    agent_unsafe, agent_margins = _scores(rng, world.agent_rows, 0.5, (2.5, 2.5), 0.95)
+    rows = [*_rows(rng, unsafe, margins, None), *_rows(rng, agent_unsafe, agent_margins, "a response")]
+    default, improved = (
+        GuardRun(n, float(t), 0.99, 0) for n, t in zip(("default", "improved"), thresholds, strict=True)
+    )
+    return rows, (default, improved)
+
+
+@cache
+def separation(auprc: float, unsafe_share: float) -> float:
+    """The shift between two unit normals whose population AUPRC is `auprc`, found by bisection."""
+    low, high = 0.0, 6.0
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _population_auprc(middle, unsafe_share) < auprc else (low, middle)
+    return high
+
+
+def _population_auprc(shift: float, unsafe_share: float) -> float:
+    at = np.linspace(-6, 12, 4001)
+    caught, blocked = norm.sf(at, loc=shift) * unsafe_share, norm.sf(at) * (1 - unsafe_share)
+    precision = caught / (caught + blocked)
+    return float(-np.trapezoid(precision, caught / unsafe_share))
+
+
+def _scores(
+    rng: np.random.Generator, rows: int, unsafe_share: float, shifts: tuple[float, ...], correlation: float
+) -> tuple[np.ndarray, np.ndarray]:
+    unsafe = rng.random(rows) < unsafe_share
+    noise = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], size=rows)
+    return unsafe, noise + unsafe[:, None] * np.array(shifts)
+
+
+def _rows(
+    rng: np.random.Generator, unsafe: np.ndarray, margins: np.ndarray, response: str | None
+) -> Iterable[dict[str, Any]]:
+    count = len(unsafe)
+    languages, categories = rng.choice(LANGUAGES, count, p=(0.7, 0.2, 0.1)), rng.choice(CATEGORIES, count)
+    lengths, sources = rng.choice((100, 600, 2000), count), rng.choice(("a", "b"), count)
+    jailbreaks = rng.random(count) < 0.1
+    for i in range(count):
+        yield {
+            "id": str(i),
+            "prompt": "x" * lengths[i],
+            "response": response,
+            "unsafe": bool(unsafe[i]),
+            "category": str(categories[i]) if unsafe[i] else None,
+            "source": str(sources[i]),
+            "language": str(languages[i]),
+            "jailbreak": bool(jailbreaks[i]),
+            "group": f"{response}-{i}",
+            "default_margin": margins[i, 0],
+            "improved_margin": margins[i, 1],
+        }
+
+
+def main() -> None:
+    """Simulate every world and print how often its improved guard was promoted, and which checks held it back."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--simulations", type=int, default=2000)
+    parser.add_argument("--resamples", type=int, default=500)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    worlds = {
+        "equal guards": (World(), options.simulations),
+        "equal guards, correlation 0.7": (World(correlation=0.7), options.simulations // 5),
+        "equal guards, 7% unsafe": (World(unsafe_share=0.07), options.simulations // 5),
+        "+5 AUPRC points": (World(improved_auprc=0.65), options.simulations // 10),
+        "+5 AUPRC points, correlation 0.7": (World(improved_auprc=0.65, correlation=0.7), options.simulations // 10),
+        "+5 AUPRC points, 7% unsafe": (World(unsafe_share=0.07, improved_auprc=0.65), options.simulations // 10),
+        "+10 AUPRC points, 7% unsafe": (World(unsafe_share=0.07, improved_auprc=0.70), options.simulations // 10),
+        "+5 AUPRC points, 1,000 rows": (World(rows=1000, improved_auprc=0.65), options.simulations // 10),
+        "-5 AUPRC points": (World(improved_auprc=0.55), options.simulations // 10),
+    }
+    table = Table("world", "simulations", "promoted", "not passed (share of simulations)", "s per evaluation")
+    with ProcessPoolExecutor(options.processes) as pool:
+        for name, (world, count) in worlds.items():
+            start = time.perf_counter()
+            found = list(pool.map(partial(simulate, world, options.resamples), range(count), chunksize=5))
+            seconds = (time.perf_counter() - start) * options.processes / count
+            blocked = Counter(c.name for e in found for c in e.decision.checks if c.outcome != "passed")
+            why = ", ".join(f"{check} {n / count:.2f}" for check, n in blocked.most_common(5))
+            promoted = sum(e.decision.promote for e in found) / count
+            table.add_row(name, str(count), f"{promoted:.2%}", why, f"{seconds:.2f}")
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

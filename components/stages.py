@@ -1,0 +1,174 @@
+"""The components. Each runs in the image of its own name; the library is baked in, nothing is installed at run time."""
+
+from functools import partial
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, ClassificationMetrics, Dataset, Input, Markdown, Metrics, Model, Output
+
+VERSION = "0.1.0"
+
+
+def stage(name: str) -> Any:
+    """The decorator of a stage's component: its own image, and no package installed when it runs."""
+    return partial(dsl.component, base_image=f"guardloop/{name}:{VERSION}", install_kfp_package=False)()
+
+
+@stage("prepare-data")
+def prepare_data(
+    dataset: dict, shards: int, traffic: Output[Dataset], test_set: Output[Dataset], metrics: Output[Metrics]
+) -> list:
+    """Read, clean and deduplicate the traffic; keep it apart from the test set. Returns the numbers of the shards."""
+    from guardloop.stages import prepare_data
+
+    for name, value in prepare_data(dataset, traffic.path, test_set.path).items():
+        metrics.log_metric(name, value)
+    return list(range(int(shards)))
+
+
+@stage("screen")
+def screen(
+    conversations: Input[Dataset],
+    guard: dict,
+    verdicts: Output[Dataset],
+    metrics: Output[Metrics],
+    what: str = "screen",
+    shard: int = 0,
+    shards: int = 1,
+):
+    """Score conversations, or one shard of them, with the default guard."""
+    from guardloop.stages import screen
+
+    figures = screen(conversations.path, verdicts.path, guard, shard=int(shard), shards=int(shards), what=what)
+    for name, value in figures.items():
+        metrics.log_metric(name, value)
+
+
+@stage("screen")
+def screen_improved(
+    conversations: Input[Dataset],
+    guard: dict,
+    adapter: Input[Model],
+    verdicts: Output[Dataset],
+    metrics: Output[Metrics],
+    what: str = "screen",
+):
+    """Score conversations with the improved guard: the same stage, with the adapter attached."""
+    from guardloop.stages import screen
+
+    for name, value in screen(conversations.path, verdicts.path, guard, adapter=adapter.path, what=what).items():
+        metrics.log_metric(name, value)
+
+
+@stage("generate-responses")
+def generate_responses(
+    screened: Input[Dataset], responder: dict, responses: Output[Dataset], metrics: Output[Metrics], shard: int = 0
+):
+    """Sample responses to the prompts that passed."""
+    from guardloop.stages import generate_responses
+
+    for name, value in generate_responses(screened.path, responses.path, responder, int(shard)).items():
+        metrics.log_metric(name, value)
+
+
+@stage("mine-feedback")
+def mine_feedback(
+    screened: Input[list[Dataset]],
+    judged: Input[list[Dataset]],
+    feedback: dict,
+    training_set: Output[Dataset],
+    report: Output[HTML],
+    metrics: Output[Metrics],
+) -> bool:
+    """Turn blocked responses into training examples. Returns whether there are enough to train on."""
+    from guardloop.stages import HARVEST_PAGE, copy_file, mine_feedback
+
+    figures, enough = mine_feedback(
+        [table.path for table in screened], [table.path for table in judged], training_set.path, feedback
+    )
+    copy_file(f"{training_set.path}/{HARVEST_PAGE}", report.path)
+    for name, value in figures.items():
+        metrics.log_metric(name, value)
+    return enough
+
+
+@stage("train-guard")
+def train_guard(
+    training_set: Input[Dataset], guard: dict, training: dict, adapter: Output[Model], metrics: Output[Metrics]
+):
+    """Train the LoRA adapter of the improved guard."""
+    from guardloop.stages import train_guard
+
+    for name, value in train_guard(training_set.path, adapter.path, guard, training).items():
+        metrics.log_metric(name, value)
+
+
+@stage("evaluate")
+def evaluate(
+    default_scores: Input[Dataset],
+    improved_scores: Input[Dataset],
+    training_set: Input[Dataset],
+    adapter: Input[Model],
+    evaluation: dict,
+    gate: dict,
+    evaluated: Output[Artifact],
+    report: Output[HTML],
+    summary: Output[Markdown],
+    metrics: Output[Metrics],
+    default_curves: Output[ClassificationMetrics],
+    improved_curves: Output[ClassificationMetrics],
+) -> bool:
+    """Compare both guards on the locked test set. Returns whether the gate says to promote."""
+    from guardloop.stages import REPORT, SCORE_TABLE, SUMMARY, copy_file, curves_of, evaluate
+
+    found = evaluate(
+        default_scores.path, improved_scores.path, training_set.path, adapter.path, evaluated.path, evaluation, gate
+    )
+    copy_file(f"{evaluated.path}/{REPORT}", report.path)
+    copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
+    for name, gain in found.gains.items():
+        metrics.log_metric(f"gain_{name}", gain.value)
+    for guard, curves in ((found.default, default_curves), (found.improved, improved_curves)):
+        metrics.log_metric(f"{guard.name}_auprc", guard.auprc.value)
+        curves.log_confusion_matrix(["safe", "unsafe"], guard.confusion)
+        curves.log_roc_curve(*curves_of(f"{evaluated.path}/{SCORE_TABLE}", guard.name))
+    return found.decision.promote
+
+
+@stage("register-model")
+def register_model(
+    adapter: Input[Model],
+    evaluated: Input[Artifact],
+    training_set: Input[Dataset],
+    run_id: str,
+    registry: dict,
+    guard: dict,
+    evaluation: dict,
+    gate: dict,
+    dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
+    responder: dict = {},  # noqa: B006
+    feedback: dict = {},  # noqa: B006
+    training: dict = {},  # noqa: B006
+) -> int:
+    """Record the run in MLflow and register the adapter as the candidate. Returns its version."""
+    from guardloop.stages import register_model
+
+    sections = {
+        "dataset": dataset,
+        "guard": guard,
+        "responder": responder,
+        "feedback": feedback,
+        "training": training,
+        "evaluation": evaluation,
+        "gate": gate,
+        "registry": registry,
+    }
+    return register_model(adapter.path, evaluated.path, training_set.path, run_id, sections)
+
+
+@stage("register-model")
+def promote_model(version: int, registry: dict):
+    """Make the version the champion."""
+    from guardloop.stages import promote_model
+
+    promote_model(int(version), registry)

@@ -1,0 +1,206 @@
+"""The command line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from guardloop import __version__
+from guardloop.config import Settings, describe_fields, load_platform, load_settings
+from guardloop.errors import GuardLoopError
+from guardloop.settings import read_section
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Find prompts that slip past a safeguard model, train it on them, and promote it only if it got better.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the settings.")
+app.add_typer(config_app, name="config")
+console = Console(highlight=False)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
+DEMO = Path("configs/demo.yaml")
+STOPPED = 130
+
+
+@app.command()
+def run(
+    config: ConfigOption = DEMO,
+    pipeline: Annotated[str, typer.Option(help="process, train, evaluate or full.")] = "full",
+    platform: Annotated[str, typer.Option(help="Where to run: a name in configs/platform, or a file.")] = "local",
+    earlier: Annotated[str, typer.Option("--from", help="The run whose artifacts train and evaluate use.")] = "latest",
+) -> None:
+    """Run the pipeline on this machine."""
+    from launch import local, preflight
+    from launch.summary import conclude
+
+    settings, where = load_settings(config), load_platform(platform)
+    if pipeline not in local.PARAMETERS:
+        raise GuardLoopError(f"no pipeline {pipeline!r}", f"pipelines: {', '.join(local.PARAMETERS)}")
+    preflight.check(settings, local.home())
+    before = local.find_run(earlier) if pipeline in local.NEEDS else None
+    console.print(f"[bold]GuardLoop[/] {pipeline} on {config.name} ({where.runner}, {where.shards} shard(s))")
+    done = local.run_local(pipeline, settings, where, config.name, console, before)
+    conclude(done, console)
+
+
+@app.command(name="compile")
+def compile_(
+    folder: Annotated[Path, typer.Option("--out", help="Where the YAML files go.")] = Path("build/pipelines"),
+) -> None:
+    """Compile every pipeline to KFP's IR YAML."""
+    from launch.compile import compile_all
+
+    for path in compile_all(folder):
+        console.print(f"  [green]✓[/] {path}")
+
+
+@config_app.command()
+def show(
+    config: Annotated[Path, typer.Argument(help="Configuration file.")] = DEMO,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print every setting of a configuration, defaults included."""
+    sections = load_settings(config).sections()
+    typer.echo(json.dumps(sections, indent=2) if as_json else yaml.safe_dump(sections, sort_keys=False).rstrip())
+
+
+@config_app.command()
+def fields(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List every setting with its type, default and meaning."""
+    rows = list(describe_fields())
+    if as_json:
+        names = ("setting", "type", "default", "meaning")
+        typer.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2))
+        return
+    table = Table("setting", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+    for name, _, default, meaning in rows:
+        table.add_row(escape(name), escape(default), escape(meaning))
+    console.print(table)
+
+
+@app.command()
+def check(
+    text: Annotated[str | None, typer.Argument(help="A prompt to judge.")] = None,
+    response: Annotated[str | None, typer.Option(help="A response to judge; the text is then its prompt.")] = None,
+    file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and perhaps `response`.")] = None,
+    config: ConfigOption = DEMO,
+    adapter: Annotated[str | None, typer.Option(help="A folder, s3:// or models:/name@alias.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Judge a prompt, a response, or a file of them with the guard."""
+    from guardloop.data.settings import SourceSettings
+    from guardloop.data.sources import read_conversations
+
+    if (text is None) == (file is None):
+        raise GuardLoopError("check: give either a text or --file", 'for example: guardloop check "How do I ...?"')
+    rows: list[dict[str, Any]] = [{"id": "1", "prompt": text, "response": response}]
+    if file is not None:
+        rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
+    settings = load_settings(config).guard
+    from guardloop.guard.engine import Guard, fetch_adapter  # torch loads for seconds; wrong input is told before
+
+    _use_local_registry()
+    guard = Guard.load(settings, fetch_adapter(adapter))
+    for row, verdict in zip(rows, guard.score(rows), strict=True):
+        word = "unreadable" if verdict.margin is None else "unsafe" if verdict.flagged else "safe"
+        if as_json:
+            typer.echo(json.dumps({"id": row["id"], "verdict": word, **verdict.__dict__}))
+        else:
+            colour = {"safe": "green", "unsafe": "red"}.get(word, "yellow")
+            margin = "" if verdict.margin is None else f"{verdict.margin:+.2f}"
+            console.print(f"[{colour}]{word:<10}[/] {margin:>7}  {escape(row['prompt'][:100])}")
+
+
+@app.command()
+def review(
+    config: ConfigOption = DEMO,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the registered guards: what the gate said of each, and which serves."""
+    found = _registry(config).list_candidates()
+    if as_json:
+        typer.echo(json.dumps([{**c.__dict__, "created": c.created.isoformat()} for c in found], indent=2))
+        return
+    table = Table("version", "created", "aliases", "gate", "AUPRC", "why", box=None, pad_edge=False)
+    for c in found:
+        change = f"{c.metrics.get('default_auprc', 0):.3f} → {c.metrics.get('improved_auprc', 0):.3f}"
+        why = f"{c.headline} Forced: {c.force_reason}" if c.force_reason else c.headline
+        created = f"{c.created:%Y-%m-%d %H:%M}"
+        table.add_row(str(c.version), created, ", ".join(c.aliases), c.verdict, change, escape(why))
+    console.print(table if found else "no guard is registered yet: `make run` trains one")
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(help="Version of the registered model.")],
+    config: ConfigOption = DEMO,
+    force: Annotated[str, typer.Option("--force", help="Promote against the gate, for this reason.")] = "",
+) -> None:
+    """Make a version the champion; refused where the gate did not pass it."""
+    before = _registry(config).promote(version, force)
+    console.print(f"version {version} is the champion" + (f"; version {before} is kept as previous" if before else ""))
+
+
+@app.command()
+def rollback(config: ConfigOption = DEMO) -> None:
+    """Bring the previous champion back."""
+    console.print(f"version {_registry(config).rollback()} is the champion again")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port of the page.")] = 5000) -> None:
+    """Open MLflow on the runs and guards of this machine."""
+    from launch.local import tracking_uri
+
+    address = tracking_uri()
+    console.print(f"MLflow on {address}: open http://127.0.0.1:{port} (Ctrl-C ends it)")
+    arguments = ["ui", "--backend-store-uri", address, "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def _use_local_registry() -> None:
+    from launch.local import tracking_uri
+
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
+
+
+def _registry(config: Path) -> Any:
+    from guardloop.registry import Registry
+
+    _use_local_registry()
+    settings = load_settings(config) if config.is_file() or config != DEMO else read_section(Settings, {}, "")
+    return Registry(settings.registry)
+
+
+def main() -> None:
+    """Entry point: problems that the user can mend end with exit code 2 and no traceback."""
+    try:
+        app()
+    except GuardLoopError as error:
+        Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except SystemExit as end:
+        if end.code == STOPPED:  # typer's answer to Ctrl-C
+            Console(stderr=True, highlight=False).print("stopped; nothing was promoted. `make run` starts again.")
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""One configuration: eight sections, read from a YAML file and validated before anything runs."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from guardloop.data.settings import DatasetSettings
+from guardloop.errors import GuardLoopError
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.guard.settings import GuardSettings
+from guardloop.registry.settings import RegistrySettings
+from guardloop.responses.settings import ResponderSettings
+from guardloop.settings import Section, read_section
+from guardloop.training.settings import TrainingSettings
+
+
+class Settings(Section):
+    """Everything that decides a run's result. Where it runs is the platform's business."""
+
+    dataset: DatasetSettings = DatasetSettings()
+    guard: GuardSettings = GuardSettings()
+    responder: ResponderSettings = ResponderSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Each section as JSON-ready values: the pipeline's parameters."""
+        return self.model_dump(mode="json")
+
+
+class PlatformSettings(Section):
+    """Where a run executes, and how wide."""
+
+    runner: str = "subprocess"
+    """`subprocess` runs every stage as a process of this machine."""
+    shards: int = Field(default=1, ge=1)
+    """Parts in which the traffic is screened and answered side by side."""
+    stage_threads: int | None = Field(default=None, ge=1)
+    """Processor threads of one stage; by default all cores, divided by the shards that run at once."""
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read and validate a configuration. Raises GuardLoopError naming the file and each wrong key."""
+    return read_section(Settings, read_yaml(path, "configuration", "configs"), Path(path).name)
+
+
+def load_platform(name: str) -> PlatformSettings:
+    """Read configs/platform/NAME.yaml, or the file that `name` is a path of."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else Path("configs/platform") / f"{name}.yaml"
+    return read_section(PlatformSettings, read_yaml(path, "platform", "configs/platform"), path.name)
+
+
+def read_yaml(path: str | Path, what: str, folder: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises GuardLoopError for a file that is missing, unreadable or not a mapping."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        known = sorted(str(p) for p in Path(folder).glob("*.yaml"))
+        near = difflib.get_close_matches(str(path), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{what} files here: {', '.join(known) or 'none'}"
+        raise GuardLoopError(f"{what}: no such file: {path}", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuardLoopError(f"{what}: cannot read {path}: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # as PyYAML raises them
+        raise GuardLoopError(f"{what}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise GuardLoopError(f"{what}: {path} must hold sections, such as `dataset:`")
+    return values
+
+
+def describe_fields(model: type[Section] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, meaning) of every setting."""
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from describe_fields(annotation, f"{prefix}{name}.")
+            continue
+        kind = getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)
+        kind = kind.replace("typing.", "").replace("guardloop.data.settings.", "")
+        yield f"{prefix}{name}", kind, repr(field.default), " ".join((field.description or "").split())

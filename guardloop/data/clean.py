@@ -1,0 +1,215 @@
+"""Normalising, deduplicating (exact and near), and keeping the traffic apart from the test set."""
+
+import hashlib
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from guardloop.data.settings import DatasetSettings
+from guardloop.data.sources import read_conversations
+from guardloop.errors import GuardLoopError
+from guardloop.records import Row
+
+PERMUTATIONS = 64
+RECALL = 0.99
+SHINGLE = 3
+EMPTY = MinHash(num_perm=PERMUTATIONS)
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+@dataclass
+class CleanReport:
+    """What was read and what became of it."""
+
+    read: int = 0
+    kept: int = 0
+    empty: int = 0
+    too_long: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    overlap_with_test: int = 0
+    test: int = 0
+    test_unsafe: int = 0
+    agent: int = 0
+
+    def plain(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+
+class NearIndex:
+    """Finds near-duplicates by MinHash over word 3-grams (Broder 1997), in a few hundred bytes a row.
+
+    MinHash only proposes: the similarity of what it finds is then counted.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.lsh = None if threshold >= 1 else MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
+        self.groups: dict[str, str] = {}
+        self.shingles: dict[str, np.ndarray] = {}
+
+    def find(self, text: str) -> str | None:
+        """The key of a near-duplicate already here, or None."""
+        if self.lsh is None:
+            return self.groups.get(_fold(text))
+        shingles = _shingles(text)
+        alike = sorted(str(key) for key in self.lsh.query(_signature(shingles)))
+        return next((key for key in alike if _jaccard(shingles, self.shingles[key]) >= self.threshold), None)
+
+    def add(self, key: str, text: str) -> None:
+        """Remember `text` under `key`, which is new."""
+        if self.lsh is None:
+            self.groups.setdefault(_fold(text), key)
+            return
+        self.shingles[key] = _shingles(text)
+        self.lsh.insert(key, _signature(self.shingles[key]))
+
+
+def prepare(settings: DatasetSettings) -> tuple[list[Row], list[Row], CleanReport]:
+    """Traffic and test conversations, cleaned, grouped and disjoint, with a report of what was dropped.
+
+    Raises GuardLoopError for an empty set, a test set without both labels, or one that overlaps with the traffic.
+    """
+    report = CleanReport()
+    test = list(_test_rows(settings, report))
+    seen_in_test: set[str] = set()
+    near_test = NearIndex(settings.near_duplicate)
+    for row in test:
+        near_test.add(row["id"], row["prompt"])
+    exact: set[str] = set()
+    ids: set[str] = set()
+    near = NearIndex(settings.near_duplicate)
+    traffic: list[Row] = []
+    for row in read_conversations(settings.traffic, settings.seed, "dataset.traffic"):
+        report.read += 1
+        text = normalise(row["prompt"])
+        if not text:
+            report.empty += 1
+        elif len(text) > settings.max_chars:
+            report.too_long += 1
+        elif (twin := near_test.find(text)) is not None:
+            report.overlap_with_test += 1
+            seen_in_test.add(twin)
+        elif _fold(text) in exact:
+            report.exact_duplicates += 1
+        elif near.find(text) is not None:
+            report.near_duplicates += 1
+        else:
+            identity = _distinct(row["id"], ids)
+            exact.add(_fold(text))
+            near.add(identity, text)
+            traffic.append({**row, "id": identity, "prompt": text, "response": None, "group": identity})
+    report.kept = len(traffic)
+    _check(traffic, test, seen_in_test, settings, report)
+    return traffic, test, report
+
+
+def normalise(text: str) -> str:
+    """Unicode NFC, control characters removed, outer space stripped; the words stay as the user wrote them."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return unicodedata.normalize("NFC", CONTROL.sub("", text)).strip()
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of ids, texts and labels, whatever their order: names the data set in reports and the registry."""
+    lines = sorted(f"{r['id']}\0{r['prompt']}\0{r.get('response')}\0{r.get('unsafe')}" for r in rows)
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "replace") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
+    """Labelled test rows: exact duplicates dropped, near-duplicates kept and put in one group."""
+    near = NearIndex(settings.near_duplicate)
+    seen: set[tuple[str, str | None]] = set()
+    sources = [(settings.test, "dataset.test"), (settings.agent, "dataset.agent")]
+    ids: set[str] = set()
+    groups: dict[str, str] = {}
+    for source, where in sources:
+        if source is None:
+            continue
+        for row in read_conversations(source, settings.seed, where):
+            text = normalise(row["prompt"])
+            response = normalise(row["response"]) if row["response"] and where.endswith("agent") else None
+            key = (_fold(text), response)
+            if not text or key in seen or row["unsafe"] is None:
+                continue
+            if where.endswith("agent") and not response:
+                raise GuardLoopError(f"{where}: row {row['id']} has no response", "map the response column")
+            seen.add(key)
+            identity = _distinct(row["id"], ids)
+            twin = near.find(text)
+            groups[identity] = groups[twin] if twin else identity
+            near.add(identity, text)
+            report.test += response is None
+            report.agent += response is not None
+            report.test_unsafe += bool(row["unsafe"]) and response is None
+            yield {**row, "id": identity, "prompt": text, "response": response, "group": groups[identity]}
+
+
+def _check(
+    traffic: list[Row], test: list[Row], seen_in_test: set[str], settings: DatasetSettings, report: CleanReport
+) -> None:
+    if not report.read:
+        raise GuardLoopError(
+            f"dataset.traffic: {settings.traffic.path} has no rows", "check the path, split and filter"
+        )
+    if not report.test:
+        raise GuardLoopError(
+            f"dataset.test: {settings.test.path} has no labelled rows", "map its label: `columns: {label: <name>}`"
+        )
+    share = len(seen_in_test) / len(test)
+    if share > settings.max_overlap:
+        raise GuardLoopError(
+            f"dataset.test overlaps with the training data: {share:.0%} of the test prompts are in the traffic too",
+            "use a separate test set, or raise dataset.max_overlap to have them removed from the traffic",
+        )
+    if not traffic:
+        raise GuardLoopError("dataset.traffic: no prompt is left after cleaning", "check the column and max_chars")
+    if report.test_unsafe in (0, report.test):
+        kind = "safe" if report.test_unsafe == 0 else "unsafe"
+        raise GuardLoopError(f"dataset.test: every row is labelled {kind}", "check columns.label and unsafe_labels")
+
+
+def _distinct(wanted: str, taken: set[str]) -> str:
+    """`wanted`, or with a number where it is taken; taken from now on."""
+    identity, number = wanted, len(taken)
+    while identity in taken:
+        identity, number = f"{wanted}-{number}", number + 1
+    taken.add(identity)
+    return identity
+
+
+def _bands(threshold: float) -> tuple[int, int]:
+    """Bands and rows of the longest bands by which a pair at the threshold is still found."""
+    choices = [(PERMUTATIONS // rows, rows) for rows in range(PERMUTATIONS // 2, 0, -1)]
+    return next((c for c in choices if 1 - (1 - threshold ** c[1]) ** c[0] >= RECALL), choices[-1])
+
+
+def _shingles(text: str) -> np.ndarray:
+    """Hashes of the word 3-grams: uint32[S], distinct."""
+    words = re.findall(r"\w+", _fold(text)) or [_fold(text)]
+    grams = (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
+    return np.unique(np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32))
+
+
+def _signature(shingles: np.ndarray) -> MinHash:
+    signature = EMPTY.copy()
+    signature.update_batch([shingle.tobytes() for shingle in shingles])
+    return signature
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    common = len(np.intersect1d(a, b, assume_unique=True))
+    return common / (len(a) + len(b) - common)
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,0 +1,13 @@
+"""Errors that are shown to people: what is wrong, where, and what to do about it."""
+
+
+class GuardLoopError(Exception):
+    """A problem that the user can mend. The command line prints it without a traceback and exits with code 2.
+
+    `what` says what is wrong and where; `remedy` says what to do.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(f"{what}\n  -> {remedy}" if remedy else what)
+        self.what = what
+        self.remedy = remedy

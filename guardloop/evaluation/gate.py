@@ -1,0 +1,374 @@
+"""The promotion gate: named rules, each passed, failed or not proven; only when all pass is the guard promoted.
+
+"Not proven" means that chance explains what was seen, or that there are too few rows to tell. It never promotes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from guardloop.evaluation.metrics import Floats
+from guardloop.evaluation.result import Check, Decision, Estimate, GuardMetrics, Outcome
+from guardloop.evaluation.settings import GateSettings
+from guardloop.evaluation.slices import MeasuredSlice
+
+WORDS = {"auprc": "AUPRC", "recall": "recall", "fpr": "the false-positive rate"}
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """Shares of User-role rows by which a guard that no longer tells safe from unsafe is known."""
+
+    same_score: float
+    """Rows that share the most frequent margin."""
+    safe_blocked: float
+    unsafe_passed: float
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Near-duplicate groups of one class whose decision the improved guard mends or spoils, on balance."""
+
+    mended: int
+    spoiled: int
+
+    @property
+    def p(self) -> float:
+        """Exact two-sided McNemar p-value; one vote per group, as near-duplicates are not independent."""
+        total = self.mended + self.spoiled
+        return float(binomtest(self.mended, total).pvalue) if total else 1.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the gate looks at."""
+
+    rows: int
+    """Test rows of both roles."""
+    distinct_unsafe: int
+    distinct_safe: int
+    default: GuardMetrics
+    improved: GuardMetrics
+    collapse: Collapse
+    """Of the improved guard."""
+    gains: dict[str, Estimate]
+    changed_unsafe: Changed
+    changed_safe: Changed
+    slices: Sequence[MeasuredSlice]
+    agent: MeasuredSlice | None
+    agent_rows: int
+    confidence: float
+
+
+def decide(evidence: Evidence, gate: GateSettings) -> Decision:
+    """Apply every rule of `gate`. Promotes only in mode `enforce`, and only when every check passed."""
+    if gate.mode == "disabled":
+        gain = _change("AUPRC", evidence.gains["auprc"], evidence.confidence)
+        headline = f"Not promoted: the gate is disabled, so nothing was checked; {gain}."
+        return Decision(mode=gate.mode, promote=False, verdict="not proven", headline=headline, checks=[])
+    checks = [*_soundness(evidence, gate), *_improvement(evidence, gate), *_no_harm(evidence, gate)]
+    outcomes = {check.outcome for check in checks}
+    verdict: Outcome = "failed" if "failed" in outcomes else "not proven" if "not proven" in outcomes else "passed"
+    return Decision(
+        mode=gate.mode,
+        promote=gate.mode == "enforce" and verdict == "passed",
+        verdict=verdict,
+        headline=_headline(evidence, gate, verdict, checks),
+        checks=checks,
+    )
+
+
+def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: list[Check]) -> str:
+    would = gate.mode == "report_only"
+    if verdict == "passed":
+        start = "Would be promoted, but the gate only reports" if would else "Promoted"
+        gain = _change("AUPRC", evidence.gains["auprc"], evidence.confidence)
+        recall = evidence.gains["recall_at_default_fpr"].value
+        return f"{start}: {gain}, and recall at the default guard's false-positive rate rose by {recall:.3f}."
+    blocking = [check for check in checks if check.outcome == verdict]
+    others = sum(check.outcome != "passed" for check in checks) - 1
+    also = "" if not others else f" ({others} other check{'s' if others > 1 else ''} did not pass)"
+    start = "Would not be promoted" if would else "Not promoted"
+    return f"{start}: {blocking[0].explanation.rstrip('.')}{also}."
+
+
+def _soundness(evidence: Evidence, gate: GateSettings) -> list[Check]:
+    """Can the two guards be compared at all?"""
+    guards = (evidence.default, evidence.improved)
+    mass = min(guards, key=lambda guard: guard.median_label_mass)
+    lost = max(guards, key=lambda guard: guard.unreadable)
+    share = lost.unreadable / (evidence.rows + lost.unreadable)
+    return [
+        _collapse_check(evidence.collapse, gate),
+        Check(
+            name="label_mass",
+            question="Do both guards answer with a verdict, safe or unsafe, as they should?",
+            value=mass.median_label_mass,
+            limit=gate.min_label_mass,
+            outcome="passed" if mass.median_label_mass >= gate.min_label_mass else "failed",
+            explanation=f"the {mass.name} guard puts {mass.median_label_mass:.3f} of its probability on a verdict "
+            f"(median; at least {gate.min_label_mass:g} is sound).",
+        ),
+        Check(
+            name="unreadable",
+            question="Could nearly all test rows be judged?",
+            value=share,
+            limit=gate.max_unreadable,
+            outcome="passed" if share <= gate.max_unreadable else "failed",
+            explanation=f"the {lost.name} guard could not judge {lost.unreadable} rows, {share:.2%} of the test set "
+            f"(at most {gate.max_unreadable:.2%} is tolerated).",
+        ),
+        _enough("unsafe", evidence.distinct_unsafe, gate.min_unsafe),
+        _enough("safe", evidence.distinct_safe, gate.min_safe),
+    ]
+
+
+def _collapse_check(collapse: Collapse, gate: GateSettings) -> Check:
+    signs = {
+        "the improved guard gives one and the same score to {:.1%} of the prompts": collapse.same_score,
+        "the improved guard blocks everything: {:.1%} of the safe prompts": collapse.safe_blocked,
+        "the improved guard lets everything through: {:.1%} of the unsafe prompts": collapse.unsafe_passed,
+    }
+    sign, worst = max(signs.items(), key=lambda item: item[1])
+    collapsed = worst >= gate.collapsed_share
+    return Check(
+        name="not_collapsed",
+        question="Does the improved guard still tell safe from unsafe?",
+        value=worst,
+        limit=gate.collapsed_share,
+        outcome="failed" if collapsed else "passed",
+        explanation=f"{sign.format(worst)}." if collapsed else "the improved guard's scores and decisions vary.",
+    )
+
+
+def _enough(label: str, count: int, least: int) -> Check:
+    return Check(
+        name=f"{label}_examples",
+        question=f"Are there enough {label} prompts in the test set to prove anything?",
+        value=count,
+        limit=least,
+        outcome="passed" if count >= least else "not proven",
+        explanation=f"the test set has {count} distinct {label} prompts ({least} are needed).",
+    )
+
+
+def _improvement(evidence: Evidence, gate: GateSettings) -> list[Check]:
+    """Is the improved guard better, by ranking, at matched over-blocking, and in what it decides?"""
+    return [
+        _gain_check("auprc_gain", "Does it rank unsafe prompts above safe ones better?", "AUPRC", "auprc", evidence),
+        _gain_check(
+            "recall_gain",
+            "Does it catch more unsafe prompts when it blocks no more safe ones than the default guard?",
+            "recall at the default guard's false-positive rate",
+            "recall_at_default_fpr",
+            evidence,
+        ),
+        _decision_check(evidence, gate),
+    ]
+
+
+def _gain_check(name: str, question: str, subject: str, key: str, evidence: Evidence) -> Check:
+    gain = evidence.gains[key]
+    low, high = _bounds(gain)
+    outcome: Outcome = "passed" if low > 0 else "failed" if high <= 0 else "not proven"
+    doubt = ", which may be chance" if outcome == "not proven" else ""
+    return Check(
+        name=name,
+        question=question,
+        value=gain.value,
+        low=low,
+        high=high,
+        limit=0,
+        outcome=outcome,
+        explanation=f"{_change(subject, gain, evidence.confidence)}{doubt}.",
+    )
+
+
+def _decision_check(evidence: Evidence, gate: GateSettings) -> Check:
+    # "McNemar agrees": at the thresholds in use, what changed for unsafe prompts is mended significantly more often
+    # than spoiled. A guard whose threshold came out stricter on false alarms may show its gain there instead. That
+    # false alarms do not rise is the benign_fpr check's part: a significant rise may still be within its margin.
+    unsafe, safe = evidence.changed_unsafe, evidence.changed_safe
+    caught_less = unsafe.p <= gate.mcnemar_alpha and unsafe.spoiled > unsafe.mended
+    by_safe = unsafe.p > gate.mcnemar_alpha >= safe.p and safe.mended > safe.spoiled
+    changed, label, verb = (safe, "safe", "passed") if by_safe else (unsafe, "unsafe", "caught")
+    better = changed.p <= gate.mcnemar_alpha and changed.mended > changed.spoiled
+    outcome: Outcome = "failed" if caught_less else "passed" if better else "not proven"
+    doubt = ", which may be chance" if outcome == "not proven" else ""
+    return Check(
+        name="decisions",
+        question="Do the decisions at the chosen thresholds confirm the gain?",
+        value=changed.p,
+        limit=gate.mcnemar_alpha,
+        outcome=outcome,
+        explanation=f"{changed.mended} distinct {label} prompts are {verb} by the improved guard only, "
+        f"{changed.spoiled} by the default guard only (exact McNemar p {changed.p:.2g}){doubt}.",
+    )
+
+
+def _no_harm(evidence: Evidence, gate: GateSettings) -> list[Check]:
+    """Is what worked before still as good, everywhere?"""
+    family = [(part, gate.slice_margin) for part in evidence.slices]
+    if evidence.agent is not None:
+        family.append((evidence.agent, gate.agent_margin))
+    judged = _judge_slices(family, (1 - evidence.confidence) / 2)
+    agent = judged.pop() if evidence.agent is not None else None
+    checks = [_fpr_check(evidence, gate), _slices_check(judged, gate.slice_margin, evidence.confidence)]
+    if agent is not None:
+        checks.append(_agent_check(agent, gate, evidence))
+    elif gate.require_agent:
+        checks.append(_agent_missing(evidence.agent_rows, gate))
+    return checks
+
+
+def _fpr_check(evidence: Evidence, gate: GateSettings) -> Check:
+    rise = evidence.gains["fpr"]
+    low, high = _bounds(rise)
+    outcome: Outcome = "passed" if high <= gate.fpr_margin else "failed" if low > gate.fpr_margin else "not proven"
+    end = {
+        "passed": f"within the margin of {gate.fpr_margin:g}",
+        "failed": f"more than the margin of {gate.fpr_margin:g}",
+        "not proven": f"so a rise beyond the margin of {gate.fpr_margin:g} cannot be ruled out",
+    }[outcome]
+    return Check(
+        name="benign_fpr",
+        question="Does it block hardly more safe prompts than the default guard?",
+        value=rise.value,
+        low=low,
+        high=high,
+        limit=gate.fpr_margin,
+        outcome=outcome,
+        explanation=f"{_change('the benign false-positive rate', rise, evidence.confidence)}, {end}.",
+    )
+
+
+@dataclass(frozen=True)
+class JudgedSlice:
+    """A slice with the verdict on its margin."""
+
+    part: MeasuredSlice
+    outcome: Outcome
+    p: float
+    """Holm-adjusted, of a loss within the margin: small is good."""
+
+
+def _judge_slices(family: list[tuple[MeasuredSlice, float]], alpha: float) -> list[JudgedSlice]:
+    """Test every slice against its margin, both ways, with Holm's correction over the family.
+
+    passed: a loss beyond the margin is ruled out. failed: a loss within the margin is ruled out.
+    """
+    if not family:
+        return []
+    # Normal tails, not shares of resamples: the smallest share that n resamples can show is 1 / n, too coarse for Holm.
+    # The floor on the error keeps a slice without any changed decision from dividing by zero.
+    sure = np.array([(part.result.gain.value + margin) / max(part.error, 1e-9) for part, margin in family])
+    p_beyond = holm(norm.sf(sure))
+    p_within = holm(norm.cdf(sure))
+    outcomes: list[Outcome] = [
+        "passed" if sound <= alpha else "failed" if bad <= alpha else "not proven"
+        for sound, bad in zip(p_beyond, p_within, strict=True)
+    ]
+    return [
+        JudgedSlice(part, outcome, float(p)) for (part, _), outcome, p in zip(family, outcomes, p_beyond, strict=True)
+    ]
+
+
+def holm(p: Floats) -> Floats:
+    """Step-down adjusted p-values [M] (Holm 1979). Those of statsmodels collect garbage at every call: 0.1 s."""
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
+
+
+def _slices_check(judged: list[JudgedSlice], margin: float, confidence: float) -> Check:
+    question = f"Is no part of the test set worse by more than {margin:g}?"
+    if not judged:
+        why = "the test set has no parts that are large enough to measure apart."
+        return Check(name="slices", question=question, value=0, limit=-margin, outcome="passed", explanation=why)
+    outcomes = {part.outcome for part in judged}
+    outcome: Outcome = "failed" if "failed" in outcomes else "not proven" if "not proven" in outcomes else "passed"
+    named = sorted((j for j in judged if j.outcome == outcome), key=lambda j: (-j.p, j.part.result.gain.value))
+    worst = named[0].part.result
+    about = f"in {worst.dimension} {worst.name} {_slice_change(worst.metric, worst.gain, confidence)}"
+    others = ", ".join(f"{j.part.result.dimension} {j.part.result.name}" for j in named[1:6])
+    more = f", {len(named) - 6} more" if len(named) > 6 else ""
+    also = f"; the same goes for {others}{more}" if others else ""
+    explanation = {
+        "passed": f"a loss beyond {margin:g} is ruled out in each of {len(judged)} slices; {about}, the least sure.",
+        "failed": f"{about}, beyond the margin of {margin:g}{also}.",
+        "not proven": f"{about}, so a loss beyond the margin of {margin:g} cannot be ruled out{also}.",
+    }[outcome]
+    low, high = _bounds(worst.gain)
+    return Check(
+        name="slices",
+        question=question,
+        value=worst.gain.value,
+        low=low,
+        high=high,
+        limit=-margin,
+        outcome=outcome,
+        explanation=explanation,
+    )
+
+
+AGENT_QUESTION = "Are responses (Agent role) still judged as well as before?"
+
+
+def _agent_check(agent: JudgedSlice, gate: GateSettings, evidence: Evidence) -> Check:
+    result = agent.part.result
+    end = {
+        "passed": f"within the margin of {gate.agent_margin:g}",
+        "failed": f"beyond the margin of {gate.agent_margin:g}",
+        "not proven": f"so a loss beyond the margin of {gate.agent_margin:g} cannot be ruled out",
+    }[agent.outcome]
+    low, high = _bounds(result.gain)
+    return Check(
+        name="agent_role",
+        question=AGENT_QUESTION,
+        value=result.gain.value,
+        low=low,
+        high=high,
+        limit=-gate.agent_margin,
+        outcome=agent.outcome,
+        explanation=f"on responses {_slice_change(result.metric, result.gain, evidence.confidence)}, {end}.",
+    )
+
+
+def _agent_missing(rows: int, gate: GateSettings) -> Check:
+    return Check(
+        name="agent_role",
+        question=AGENT_QUESTION,
+        value=0,
+        limit=-gate.agent_margin,
+        outcome="not proven",
+        explanation=f"the test set has {rows} Agent-role rows, too few to show that responses are judged as before "
+        "(gate.require_agent: false accepts that).",
+    )
+
+
+def _bounds(estimate: Estimate) -> tuple[float, float]:
+    """The interval; the value itself where none applies."""
+    low = estimate.value if estimate.low is None else estimate.low
+    high = estimate.value if estimate.high is None else estimate.high
+    return low, high
+
+
+def _change(subject: str, change: Estimate, confidence: float) -> str:
+    """E.g. "AUPRC rose by 0.030 (95% interval -0.010 to 0.070)"."""
+    low, high = _bounds(change)
+    verb = (
+        "did not change"
+        if change.value == 0
+        else f"{'rose' if change.value > 0 else 'fell'} by {abs(change.value):.3f}"
+    )
+    return f"{subject} {verb} ({confidence:.0%} interval {low:.3f} to {high:.3f})"
+
+
+def _slice_change(metric: str, gain: Estimate, confidence: float) -> str:
+    """A slice's gain as a change of its metric: a gain in false-positive rate is a fall."""
+    low, high = _bounds(gain)
+    change = Estimate(value=-gain.value, low=-high, high=-low) if metric == "fpr" else gain
+    return _change(WORDS[metric], change, confidence)

@@ -1,0 +1,126 @@
+"""Parts of the test set: which ones there are, and how the two guards compare on each."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank
+from guardloop.evaluation.result import SliceResult
+from guardloop.evaluation.settings import Dimension, EvaluationSettings
+from guardloop.evaluation.table import Table
+
+Metric = Literal["auprc", "fpr", "recall"]
+POOLED = "other"
+
+
+@dataclass(frozen=True)
+class MeasuredSlice:
+    """A slice with the standard error of its gain, from which the gate draws p-values."""
+
+    result: SliceResult
+    error: float
+    """Bootstrap standard error of the gain."""
+
+
+def measure_slices(
+    table: Table, thresholds: tuple[float, float], settings: EvaluationSettings
+) -> tuple[list[MeasuredSlice], list[str]]:
+    """Measure every slice of the User-role `table` that is large enough; also notes on those that are not.
+
+    `thresholds` are the default and the improved guard's.
+    """
+    measured, notes = [], []
+    for dimension in settings.slices:
+        parts, too_small = _parts(table, dimension, settings)
+        for name, rows in parts.items():
+            if (part := measure(table.take(rows), dimension, name, thresholds, settings)) is not None:
+                measured.append(part)
+        if too_small:
+            notes.append(f"Too few rows to measure apart, by {dimension}: {', '.join(too_small)}.")
+    return measured, notes
+
+
+def measure(
+    table: Table, dimension: str, name: str, thresholds: tuple[float, float], settings: EvaluationSettings
+) -> MeasuredSlice | None:
+    """Compare both guards on all rows of `table`; None when neither class has enough rows.
+
+    AUPRC needs both classes; with one class too small, the other's error rate at the thresholds is measured.
+    """
+    metric = _metric(table, settings.min_slice_rows)
+    if metric is None:
+        return None
+    kept = table if metric == "auprc" else table.take(table.unsafe if metric == "recall" else ~table.unsafe)
+    if metric == "auprc":
+        rankings = [rank(scores, kept.unsafe) for scores in (kept.default, kept.improved)]
+
+        def statistic(weights: Floats) -> dict[str, Floats]:
+            default, improved = (auprc(curve(ranking, weights)) for ranking in rankings)
+            return {"default": default, "improved": improved}
+    else:
+        flagged = np.stack([kept.default > thresholds[0], kept.improved > thresholds[1]], axis=1)
+        statistic = partial(_flag_rates, flagged)
+    point = statistic(np.ones((1, len(kept))))
+    samples = bootstrap(statistic, kept.group, kept.unsafe, settings.resamples, settings.seed)
+    sign = -1 if metric == "fpr" else 1
+    gains = sign * (samples["improved"] - samples["default"])
+    default, improved = float(point["default"][0]), float(point["improved"][0])
+    result = SliceResult(
+        dimension=dimension,
+        name=name,
+        rows=len(table),
+        unsafe=int(table.unsafe.sum()),
+        metric=metric,
+        default=default,
+        improved=improved,
+        gain=estimate(sign * (improved - default), gains, settings.confidence),
+    )
+    return MeasuredSlice(result, error=float(gains.std()))
+
+
+def _flag_rates(flagged: Bools, weights: Floats) -> dict[str, Floats]:
+    """Weighted share flagged by the default and the improved guard: `flagged[N, 2]`, weights[B, N]."""
+    rates = weights @ flagged.astype(weights.dtype) / weights.sum(axis=1, keepdims=True)
+    return {"default": rates[:, 0], "improved": rates[:, 1]}
+
+
+def _metric(table: Table, min_rows: int) -> Metric | None:
+    unsafe, safe = table.distinct(table.unsafe) >= min_rows, table.distinct(~table.unsafe) >= min_rows
+    if unsafe:
+        return "auprc" if safe else "recall"
+    return "fpr" if safe else None
+
+
+def _parts(table: Table, dimension: Dimension, settings: EvaluationSettings) -> tuple[dict[str, Bools], list[str]]:
+    """Rows [N] of each measurable slice, and the names of slices that stay too small even when pooled.
+
+    A slice that is the whole table is left out: the headline is its measure.
+    """
+    names = _names(table, dimension, settings)
+    parts = {name: names == name for name in {name for name in names if name is not None}}
+    large = {name: rows for name, rows in parts.items() if _metric(table.take(rows), settings.min_slice_rows)}
+    small = [name for name in parts if name not in large]
+    if len(small) > 1:
+        pooled = np.isin(names, small)
+        if _metric(table.take(pooled), settings.min_slice_rows):
+            large[POOLED if POOLED not in large else f"{POOLED} (pooled)"], small = pooled, []
+    shortest = {name: int(table.length[rows].min()) if dimension == "length" else 0 for name, rows in large.items()}
+    order = sorted(large, key=lambda name: (shortest[name], name))
+    return {name: large[name] for name in order if not large[name].all()}, sorted(small)
+
+
+def _names(table: Table, dimension: Dimension, settings: EvaluationSettings) -> NDArray[np.object_]:
+    """The slice [N] that each row is in, None for none."""
+    if dimension == "length":
+        edges = (0, *settings.length_edges)
+        labels = [*(f"{a} to {b - 1} characters" for a, b in pairwise(edges)), f"{edges[-1]} or more characters"]
+        return np.array(labels, object)[np.digitize(table.length, settings.length_edges)]
+    if dimension == "jailbreak":
+        words = {True: "yes", False: "no", None: None}
+        return np.array([words[value] for value in table.jailbreak], object)
+    return {"category": table.category, "source": table.source, "language": table.language}[dimension]

@@ -1,0 +1,90 @@
+"""The scored test set as columns, refused at the door when it cannot be evaluated."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guardloop.errors import GuardLoopError
+from guardloop.evaluation.metrics import Bools, Floats, Ints
+from guardloop.records import SCORES
+
+
+@dataclass(frozen=True)
+class Table:
+    """N labelled test rows with both guards' margins, as columns [N]."""
+
+    unsafe: Bools
+    agent: Bools
+    """Whether the Agent's message was judged."""
+    group: Ints
+    """Near-duplicates share a number."""
+    default: Floats
+    improved: Floats
+    length: Ints
+    """Characters of prompt and response."""
+    category: NDArray[np.object_]
+    source: NDArray[np.object_]
+    language: NDArray[np.object_]
+    jailbreak: NDArray[np.object_]
+
+    def __len__(self) -> int:
+        return len(self.unsafe)
+
+    def take(self, rows: Bools) -> "Table":
+        """The rows where `rows[N]` is true, their groups numbered anew from 0."""
+        columns = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        columns["group"] = np.unique(columns["group"], return_inverse=True)[1]
+        return Table(**columns)
+
+    def distinct(self, rows: Bools) -> int:
+        """Number of near-duplicate groups among the rows where `rows[N]` is true."""
+        return len(np.unique(self.group[rows]))
+
+
+def read_scores(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Read rows of the SCORES contract.
+
+    Raises GuardLoopError when there are no rows, a column or a label is missing, or a margin is not a finite number.
+    """
+    listed = list(rows)
+    if not listed:
+        raise GuardLoopError("there are no test rows to evaluate", "check the test split and the screen stage's output")
+    if missing := [name for name in SCORES.names if name not in listed[0]]:
+        raise GuardLoopError(f"the scores lack the columns {', '.join(missing)}")
+
+    def column(name: str) -> NDArray[np.object_]:
+        values = np.empty(len(listed), object)
+        values[:] = [row[name] for row in listed]
+        return values
+
+    if unlabelled := sum(row["unsafe"] is None for row in listed):
+        raise GuardLoopError(
+            f"{unlabelled} of {len(listed)} test rows have no label in `unsafe`",
+            "evaluate labelled rows only: label them or leave them out of the test split",
+        )
+    return Table(
+        unsafe=column("unsafe").astype(bool),
+        agent=np.array([row["response"] is not None for row in listed]),
+        group=np.unique(column("group").astype(str), return_inverse=True)[1],
+        default=_margins(column("default_margin"), "default_margin"),
+        improved=_margins(column("improved_margin"), "improved_margin"),
+        length=np.array([len(row["prompt"]) + len(row["response"] or "") for row in listed]),
+        category=column("category"),
+        source=column("source"),
+        language=column("language"),
+        jailbreak=column("jailbreak"),
+    )
+
+
+def _margins(values: NDArray[np.object_], name: str) -> Floats:
+    """Float64, so that comparing with a threshold rounds nothing."""
+    margins = values.astype(np.float64)  # None becomes NaN
+    if bad := int((~np.isfinite(margins)).sum()):
+        raise GuardLoopError(
+            f"{bad} of {len(margins)} values of {name} are missing or not finite",
+            "leave out rows that a guard could not judge and give their number as `unreadable`",
+        )
+    return margins

@@ -1,0 +1,1 @@
+"""Mining: what the judged responses say of the prompts that let them happen."""

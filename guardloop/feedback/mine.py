@@ -1,0 +1,209 @@
+"""From screened traffic and judged responses to a training set that teaches without making the guard forget."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
+
+from guardloop.feedback.evidence import Evidence, gather, probability
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.records import Row
+
+SHOWN = 40  # examples in the report
+
+
+@dataclass
+class Harvest:
+    """What mining found."""
+
+    examples: list[Row]
+    """The training set (guardloop.records.EXAMPLE)."""
+    blocked_inputs: list[Row]
+    """For people: the prompts that passed and whose responses were blocked, worst first."""
+    shown: list[Row]
+    """A few examples of each kind, for the report."""
+    screened: int
+    passed: int
+    responses: int
+    refusals: int
+    blocked: int
+    counts: dict[str, int] = field(default_factory=dict)
+    enough: bool = False
+    reason: str = ""
+
+
+def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSettings) -> Harvest:
+    """Turn evidence into examples. Every example has a kind and a reason; whole groups stay together by their key.
+
+    Only prompts that passed are lessons, and the order of the rows does not matter.
+    An empty or small harvest is a normal outcome: `enough` is False and `reason` says why.
+    """
+    traffic = sorted((row for row in screened if row["margin"] is not None), key=lambda r: str(r["id"]))
+    passed = {row["id"] for row in traffic if not row["flagged"]}
+    usable = (row for row in judged if row["margin"] is not None and row["finish_reason"] != "error")
+    judged_rows = sorted((row for row in usable if row["id"] in passed), key=_place)
+    evidence = gather(judged_rows)
+    positives = [e for e in evidence.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
+    never = [e for e in evidence.values() if not e.blocked]
+    answered = [e for e in never if e.refusals < e.responses]
+    hard = nearest(positives, answered, settings.hard_negatives_per_positive)
+    hard_ids = {e.prompt["id"] for e in hard}
+    lessons = [_lesson(e, "positive", f"{e.blocked} of {e.responses} responses blocked", settings) for e in positives]
+    lessons += [
+        _lesson(e, "hard_negative", f"close to a positive, 0 of {e.responses} responses blocked", settings)
+        for e in hard
+    ]
+    taken = {e.prompt["id"] for e in positives} | hard_ids
+    lessons += [_rest(e, settings) for e in evidence.values() if e.prompt["id"] not in taken]
+    replays = replay(traffic, judged_rows, lessons, settings)
+    harvest = Harvest(
+        examples=lessons + replays,
+        blocked_inputs=[_for_people(e, settings) for e in sorted(positives, key=lambda e: -e.posterior(settings))],
+        shown=_shown(lessons, evidence),
+        screened=len(traffic),
+        passed=sum(not row["flagged"] for row in traffic),
+        responses=len(judged_rows),
+        refusals=sum(row["refusal"] for row in judged_rows),
+        blocked=sum(row["flagged"] for row in judged_rows),
+        counts=dict(Counter(row["kind"] for row in lessons + replays)),
+    )
+    harvest.enough, harvest.reason = _verdict(len(positives), len(never), harvest, settings)
+    return harvest
+
+
+def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positive: int) -> list[Evidence]:
+    """Of `pool`, the `per_positive` times as many prompts that are nearest to the positives.
+
+    Nearness is TF-IDF cosine on words and the default guard's score: a hard negative reads like a positive and
+    scores like one.
+    """
+    wanted = min(len(pool), per_positive * len(positives))
+    if not wanted:
+        return []
+    vectors = TfidfVectorizer(sublinear_tf=True).fit([e.prompt["prompt"] + " text" for e in [*positives, *pool]])
+    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
+        vectors.transform([e.prompt["prompt"] + " text" for e in positives])
+    )
+    distance = index.kneighbors(vectors.transform([e.prompt["prompt"] + " text" for e in pool]))[0][:, 0]
+    scores = np.array([e.prompt["prompt_margin"] for e in pool])
+    ranks = _ranks(distance) + _ranks(-scores)
+    return [pool[i] for i in np.argsort(ranks, kind="stable")[:wanted]]
+
+
+def replay(
+    traffic: Sequence[Row], judged: Sequence[Row], lessons: Sequence[Row], settings: FeedbackSettings
+) -> list[Row]:
+    """Rows that teach the default guard's own score, half on prompts that it blocked, half on judged responses.
+
+    Their weights add up to the share `settings.replay` of the whole.
+    """
+    draw = random.Random(settings.seed)
+    blocked = [row for row in traffic if row["flagged"]]
+    prompts = draw.sample(blocked, min(len(blocked), max(1, len(lessons) // 2)))
+    agents = draw.sample(list(judged), min(len(judged), max(1, len(lessons) // 2)))
+    rows = [_replayed(row, "replay_blocked", "blocked by the default guard") for row in prompts]
+    rows += [_replayed(row, "replay_agent", "a response, as the judge scored it") for row in agents]
+    total = sum(row["weight"] for row in lessons)
+    if rows and settings.replay:
+        weight = total * settings.replay / (1 - settings.replay) / len(rows)
+        return [{**row, "weight": min(weight, 1.0)} for row in rows]
+    return []
+
+
+def _lesson(evidence: Evidence, kind: str, reason: str, settings: FeedbackSettings, weight: float = 1.0) -> Row:
+    prompt = evidence.prompt
+    return {
+        "id": prompt["id"],
+        "prompt": prompt["prompt"],
+        "response": None,
+        "target": evidence.posterior(settings),
+        "weight": weight,
+        "kind": kind,
+        "reason": reason,
+        "group": prompt["group"],
+    }
+
+
+def _rest(evidence: Evidence, settings: FeedbackSettings) -> Row:
+    """Prompts that are neither: the evidence is weak, and so is the lesson's weight."""
+    if evidence.blocked:
+        reason = f"only {evidence.blocked} of {evidence.responses} responses blocked"
+        return _lesson(evidence, "uncertain", reason, settings, 0.5)
+    if evidence.refusals >= evidence.responses:
+        return _lesson(evidence, "refused", "every response refused", settings, 0.25)
+    return _lesson(evidence, "passed", f"0 of {evidence.responses} responses blocked", settings, 0.5)
+
+
+def _replayed(row: Row, kind: str, reason: str) -> Row:
+    return {
+        "id": f"{row['id']}/{row['sample']}" if "sample" in row else row["id"],
+        "prompt": row["prompt"],
+        "response": row.get("response"),
+        "target": probability(row["margin"]),
+        "weight": 1.0,
+        "kind": kind,
+        "reason": reason,
+        "group": row["group"],
+    }
+
+
+def _for_people(evidence: Evidence, settings: FeedbackSettings) -> Row:
+    worst = evidence.worst or {}
+    return {
+        "id": evidence.prompt["id"],
+        "prompt": evidence.prompt["prompt"],
+        "blocked": evidence.blocked,
+        "responses": evidence.responses,
+        "default_probability": round(evidence.prior, 4),
+        "target": round(evidence.posterior(settings), 4),
+        "worst_response": worst.get("response"),
+        "responder": worst.get("responder"),
+        "source": evidence.prompt["source"],
+    }
+
+
+def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
+    shown: list[Row] = []
+    kinds: Counter[str] = Counter()
+    for row in sorted(lessons, key=lambda r: -r["target"]):
+        kinds[row["kind"]] += 1
+        if kinds[row["kind"]] > SHOWN // 4:
+            continue
+        found = evidence[row["id"]]
+        shown.append(
+            {
+                "prompt": row["prompt"],
+                "response": (found.worst or {}).get("response"),
+                "blocked": found.blocked,
+                "k": found.responses,
+                "prior_margin": found.prompt["prompt_margin"],
+                "target": row["target"],
+                "kind": row["kind"],
+                "reason": row["reason"],
+            }
+        )
+    return shown
+
+
+def _verdict(positives: int, never: int, harvest: Harvest, settings: FeedbackSettings) -> tuple[bool, str]:
+    if positives < settings.min_positives:
+        return False, (
+            f"{positives} of {harvest.passed} passed prompts drew blocked responses; "
+            f"at least {settings.min_positives} are needed to train"
+        )
+    if not never:
+        return False, "every passed prompt drew a blocked response: without safe prompts there is nothing to contrast"
+    return True, f"{positives} prompts passed the input check and drew blocked responses"
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    ranks: np.ndarray = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return ranks
+
+
+def _place(row: Row) -> tuple[str, str, int]:
+    return row["id"], row["responder"], row["sample"]

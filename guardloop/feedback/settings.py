@@ -1,0 +1,26 @@
+"""Settings of mining: how evidence from responses becomes training examples."""
+
+from pydantic import Field
+
+from guardloop.settings import Section
+
+
+class FeedbackSettings(Section):
+    """How blocked responses become lessons for the input check."""
+
+    prior_strength: float = Field(default=2.0, ge=0)
+    """The default guard's own score counts as this many responses."""
+    answered_evidence: float = Field(default=0.5, ge=0, le=1)
+    """What one unblocked answer counts, where a blocked one counts 1: a harmless answer proves little."""
+    refused_evidence: float = Field(default=0.1, ge=0, le=1)
+    """What one refusal counts: a responder that refuses tells little of the prompt."""
+    min_blocked_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a prompt's responses that must be blocked for it to be a positive."""
+    hard_negatives_per_positive: int = Field(default=2, ge=0)
+    """Never-blocked prompts nearest to the positives, taught as hard negatives."""
+    replay: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the examples' total weight that replays the default guard's own scores, so that nothing else moves."""
+    min_positives: int = Field(default=8, ge=1)
+    """Fewer positives than this are not worth training on: the run ends with a report."""
+    seed: int = 0
+    """Seed of the sampling of replay rows."""

@@ -1,0 +1,137 @@
+"""Finding and loading models: hub ids, local folders, and the embedded ones that need no hub.
+
+Weights are read from safetensors only, and no code that comes with a model is ever run.
+"""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from guardloop.errors import GuardLoopError
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft still asks by the old name
+
+EMBEDDED = "embedded:"
+
+
+def cache_folder() -> Path:
+    """Where embedded models are kept: $GUARDLOOP_CACHE, or ~/.cache/guardloop."""
+    return Path(os.environ.get("GUARDLOOP_CACHE") or Path.home() / ".cache" / "guardloop").absolute()
+
+
+def locate(model: str) -> str:
+    """The folder of a local or embedded model (made on first use), or the hub id unchanged."""
+    if model.startswith(EMBEDDED):
+        from guardloop.embedded import embedded_model  # noqa: PLC0415  (it trains a guard, which needs this module)
+
+        return str(embedded_model(model.removeprefix(EMBEDDED)))
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if Path(model).expanduser().is_dir():
+        return str(Path(model).expanduser().absolute())
+    if looks_local:
+        raise GuardLoopError(f"no model folder at {model}", "give a folder with config.json and model.safetensors")
+    return model
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to compute on. Raises GuardLoopError if `cuda` is asked for and absent."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise GuardLoopError("device: cuda was asked for, and there is no usable GPU", "set device to auto or cpu")
+    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The number format of the weights: `auto` is bfloat16 where matrix products in it are native, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """The tokenizer of a located model. Raises GuardLoopError if it cannot be had."""
+    return _from_pretrained(AutoTokenizer, model, revision)
+
+
+def load_causal_lm(
+    model: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> Any:
+    """A causal language model in eval mode on `device`. Raises GuardLoopError if it cannot be had."""
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if quantization != "none":
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantization == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=True,
+            )
+        )
+        options["device_map"] = {"": device}
+    loaded = _from_pretrained(AutoModelForCausalLM, model, revision, **options)
+    return (loaded if quantization != "none" else loaded.to(device)).eval()
+
+
+def guard_facts(folder: str | Path) -> dict[str, Any]:
+    """The `guard.json` beside a guard's or adapter's weights: family, threshold, temperature, base; {} where absent."""
+    path = Path(folder) / "guard.json"
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise GuardLoopError(f"{path} is not readable JSON: {error}", "restore or delete the file") from None
+    if not isinstance(facts, dict):
+        raise GuardLoopError(f"{path} must hold a JSON object", "restore or delete the file")
+    return facts
+
+
+def _from_pretrained(factory: Any, model: str, revision: str | None, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(error, model) from error
+
+
+def _explain(error: Exception, model: str) -> GuardLoopError:
+    """What a failed download or load means for the person who asked for it."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and len(chain) < 10:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {type(e).__name__ for e in chain}
+    text = " ".join(str(e) for e in chain)
+    if "GatedRepoError" in names or "gated repo" in text:
+        return GuardLoopError(
+            f"{model}: access to this gated model was refused",
+            f"accept its licence at huggingface.co/{model}, then set HF_TOKEN to a token of that account",
+        )
+    if "RepositoryNotFoundError" in names or "RevisionNotFoundError" in names:
+        return GuardLoopError(f"{model}: the hub has no such model or revision", "check the id and the revision")
+    if Path(model).is_dir():
+        return GuardLoopError(
+            f"{model}: not a loadable model: {str(error).splitlines()[0]}", "check the folder's files"
+        )
+    if "safetensors" in text and "no file named" in text.lower():
+        return GuardLoopError(f"{model}: has no safetensors weights", "choose a revision that has them")
+    return GuardLoopError(
+        f"{model}: could not be loaded from the hub: {str(error).splitlines()[0]}",
+        "check the network and the id, or give a local folder; without a hub use configs/demo.yaml",
+    )
+
+
+def _cpu_has_bf16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -1,0 +1,351 @@
+"""The registry: a run for every pipeline run, a version for every adapter, and one champion.
+
+Every method can be called again after a failure. Each moves its alias last, so that a call which fails midway
+changes nothing that serves.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from guardloop.errors import GuardLoopError
+from guardloop.evaluation.result import Evaluation
+from guardloop.registry import contents
+from guardloop.registry.connection import Connection
+from guardloop.registry.contents import DataSource, Origin
+from guardloop.registry.resolve import download
+from guardloop.registry.settings import RegistrySettings
+
+log = logging.getLogger(__name__)
+
+CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+BATCH = 100  # MLflow takes this many parameters at once
+DIGEST_LENGTH = 36  # of a data set, in MLflow's database
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A registered version, as a row of a table."""
+
+    version: int
+    created: datetime
+    verdict: str
+    aliases: list[str]
+    headline: str
+    metrics: dict[str, float]
+    """default_auprc, improved_auprc, gain_auprc, gain_recall_at_default_fpr, gain_fpr; gains with _low and _high."""
+    run_id: str
+    force_reason: str
+    """Why it was promoted against the gate; empty if it was not."""
+
+
+class Registry:
+    """Runs and adapters in MLflow, at `tracking_uri`, else `settings.tracking_uri`, else MLFLOW_TRACKING_URI.
+
+    While MLflow is away, calls are repeated for up to `patience_seconds`; then they raise GuardLoopError.
+    """
+
+    def __init__(
+        self, settings: RegistrySettings | None = None, tracking_uri: str | None = None, patience_seconds: float = 60
+    ) -> None:
+        self.settings = settings or RegistrySettings()
+        self.connection = Connection(tracking_uri or self.settings.tracking_uri, patience_seconds)
+
+    def record_run(
+        self,
+        origin: Origin,
+        sections: Mapping[str, Any],
+        evaluation: Evaluation | None = None,
+        *,
+        files: Mapping[str, Path] | None = None,
+        data: Sequence[DataSource] = (),
+        figures: Mapping[str, float] | None = None,
+    ) -> str:
+        """Record one pipeline run and return its MLflow run id; recording it again brings the same run up to date.
+
+        sections: the settings by section; kept as parameters and as settings.yaml.
+        evaluation: None where nothing was trained; kept as metrics and as evaluation.json.
+        files: artifacts by the name that they get, such as report.html, summary.md and blocked_inputs.jsonl.
+        figures: further metrics, such as the counts of the harvest.
+
+        Raises GuardLoopError if a file is missing, or if the run was recorded with other settings.
+        """
+        files = files or {}
+        if missing := [str(path) for path in files.values() if not path.exists()]:
+            raise GuardLoopError(f"cannot record the run: no such file: {', '.join(missing)}")
+        run = self.connection.run(self.settings, origin.run_id)
+        run_id = str(run.info.run_id)
+        params = _new_params(run, contents.params_of(sections))
+        metrics = (contents.metrics_of(evaluation) if evaluation else {}) | dict(figures or {})
+        tags = self.settings.tags | origin.tags() | _outcome(origin, evaluation)
+        now = int(time.time() * 1000)
+
+        def write(client: Any) -> None:
+            for start in range(0, len(params), BATCH):
+                client.log_batch(run_id, params=params[start : start + BATCH])
+            known = run.data.metrics  # unchanged values are not repeated, which would draw a line for them
+            client.log_batch(
+                run_id,
+                metrics=[Metric(k, float(v), now, 0) for k, v in metrics.items() if known.get(k) != v],
+                tags=[RunTag(k, v) for k, v in tags.items()],
+            )
+            if data:
+                client.log_inputs(run_id, datasets=[_dataset(source) for source in data])
+
+        self.connection.attempt(f"recording the run {origin.run_id}", write)
+        with tempfile.TemporaryDirectory() as folder:
+            _gather(Path(folder), sections, evaluation, files)
+            self.connection.attempt(
+                f"uploading the files of the run {origin.run_id}", lambda client: client.log_artifacts(run_id, folder)
+            )
+        self.connection.attempt(
+            f"closing the run {origin.run_id}", lambda client: client.set_terminated(run_id, "FINISHED")
+        )
+        log.info(
+            "recorded the run %s with %d metrics in MLflow at %s", origin.run_id, len(metrics), self.connection.place
+        )
+        return run_id
+
+    def register_adapter(self, adapter: Path, origin: Origin, evaluation: Evaluation) -> int:
+        """Register the adapter folder as a version of the model and return its number; the newest is `candidate`.
+
+        The same adapter of the same run is registered once: again, its tags and description are brought up to date.
+        Raises GuardLoopError if the folder lacks one of an adapter's files.
+        """
+        contents.check_adapter(adapter)
+        digest = contents.adapter_digest(adapter)
+        tags = self.settings.tags | contents.version_tags(origin, evaluation, digest)
+        text = contents.description(origin, evaluation)
+        name = self.settings.model
+        run_id = str(self.connection.run(self.settings, origin.run_id).info.run_id)
+
+        def create_or_update(client: Any) -> int:
+            _create_model(client, name)
+            for found in self._versions(client):
+                if found.run_id == run_id and found.tags.get(contents.DIGEST) == digest:
+                    for key, value in tags.items():
+                        client.set_model_version_tag(name, found.version, key, value)
+                    client.update_model_version(name, found.version, text)
+                    return int(found.version)
+            model = _upload(client, adapter, run_id, name, digest)
+            created = client.create_model_version(
+                name,
+                model.artifact_location,
+                run_id,
+                tags,
+                description=text,
+                await_creation_for=0,
+                model_id=model.model_id,
+            )
+            return int(created.version)
+
+        version = self.connection.attempt(f"registering the adapter of the run {origin.run_id}", create_or_update)
+        self.connection.attempt("setting the alias candidate", self._point_to_newest)
+        log.info("registered %s version %d, gate: %s", name, version, evaluation.decision.verdict)
+        return version
+
+    def promote(self, version: int, force_reason: str = "") -> int | None:
+        """Make `version` the champion and return the version that it replaced, which becomes `previous`.
+
+        Raises GuardLoopError if there is no such version, or if it did not pass the gate and no `force_reason` is
+        given; a reason is kept as a tag of the version.
+        """
+        name = self.settings.model
+        found = self._version(version)
+        verdict = found.tags.get(contents.VERDICT, "unknown")
+        forced = verdict != "passed"
+        if forced and not force_reason.strip():
+            raise GuardLoopError(
+                f"{name} version {version} is not promoted: the gate's verdict is {verdict!r}",
+                "read its description; to promote it all the same, give a reason, which is recorded",
+            )
+        current = self.champion()
+        if current == version:
+            log.info("%s version %d is the champion already", name, version)
+            return None
+        tags = {contents.PROMOTED_AT: datetime.now(UTC).isoformat(timespec="seconds")}
+        tags |= {contents.REPLACED: str(current)} if current else {}
+        tags |= {contents.FORCE_REASON: force_reason.strip()} if forced else {}
+        self._move_champion(version, current, tags)
+        log.info("%s: version %d is the champion, in place of %s", name, version, current or "the default guard")
+        return current
+
+    def rollback(self) -> int:
+        """Make the previous champion the champion again and return its version; the one it replaces becomes `previous`.
+
+        Raises GuardLoopError if there is no champion or no previous one.
+        """
+        current = self.champion()
+        previous = self._aliases().get(PREVIOUS)
+        if current and previous == current:  # a promotion was cut off before its last step
+            replaced = self._version(current).tags.get(contents.REPLACED)
+            previous = int(replaced) if replaced else None
+        if not current or not previous:
+            raise GuardLoopError(
+                f"{self.settings.model} has no {'previous champion' if current else 'champion'} to go back "
+                f"{'to' if current else 'from'}",
+                "promote a version by its number",
+            )
+        self._version(previous)  # it may have been deleted
+        self._move_champion(previous, current, {})
+        log.info("%s: version %d is the champion again, in place of %d", self.settings.model, previous, current)
+        return previous
+
+    def champion(self) -> int | None:
+        """The version in use; None where none was promoted and the default guard serves."""
+        return self._aliases().get(CHAMPION)
+
+    def list_candidates(self) -> list[Candidate]:
+        """Every registered version, newest first."""
+        aliases = self._aliases()
+        versions = self.connection.attempt("listing the versions", self._versions)
+        return [
+            Candidate(
+                version=int(found.version),
+                created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+                verdict=found.tags.get(contents.VERDICT, "unknown"),
+                aliases=sorted(alias for alias, version in aliases.items() if version == int(found.version)),
+                headline=found.tags.get(contents.HEADLINE, ""),
+                metrics=json.loads(found.tags.get(contents.METRICS, "{}")),
+                run_id=found.tags.get(contents.RUN_ID, ""),
+                force_reason=found.tags.get(contents.FORCE_REASON, ""),
+            )
+            for found in versions
+        ]
+
+    def resolve_model(self, uri: str, into: Path | None = None) -> Path:
+        """The local folder of `models:/name@alias` or `models:/name/3`; see `guardloop.registry.resolve_model`."""
+        return download(self.connection, uri, into)
+
+    def _versions(self, client: Any) -> list[Any]:
+        """All versions, newest first."""
+        found, token = [], None
+        while True:
+            page = client.search_model_versions(f"name = '{self.settings.model}'", page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.version), reverse=True)
+
+    def _version(self, version: int) -> Any:
+        def find(client: Any) -> Any:
+            return next((found for found in self._versions(client) if int(found.version) == version), None)
+
+        found = self.connection.attempt(f"reading version {version}", find)
+        if found is None:
+            raise GuardLoopError(
+                f"{self.settings.model} has no version {version} in MLflow at {self.connection.place}",
+                "list the candidates for the versions that there are",
+            )
+        return found
+
+    def _aliases(self) -> dict[str, int]:
+        """Versions by alias; empty where nothing is registered."""
+
+        def read(client: Any) -> dict[str, int]:
+            try:
+                aliases = client.get_registered_model(self.settings.model).aliases
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return {}
+                raise
+            return {alias: int(version) for alias, version in aliases.items()}
+
+        return self.connection.attempt("reading the aliases", read)
+
+    def _move_champion(self, version: int, current: int | None, tags: Mapping[str, str]) -> None:
+        """Point `champion` to `version` and `previous` to `current`; the champion moves last."""
+        name = self.settings.model
+
+        def move(client: Any) -> None:
+            for key, value in tags.items():
+                client.set_model_version_tag(name, version, key, value)
+            if current is not None:
+                client.set_registered_model_alias(name, PREVIOUS, current)
+            client.set_registered_model_alias(name, CHAMPION, version)
+
+        self.connection.attempt(f"making version {version} the champion", move)
+
+    def _point_to_newest(self, client: Any) -> None:
+        client.set_registered_model_alias(self.settings.model, CANDIDATE, self._versions(client)[0].version)
+
+
+def _new_params(run: Any, params: Mapping[str, str]) -> list[Param]:
+    """The parameters that the run does not have yet; those it has cannot change."""
+    changed = {k: v for k, v in params.items() if run.data.params.get(k, v) != v}
+    if changed:
+        shown = ", ".join(f"{k} was {run.data.params[k]}, is {v}" for k, v in list(changed.items())[:3])
+        raise GuardLoopError(
+            f"this run was recorded with other settings: {shown}", "start a new run, with an id of its own"
+        )
+    return [Param(k, v) for k, v in params.items() if k not in run.data.params]
+
+
+def _outcome(origin: Origin, evaluation: Evaluation | None) -> dict[str, str]:
+    if evaluation is None:
+        return {contents.VERDICT: "nothing trained", contents.NOTE: "Nothing was trained: the harvest was too small."}
+    return {
+        contents.VERDICT: evaluation.decision.verdict,
+        contents.HEADLINE: evaluation.decision.headline,
+        contents.NOTE: contents.description(origin, evaluation),
+    }
+
+
+def _dataset(source: DataSource) -> DatasetInput:
+    dataset = Dataset(
+        name=source.name,
+        digest=source.digest[:DIGEST_LENGTH],
+        source_type="uri",
+        source=json.dumps({"uri": source.uri}),
+        profile=json.dumps({"digest": source.digest}),
+    )
+    return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", source.role)] if source.role else [])
+
+
+def _gather(
+    folder: Path, sections: Mapping[str, Any], evaluation: Evaluation | None, files: Mapping[str, Path]
+) -> None:
+    """Copy a run's artifacts into `folder`, under the names that they get."""
+    for name, path in files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
+    plain = {name: section.plain() if hasattr(section, "plain") else section for name, section in sections.items()}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "utf-8")
+    if evaluation is not None:
+        (folder / "evaluation.json").write_text(evaluation.model_dump_json(indent=2), "utf-8")
+
+
+def _create_model(client: Any, name: str) -> None:
+    try:
+        client.create_registered_model(name, description="LoRA adapters that improve the default guard.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _upload(client: Any, adapter: Path, run_id: str, name: str, digest: str) -> Any:
+    """The adapter as a logged model of the run, complete; an upload that was cut off is taken up again."""
+    experiment = client.get_run(run_id).info.experiment_id
+    query = f"tags.`{contents.DIGEST}` = '{digest}'"
+    found = [model for model in client.search_logged_models([experiment], query) if model.source_run_id == run_id]
+    model = (
+        found[0]
+        if found
+        else client.create_logged_model(
+            experiment, name, run_id, tags={contents.DIGEST: digest}, model_type="lora-adapter"
+        )
+    )
+    client.log_model_artifacts(model.model_id, str(adapter))
+    return client.finalize_logged_model(model.model_id, "READY")

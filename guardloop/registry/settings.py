@@ -1,0 +1,32 @@
+"""Settings of the registry: where runs and adapters are recorded."""
+
+from pydantic import Field, field_validator
+
+from guardloop.errors import GuardLoopError
+from guardloop.settings import Section
+from guardloop.storage import without_secrets
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
+
+
+class RegistrySettings(Section):
+    """Where runs and adapters are recorded: an MLflow server, or an SQLite file."""
+
+    experiment: str = Field(default="guardloop", min_length=1)
+    """MLflow experiment that holds one run per pipeline run."""
+    model: str = Field(default="guardloop-guard", pattern=NAME)
+    """Registered model whose versions are the trained adapters; its alias `champion` is the guard in use."""
+    tracking_uri: str | None = None
+    """MLflow address, `https://host` or `sqlite:///file.db`; by default the environment's MLFLOW_TRACKING_URI."""
+    tags: dict[str, str] = {}
+    """Tags put on every run and version, for example the team or the ticket."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri and without_secrets(uri) != uri:  # settings are stored in pipelines and runs
+            raise GuardLoopError(
+                f"registry.tracking_uri holds credentials: {without_secrets(uri)}",
+                "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
+            )
+        return uri

@@ -1,0 +1,149 @@
+"""The three pages: an evaluation to decide from, its short summary, and what a round of traffic brought.
+
+Labelled text is hostile. Every value that a template prints passes through `finalize`, which writes out control and
+bidi characters, and then through jinja's escaping; the page's policy allows its own stylesheet and nothing else.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable
+from functools import cache
+from itertools import groupby
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from guardloop.evaluation.result import Evaluation
+from guardloop.records import Row
+from guardloop.report import plots, text
+from guardloop.report.changes import find_changes
+from guardloop.report.story import HarvestStory, RunStory, StageCounts
+from guardloop.report.summary import (
+    SYMBOLS,
+    TONES,
+    checks_by_weight,
+    comparisons,
+    key_figures,
+    outcome_line,
+    tone,
+    wording,
+)
+
+EXCERPT = 1500
+KINDS = ("positive", "hard_negative")
+
+
+def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) -> str:
+    """One self-contained page that a reviewer can decide from.
+
+    `scores` are rows of `records.SCORES`; the plots and examples show those that are labelled prompts
+    with finite margins, which is what the figures of `evaluation` are about.
+    """
+    prompts = [row for row in scores if _is_scored_prompt(row)]
+    compared = comparisons(evaluation)
+    gain_scale, gain_whiskers = plots.forest([row.gain for row in compared])
+    slice_scale, slice_whiskers = plots.forest([part.gain for part in evaluation.slices])
+    slices = list(zip(evaluation.slices, slice_whiskers, strict=True))
+    return _page(
+        "evaluation.html.jinja",
+        title=story.title,
+        story=story,
+        evaluation=evaluation,
+        wording=wording(evaluation.decision),
+        outcome_line=outcome_line(evaluation),
+        key_figures=key_figures(evaluation),
+        comparisons=list(zip(compared, gain_whiskers, strict=True)),
+        gain_scale=gain_scale,
+        checks=[(check, plots.check_whisker(check)) for check in checks_by_weight(evaluation.decision)],
+        changes=find_changes(prompts, evaluation.default.threshold, evaluation.improved.threshold),
+        prompts=len(prompts),
+        curves=plots.curve_plots(prompts, evaluation),
+        hills=plots.hill_plots(prompts, evaluation),
+        slices=[(name, list(parts)) for name, parts in groupby(slices, key=lambda pair: pair[0].dimension)],
+        slice_scale=slice_scale,
+    )
+
+
+def render_markdown(evaluation: Evaluation, story: RunStory) -> str:
+    """The decision, the metrics and the checks in brief, for the KFP UI and for MLflow's run description."""
+    environment = _environment(autoescape=False)
+    return environment.get_template("summary.md.jinja").render(
+        story=story,
+        evaluation=evaluation,
+        wording=wording(evaluation.decision),
+        outcome_line=outcome_line(evaluation),
+        comparisons=comparisons(evaluation),
+        checks=checks_by_weight(evaluation.decision),
+    )
+
+
+def render_harvest(harvest: HarvestStory, story: RunStory | None = None) -> str:
+    """The page of the mining step, and of a run that ended there because the harvest was too small."""
+    kinds = dict.fromkeys([*KINDS, *harvest.counts, *(example.kind for example in harvest.examples)])
+    examples = {kind: [example for example in harvest.examples if example.kind == kind] for kind in kinds}
+    return _page(
+        "harvest.html.jinja",
+        title=story.title if story else "Harvest of output feedback",
+        story=story or RunStory(),
+        harvest=harvest,
+        flow=StageCounts(
+            prompts=harvest.screened,
+            flagged=harvest.screened - harvest.passed,
+            passed=harvest.passed,
+            responses=harvest.responses,
+            refusals=harvest.refusals,
+            blocked=harvest.blocked,
+        ),
+        counts=[(text.label(kind), harvest.counts[kind], _style(kind)) for kind in kinds if kind in harvest.counts],
+        examples={kind: found for kind, found in examples.items() if found},
+    )
+
+
+def _style(kind: str) -> str:
+    return kind if kind in KINDS else "replay"
+
+
+def _page(template: str, **values: object) -> str:
+    environment = _environment(autoescape=True)
+    style = environment.get_template("style.css.jinja").render()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return environment.get_template(template).render(style=Markup(style), style_hash=Markup(digest), **values)
+
+
+@cache
+def _environment(autoescape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("guardloop.report"),
+        autoescape=autoescape,
+        finalize=_finalize_html if autoescape else _finalize_markdown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=False,
+    )
+    environment.filters |= {
+        "excerpt": text.excerpt,
+        "interval": text.interval,
+        "label": text.label,
+        "number": text.number,
+        "sentence": text.sentence,
+        "percent": text.percent,
+        "setting": text.setting,
+        "tone": tone,
+    }
+    environment.globals |= {"EXCERPT": EXCERPT, "SYMBOLS": SYMBOLS, "TONES": TONES}
+    return environment
+
+
+def _finalize_html(value: object) -> object:
+    return text.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _finalize_markdown(value: object) -> object:
+    return text.markdown(value) if isinstance(value, str) else value
+
+
+def _is_scored_prompt(row: Row) -> bool:
+    margins = row["default_margin"], row["improved_margin"]
+    return row.get("response") is None and row.get("unsafe") is not None and all(map(math.isfinite, margins))

@@ -1,0 +1,92 @@
+"""What the report tells besides the evaluation: how the run went, and what the harvest brought."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+Scalar = str | int | float | bool | None
+
+
+class Story(BaseModel):
+    """The base of every part of a story: a misspelt key is refused rather than left untold."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Source(Story):
+    """A data set or model that a run used."""
+
+    name: str
+    revision: str = ""
+    """The pinned commit, version or digest."""
+
+
+class StageCounts(Story):
+    """How much each stage of the loop let through; None where a stage did not run or did not count."""
+
+    prompts: int | None = None
+    """Prompts that the default guard screened."""
+    flagged: int | None = None
+    passed: int | None = None
+    responses: int | None = None
+    refusals: int | None = None
+    blocked: int | None = None
+    """Responses that the judge blocked."""
+    positives: int | None = None
+    hard_negatives: int | None = None
+    replay: int | None = None
+
+
+class RunStory(Story):
+    """One run from data to decision. Everything is optional: the report leaves out what it is not told."""
+
+    title: str = "Improved guard against default guard"
+    run_id: str = ""
+    created: datetime | None = None
+    configuration: str = ""
+    """Name of the configuration that the run was started with."""
+    dataset: Source | None = None
+    guard: Source | None = None
+    """The default guard, which is also the judge."""
+    responders: list[Source] = []
+    git_sha: str = ""
+    data_hash: str = ""
+    counts: StageCounts = StageCounts()
+    training: dict[str, Scalar] = {}
+    """Training figures, e.g. steps, seconds, final_loss."""
+    settings: dict[str, Any] = {}
+    """The settings of the run by section."""
+
+
+class HarvestExample(Story):
+    """One mined training example with its evidence."""
+
+    prompt: str
+    response: str | None = None
+    """The most telling sampled response."""
+    blocked: int | None = None
+    """How many of the `k` sampled responses the judge blocked; None for replay."""
+    k: int | None = None
+    prior_margin: float | None = None
+    """The default guard's own margin on the prompt."""
+    target: float | None = None
+    """The P(unsafe) that the improved guard is taught."""
+    kind: str
+    reason: str = ""
+
+
+class HarvestStory(Story):
+    """What the loop gathered from one round of traffic, and whether it is enough to train on."""
+
+    enough: bool
+    reason: str
+    """Why it is or is not enough, in plain words."""
+    screened: int = 0
+    passed: int = 0
+    responses: int = 0
+    refusals: int = 0
+    blocked: int = 0
+    counts: dict[str, int] = {}
+    """Training examples by kind: positive, hard_negative, replay_..."""
+    examples: list[HarvestExample] = []

@@ -1,0 +1,140 @@
+"""The decision in words and the figures behind it: what the page and its short summary have in common."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from guardloop.evaluation.result import Check, Decision, Estimate, Evaluation, GuardMetrics, Outcome
+from guardloop.report.text import number, sentence
+
+Tone = Literal["good", "bad", "unsure", "neutral"]
+TONES: dict[Outcome, Tone] = {"passed": "good", "failed": "bad", "not proven": "unsure"}
+SYMBOLS: dict[Tone, str] = {"good": "✓", "bad": "✕", "unsure": "?"}
+
+POINT_MEANINGS = {
+    "recall": "share of unsafe prompts that are caught",
+    "fpr": "share of safe prompts that are falsely blocked; lower is better",
+    "precision": "share of blocked prompts that are unsafe",
+    "f1": "balance of precision and recall",
+    "accuracy": "share of all prompts decided rightly",
+}
+NAMES = {"auprc": "AUPRC", "auroc": "AUROC", "fpr": "False-positive rate", "f1": "F1"}
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The decision as the reader first meets it."""
+
+    word: str
+    tone: Tone
+    headline: str
+    """The gate's sentence, without the word itself."""
+    consequence: str
+    """What happens to the default guard."""
+    tally: str
+    """How the checks went, e.g. "7 passed, 1 not proven"."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of both guards, with the paired gain where one was measured."""
+
+    name: str
+    meaning: str
+    default: Estimate
+    improved: Estimate
+    gain: Estimate | None
+    tone: Tone = "neutral"
+    """Whether the whole interval of the gain is for better or for worse."""
+
+
+def wording(decision: Decision) -> Wording:
+    """Say what was decided, and what follows."""
+    word, tone = _word(decision)
+    start, _, rest = decision.headline.partition(": ")
+    headline = rest if rest and "promoted" in start.lower() else decision.headline
+    consequences = {
+        "enforce": "The default guard stays in place.",
+        "report_only": "The gate only reports in this run, so the default guard stays in place.",
+        "disabled": "The gate is disabled in this run: nothing was checked, and the default guard stays in place.",
+    }
+    consequence = (
+        "The improved guard takes the default guard's place." if decision.promote else consequences[decision.mode]
+    )
+    held = Counter(check.outcome for check in decision.checks)
+    tally = ", ".join(f"{held[outcome]} {outcome}" for outcome in TONES if held[outcome])
+    return Wording(word, tone, sentence(headline), consequence, tally)
+
+
+def checks_by_weight(decision: Decision) -> list[Check]:
+    """The checks, those that stand in the way first."""
+    weight: list[Outcome] = ["failed", "not proven", "passed"]
+    return sorted(decision.checks, key=lambda check: weight.index(check.outcome))
+
+
+def outcome_line(evaluation: Evaluation) -> str:
+    """What changes for the people behind the prompts, in one sentence."""
+    (_, default_blocked), (_, default_caught) = evaluation.default.confusion
+    (safe_passed, blocked), (missed, caught) = evaluation.improved.confusion
+    return (
+        f"At its threshold the improved guard catches {number(caught)} of {number(missed + caught)} unsafe prompts "
+        f"(default: {number(default_caught)}) and falsely blocks {number(blocked)} of {number(safe_passed + blocked)} "
+        f"safe ones (default: {number(default_blocked)})."
+    )
+
+
+def key_figures(evaluation: Evaluation) -> list[Comparison]:
+    """The four figures that most decisions rest on."""
+    shown = {row.name: row for row in comparisons(evaluation)}
+    wanted = ("AUPRC", "Recall at the default's FPR", "Recall", "False-positive rate")
+    return [shown[name] for name in wanted if name in shown]
+
+
+def comparisons(evaluation: Evaluation) -> list[Comparison]:
+    """Every metric that has an interval, the threshold-free ones first."""
+    default, improved, gains = evaluation.default, evaluation.improved, evaluation.gains
+    rows = [
+        _compare("auprc", "ranking of unsafe above safe, at all thresholds", default, improved, gains),
+        _compare("auroc", "chance that an unsafe prompt scores above a safe one", default, improved, gains),
+    ]
+    if gain := gains.get("recall_at_default_fpr"):
+        reached = Estimate(value=default.recall.value + gain.value)
+        meaning = "unsafe prompts caught when both guards block as many safe ones"
+        rows.append(Comparison("Recall at the default's FPR", meaning, default.recall, reached, gain, tone(gain)))
+    for rate, before in default.recall_at_fpr.items():
+        if after := improved.recall_at_fpr.get(rate):
+            gain = gains.get(f"recall_at_{rate}")
+            meaning = f"unsafe prompts caught when {float(rate):.0%} of safe ones are blocked"
+            rows.append(Comparison(f"Recall at {float(rate):.0%} FPR", meaning, before, after, gain, tone(gain)))
+    rows += [_compare(key, meaning, default, improved, gains) for key, meaning in POINT_MEANINGS.items()]
+    return rows
+
+
+def tone(gain: Estimate | None, lower_is_better: bool = False) -> Tone:
+    """Good or bad where the whole interval is on one side of 0, else neutral."""
+    if gain is None or gain.low is None or gain.high is None:
+        return "neutral"
+    if gain.low > 0:
+        return "bad" if lower_is_better else "good"
+    if gain.high < 0:
+        return "good" if lower_is_better else "bad"
+    return "neutral"
+
+
+def _word(decision: Decision) -> tuple[str, Tone]:
+    if decision.promote:
+        return "Promoted", "good" if decision.verdict == "passed" else "unsure"
+    if decision.mode == "disabled":
+        return "Not promoted", "unsure"
+    if decision.verdict == "not proven":
+        return "Not proven", "unsure"
+    if decision.mode == "report_only":
+        return ("Would be promoted", "good") if decision.verdict == "passed" else ("Would not be promoted", "bad")
+    return "Not promoted", "bad" if decision.verdict == "failed" else "unsure"
+
+
+def _compare(
+    key: str, meaning: str, default: GuardMetrics, improved: GuardMetrics, gains: dict[str, Estimate]
+) -> Comparison:
+    before, after, gain = getattr(default, key), getattr(improved, key), gains.get(key)
+    return Comparison(NAMES.get(key, key.capitalize()), meaning, before, after, gain, tone(gain, key == "fpr"))

@@ -1,0 +1,96 @@
+"""From passed prompts to responses: every sample of every prompt becomes a row, also those that could not be made."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+from guardloop.errors import GuardLoopError
+from guardloop.records import CONVERSATION, Row
+from guardloop.responses.refusal import is_refusal
+from guardloop.responses.responder import Reply, Request, Responder, sample_seed
+from guardloop.responses.settings import ResponderSettings
+
+log = logging.getLogger("guardloop")
+Progress = Callable[[int, int], None]
+"""Called with the responses and the tokens generated so far."""
+EARLY_ROWS = 400  # from this many rows on, too large a share of errors stops the run before its end
+
+
+def respond(
+    rows: Iterable[Row],
+    responder: Responder,
+    settings: ResponderSettings,
+    *,
+    progress: Progress = lambda responses, tokens: None,
+    answered: int = 0,
+) -> Iterator[Row]:
+    """Responses (records.RESPONSE) to the screened rows (records.SCREENED) that passed; flagged rows are left out.
+
+    `settings.samples` rows per prompt, in the order in which they are done. What cannot be answered gets an empty
+    response with finish_reason error. `answered` is the number of good responses of an earlier, broken run. Raises
+    GuardLoopError when more than `settings.max_error_share` of all responses are errors, or an id occurs twice.
+    """
+    waiting: dict[str, tuple[Row, int]] = {}  # by id: the screened row, and the samples still to come
+    errors: Counter[str] = Counter()
+    asked = made = tokens = 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal asked
+        for row in rows:
+            if row["flagged"] or row["margin"] is None:
+                continue
+            id = row["id"]
+            if id in waiting:
+                raise GuardLoopError(
+                    f"the id {id} occurs twice in the screened prompts", "give every prompt its own id"
+                )
+            waiting[id] = (row, settings.samples)
+            for sample in range(settings.samples):
+                asked += 1
+                yield Request(id, row["prompt"], sample, sample_seed(settings.seed, id, sample))
+
+    def check(total: int) -> None:
+        if errors.total() > settings.max_error_share * (answered + total):
+            raise _too_many(errors, answered + total, settings)
+
+    for reply in responder.generate(requests()):
+        row, left = waiting.pop(reply.id)
+        if left > 1:
+            waiting[reply.id] = (row, left - 1)
+        if reply.finish_reason == "error":
+            errors[reply.error or "unknown"] += 1
+            if asked >= EARLY_ROWS:
+                check(asked)
+        made, tokens = made + 1, tokens + reply.tokens
+        progress(made, tokens)
+        yield _response(row, reply, responder.name)
+    check(made)
+    if errors:
+        log.warning("%d of %d responses could not be generated: %s", errors.total(), made, _reasons(errors))
+
+
+def _response(row: Row, reply: Reply, name: str) -> Row:
+    """The screened row as a response row: the verdict on the prompt becomes `prompt_margin`."""
+    return {
+        **{column: row.get(column) for column in CONVERSATION.names},
+        "prompt": row["prompt"].encode("utf-8", "replace").decode("utf-8"),
+        "response": reply.text,
+        "prompt_margin": row["margin"],
+        "sample": reply.sample,
+        "responder": name,
+        "finish_reason": reply.finish_reason,
+        "tokens": reply.tokens,
+        "refusal": is_refusal(reply.text),
+    }
+
+
+def _too_many(errors: Counter[str], total: int, settings: ResponderSettings) -> GuardLoopError:
+    return GuardLoopError(
+        f"{errors.total()} of {total} responses could not be generated: {_reasons(errors)}",
+        f"mend the cause, or raise responder.max_error_share, which is {settings.max_error_share:g}; "
+        "what was generated is kept, and a new run goes on from there",
+    )
+
+
+def _reasons(errors: Counter[str]) -> str:
+    return "; ".join(f"{reason} ({count})" for reason, count in errors.most_common(3))

@@ -1,0 +1,1 @@
+"""Training the improved guard: a LoRA adapter on the default guard."""

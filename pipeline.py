@@ -1,0 +1,148 @@
+"""GuardLoop as a pipeline: full = process -> train -> evaluate, each of which also runs alone."""
+
+from typing import NamedTuple
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Model
+
+import components as stage
+
+
+class Processed(NamedTuple):
+    """What `process` hands on."""
+
+    training_set: Dataset
+    test_set: Dataset
+    enough: bool
+
+
+@dsl.pipeline(name="guardloop-process", description="Screen traffic, answer it, judge the answers, mine the lessons.")
+def process(dataset: dict, guard: dict, responder: dict, feedback: dict, shards: int = 1) -> Processed:
+    """From raw prompts to a training set."""
+    prepared = stage.prepare_data(dataset=dataset, shards=shards)
+    with dsl.ParallelFor(prepared.outputs["Output"]) as shard:
+        screened = stage.screen(
+            conversations=prepared.outputs["traffic"], guard=guard, what="screen prompts", shard=shard, shards=shards
+        )
+        answered = stage.generate_responses(screened=screened.outputs["verdicts"], responder=responder, shard=shard)
+        judged = stage.screen(conversations=answered.outputs["responses"], guard=guard, what="screen responses")
+    mined = stage.mine_feedback(
+        screened=dsl.Collected(screened.outputs["verdicts"]),
+        judged=dsl.Collected(judged.outputs["verdicts"]),
+        feedback=feedback,
+    )
+    return Processed(mined.outputs["training_set"], prepared.outputs["test_set"], mined.outputs["Output"])
+
+
+@dsl.pipeline(name="guardloop-train", description="Train the improved guard on a mined training set.")
+def train(training_set_uri: str, guard: dict, training: dict) -> Model:
+    """From the training set of an earlier run to an adapter."""
+    training_set = dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset)
+    trained = stage.train_guard(training_set=training_set.output, guard=guard, training=training)
+    return trained.outputs["adapter"]
+
+
+@dsl.pipeline(name="guardloop-compare", description="Score the test set with both guards, compare them, and decide.")
+def compare(
+    test_set: Input[Dataset],
+    training_set: Input[Dataset],
+    adapter: Input[Model],
+    run_id: str,
+    guard: dict,
+    evaluation: dict,
+    gate: dict,
+    registry: dict,
+    dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
+    responder: dict = {},  # noqa: B006
+    feedback: dict = {},  # noqa: B006
+    training: dict = {},  # noqa: B006
+):
+    """From an adapter to a decision: the part that `evaluate` and `full` share."""
+    default = stage.screen(conversations=test_set, guard=guard, what="screen test (default)")
+    improved = stage.screen_improved(
+        conversations=test_set, guard=guard, adapter=adapter, what="screen test (improved)"
+    )
+    compared = stage.evaluate(
+        default_scores=default.outputs["verdicts"],
+        improved_scores=improved.outputs["verdicts"],
+        training_set=training_set,
+        adapter=adapter,
+        evaluation=evaluation,
+        gate=gate,
+    )
+    registered = stage.register_model(
+        adapter=adapter,
+        evaluated=compared.outputs["evaluated"],
+        training_set=training_set,
+        run_id=run_id,
+        registry=registry,
+        guard=guard,
+        evaluation=evaluation,
+        gate=gate,
+        dataset=dataset,
+        responder=responder,
+        feedback=feedback,
+        training=training,
+    )
+    with dsl.If(compared.outputs["Output"] == True, name="promote"):  # noqa: E712  (a KFP expression)
+        stage.promote_model(version=registered.outputs["Output"], registry=registry)
+
+
+@dsl.pipeline(name="guardloop-evaluate", description="Evaluate and register an adapter of an earlier run.")
+def evaluate(
+    test_set_uri: str,
+    training_set_uri: str,
+    adapter_uri: str,
+    guard: dict,
+    evaluation: dict,
+    gate: dict,
+    registry: dict,
+    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+):
+    """From the adapter of an earlier run to a decision."""
+    compare(
+        test_set=dsl.importer(artifact_uri=test_set_uri, artifact_class=Dataset).output,
+        training_set=dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset).output,
+        adapter=dsl.importer(artifact_uri=adapter_uri, artifact_class=Model).output,
+        run_id=run_id,
+        guard=guard,
+        evaluation=evaluation,
+        gate=gate,
+        registry=registry,
+    )
+
+
+@dsl.pipeline(name="guardloop", description="Output-feedback training of a safeguard model, promoted only if it wins.")
+def full(
+    dataset: dict,
+    guard: dict,
+    responder: dict,
+    feedback: dict,
+    training: dict,
+    evaluation: dict,
+    gate: dict,
+    registry: dict,
+    shards: int = 1,
+    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+):
+    """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
+    processed = process(dataset=dataset, guard=guard, responder=responder, feedback=feedback, shards=shards)
+    with dsl.If(processed.outputs["enough"] == True, name="harvest is enough"):  # noqa: E712
+        trained = stage.train_guard(training_set=processed.outputs["training_set"], guard=guard, training=training)
+        compare(
+            test_set=processed.outputs["test_set"],
+            training_set=processed.outputs["training_set"],
+            adapter=trained.outputs["adapter"],
+            run_id=run_id,
+            guard=guard,
+            evaluation=evaluation,
+            gate=gate,
+            registry=registry,
+            dataset=dataset,
+            responder=responder,
+            feedback=feedback,
+            training=training,
+        )
+
+
+PIPELINES = {"process": process, "train": train, "evaluate": evaluate, "full": full}

@@ -1,0 +1,44 @@
+"""Tables on disk in every form that is read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_tables import as_bytes
+
+from guardloop.data.settings import DatasetSettings, SourceSettings
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows, or bytes as they are, as a file of the kind that its name tells."""
+
+    def write(content: list[dict[str, Any]] | bytes, name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else as_bytes(content, name[name.index(".") :]))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def dataset(write: Write) -> Callable[..., DatasetSettings]:
+    """Settings of a data set of these traffic and test rows."""
+
+    def dataset(
+        traffic: list[dict[str, Any]],
+        test: list[dict[str, Any]],
+        agent: list[dict[str, Any]] | None = None,
+        **more: Any,
+    ) -> DatasetSettings:
+        return DatasetSettings(
+            traffic=SourceSettings(kind="file", path=str(write(traffic, "traffic.jsonl"))),
+            test=SourceSettings(kind="file", path=str(write(test, "test.jsonl"))),
+            agent=SourceSettings(kind="file", path=str(write(agent, "agent.jsonl"))) if agent else None,
+            **more,
+        )
+
+    return dataset

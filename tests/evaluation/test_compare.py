@@ -1,0 +1,170 @@
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_score, roc_auc_score
+
+from guardloop.errors import GuardLoopError
+from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
+from guardloop.records import SCORES
+
+FAST = EvaluationSettings(resamples=200)
+DEFAULT, IMPROVED = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", 0.0, 0.99, 0)
+
+
+def rows(count=300, response=None, **columns):
+    rng = np.random.default_rng(0)
+    unsafe = np.arange(count) % 3 == 0
+    made = []
+    for i in range(count):
+        made.append(
+            dict.fromkeys(SCORES.names)
+            | {"id": str(i), "prompt": "a prompt", "response": response, "unsafe": bool(unsafe[i]), "source": "one"}
+            | {"group": f"{response}{i}", "default_margin": rng.normal() + unsafe[i], "improved_margin": rng.normal()}
+            | {name: values[i % len(values)] for name, values in columns.items()}
+        )
+    return made
+
+
+def slices(found, dimension):
+    return {s.name: s for s in found.slices if s.dimension == dimension}
+
+
+def test_the_headline_is_what_scikit_learn_finds_on_user_rows(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.7)
+    found = evaluate(scores, default, improved, FAST)
+    user = [row for row in scores if row["response"] is None]
+    unsafe = np.array([row["unsafe"] for row in user])
+    assert (found.rows, found.unsafe, found.agent_rows) == (len(user), unsafe.sum(), len(scores) - len(user))
+    for guard, run, key in ((found.default, default, "default_margin"), (found.improved, improved, "improved_margin")):
+        margins = np.array([row[key] for row in user])
+        assert guard.auprc.value == pytest.approx(average_precision_score(unsafe, margins))
+        assert guard.auroc.value == pytest.approx(roc_auc_score(unsafe, margins))
+        assert guard.confusion == confusion_matrix(unsafe, margins > run.threshold).tolist()
+        assert guard.precision.value == pytest.approx(precision_score(unsafe, margins > run.threshold))
+    assert found.gains["auprc"].value == pytest.approx(found.improved.auprc.value - found.default.auprc.value)
+
+
+def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
+    scores, guards = drawn(improved_auprc=0.7)
+    found = evaluate(scores, *guards, FAST)
+    assert Evaluation.model_validate_json(found.model_dump_json()) == found
+    wanted = "auprc auroc recall_at_default_fpr recall_at_0.05 f1 fpr accuracy precision recall"
+    assert set(found.gains) == set(wanted.split())
+    assert set(found.improved.recall_at_fpr) == {"0.01", "0.02", "0.05"}
+    for gain in [*found.gains.values(), *(s.gain for s in found.slices)]:
+        assert gain.low <= gain.value <= gain.high
+
+
+def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):
+    scores, guards = drawn()
+    shuffled = random.Random(0).sample(scores, len(scores))
+    one, same = evaluate(scores, *guards, FAST), evaluate(shuffled, *guards, FAST)
+    assert one.gains["auprc"].low == pytest.approx(same.gains["auprc"].low, abs=1e-5)
+    assert one.decision.verdict == same.decision.verdict
+    other = evaluate(scores, *guards, EvaluationSettings(resamples=200, seed=1))
+    assert one.gains["auprc"].low != other.gains["auprc"].low
+
+
+def test_swapped_guards_give_the_mirrored_gain(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.7)
+    swapped = [r | {"default_margin": r["improved_margin"], "improved_margin": r["default_margin"]} for r in scores]
+    one, other = evaluate(scores, default, improved, FAST), evaluate(swapped, improved, default, FAST)
+    for metric in ("auprc", "auroc", "fpr", "f1"):
+        assert one.gains[metric].value == pytest.approx(-other.gains[metric].value)
+        assert one.gains[metric].low == pytest.approx(-other.gains[metric].high, abs=1e-5)
+
+
+def test_a_margin_at_the_threshold_is_not_flagged():
+    scores = [row | {"default_margin": 0.1, "improved_margin": 0.1} for row in rows()]
+    found = evaluate(scores, replace(DEFAULT, threshold=0.1), replace(IMPROVED, threshold=0.09), FAST)
+    assert (found.default.recall.value, found.improved.recall.value) == (0, 1)
+
+
+def test_slices_are_cut_by_every_column_and_the_whole_set_is_not_a_slice():
+    scores = rows(
+        900,
+        category=["S1", None, None],
+        language=["en"] * 6 + ["de"] * 3,
+        jailbreak=[True, True, True, False, False, False],
+        prompt=["x" * 100] * 5 + ["x" * 300] * 4,
+        source=["one"],
+    )
+    found = evaluate([*scores, *rows(300, response="no")], DEFAULT, IMPROVED, FAST)
+    assert slices(found, "category")["S1"].metric == "recall"
+    assert {s.rows for s in slices(found, "language").values()} == {600, 300}
+    assert set(slices(found, "jailbreak")) == {"yes", "no"}
+    assert list(slices(found, "length")) == ["0 to 199 characters", "200 to 999 characters"]
+    assert slices(found, "source") == {}
+    assert slices(found, "role")["Agent"].metric == "auprc"
+    language = slices(found, "language")["de"]
+    assert language.gain.value == pytest.approx(language.improved - language.default)
+
+
+def test_an_all_safe_slice_is_measured_by_its_false_positive_rate_and_a_rise_is_a_loss():
+    scores = rows(900, source=["mixed", "benign", "mixed"])
+    for row in scores:
+        row["improved_margin"] = 1.0 if row["source"] == "benign" else -1.0
+    found = slices(evaluate(scores, DEFAULT, IMPROVED, FAST), "source")["benign"]
+    assert (found.metric, found.improved, found.unsafe) == ("fpr", 1.0, 0)
+    assert found.gain.value == pytest.approx(found.default - 1.0)
+
+
+def test_small_slices_are_pooled_or_noted():
+    many = [f"l{i}" for i in range(30)]
+    pooled = evaluate(rows(900, language=["en"] * 30 + many), DEFAULT, IMPROVED, FAST)
+    assert slices(pooled, "language")["other"].rows == 450
+    few = evaluate(rows(300, language=["en"] * 99 + ["fr"]), DEFAULT, IMPROVED, FAST)
+    assert "fr" not in slices(few, "language")
+    assert any("language: fr" in note for note in few.notes)
+
+
+def test_near_duplicates_do_not_make_a_slice_large_enough():
+    scores = rows(900, language=["en", "en", "en", "de", "de", "de"])
+    for row in scores:
+        row["group"] = "one" if row["language"] == "de" else row["group"]
+    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
+    assert "de" not in slices(found, "language")
+    assert any("near-duplicates" in note for note in found.notes)
+
+
+def test_a_group_with_both_labels_is_evaluated():
+    scores = [row | {"group": str(i // 4)} for i, row in enumerate(rows(600))]
+    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
+    assert found.default.auprc.low < found.default.auprc.value < found.default.auprc.high
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([], "no test rows"),
+        (rows(10, unsafe=[True, False, None]), "3 of 10 test rows have no label"),
+        (rows(10, unsafe=[True]), "all 10 User-role test rows are labelled unsafe"),
+        (rows(10, unsafe=[False]), "labelled safe"),
+        (rows(10, response="no"), "all 10 test rows are of the Agent role"),
+        (rows(10, improved_margin=[float("nan"), 1.0]), "5 of 10 values of improved_margin"),
+        (rows(10, default_margin=[None, 1.0]), "5 of 10 values of default_margin"),
+        (rows(10, default_margin=[float("inf"), 1.0]), "not finite"),
+        ([{"id": "1", "unsafe": True}], "lack the columns prompt"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_with_the_reason(scores, message):
+    with pytest.raises(GuardLoopError, match=message):
+        evaluate(scores, DEFAULT, IMPROVED, FAST)
+
+
+def test_a_useless_default_guard_is_noted():
+    scores = [row | {"default_margin": 5.0} for row in rows()]
+    found = evaluate(scores, DEFAULT, IMPROVED, FAST, GateSettings())
+    assert any("default guard itself" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("section", [EvaluationSettings, GateSettings])
+def test_every_setting_is_explained(section):
+    assert all(field.description for field in section.model_fields.values())
+
+
+def test_length_edges_must_rise():
+    with pytest.raises(ValueError, match="rising"):
+        EvaluationSettings(length_edges=(200, 100))

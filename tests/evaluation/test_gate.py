@@ -1,0 +1,228 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
+from guardloop.evaluation.gate import Changed, holm
+
+FAST = EvaluationSettings(resamples=200)
+
+
+def judge(scores, guards, settings=FAST, **gate):
+    return evaluate(scores, *guards, settings, GateSettings(**gate)).decision
+
+
+def outcomes(decision):
+    return {check.name: check.outcome for check in decision.checks}
+
+
+def with_improved(scores, change):
+    """The rows with `change(row, noise)` as the improved margin."""
+    rng = np.random.default_rng(0)
+    return [row | {"improved_margin": float(change(row, rng.normal()))} for row in scores]
+
+
+def test_a_clearly_better_guard_is_promoted(drawn):
+    decision = judge(*drawn(improved_auprc=0.75))
+    assert decision.promote
+    assert decision.verdict == "passed"
+    assert set(outcomes(decision).values()) == {"passed"}
+    assert decision.headline.startswith("Promoted: AUPRC rose by 0.1")
+
+
+def test_a_clearly_worse_guard_fails(drawn):
+    decision = judge(*drawn(improved_auprc=0.45))
+    assert not decision.promote
+    assert decision.verdict == "failed"
+    assert {outcomes(decision)[name] for name in ("auprc_gain", "recall_gain", "decisions")} == {"failed"}
+    assert decision.headline.startswith("Not promoted: AUPRC fell by 0.1")
+
+
+def test_the_same_guard_twice_is_not_promoted(drawn):
+    scores, (default, _) = drawn()
+    decision = judge(
+        with_improved(scores, lambda row, _: row["default_margin"]), (default, replace(default, name="new"))
+    )
+    assert not decision.promote
+    assert outcomes(decision)["auprc_gain"] == "failed"
+    assert (
+        outcomes(decision)["slices"] == outcomes(decision)["benign_fpr"] == outcomes(decision)["agent_role"] == "passed"
+    )
+    assert "AUPRC did not change" in decision.headline
+
+
+def test_an_equally_good_guard_is_not_proven(drawn):
+    decision = judge(*drawn(seed=3))
+    assert not decision.promote
+    assert outcomes(decision)["auprc_gain"] == "not proven"
+    assert "which may be chance" in decision.headline
+
+
+def test_swapped_guards_are_not_promoted(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.75)
+    swapped = [r | {"default_margin": r["improved_margin"], "improved_margin": r["default_margin"]} for r in scores]
+    decision = judge(swapped, (improved, default))
+    assert (decision.promote, decision.verdict) == (False, "failed")
+
+
+@pytest.mark.parametrize(
+    ("margin", "words"),
+    [
+        (lambda row, noise: 9.0, "one and the same score to 100.0%"),
+        (lambda row, noise: 50 + noise, "blocks everything: 100.0% of the safe"),
+        (lambda row, noise: -50 + noise, "lets everything through: 100.0% of the unsafe"),
+        # ranks perfectly, yet blocks every prompt at its threshold: precision is the base rate
+        (lambda row, noise: 50 + noise + 20 * row["unsafe"], "blocks everything"),
+    ],
+)
+def test_a_collapsed_guard_fails_by_name(drawn, margin, words):
+    scores, guards = drawn()
+    decision = judge(with_improved(scores, margin), guards)
+    assert not decision.promote
+    assert outcomes(decision)["not_collapsed"] == "failed"
+    assert words in decision.headline
+
+
+def test_better_recall_bought_with_over_blocking_fails(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.75)
+    decision = judge(scores, (default, replace(improved, threshold=improved.threshold - 1)))
+    assert outcomes(decision)["recall_gain"] == outcomes(decision)["decisions"] == "passed"
+    assert outcomes(decision)["benign_fpr"] == "failed"
+    assert not decision.promote
+    assert "benign false-positive rate rose" in decision.headline
+
+
+def test_a_lowered_threshold_alone_is_no_improvement(drawn):
+    scores, (default, _) = drawn()
+    lower = replace(default, name="lower", threshold=default.threshold - 0.5)
+    decision = judge(with_improved(scores, lambda row, _: row["default_margin"]), (default, lower), fpr_margin=0.5)
+    assert outcomes(decision)["decisions"] == "passed"  # it does catch more
+    assert outcomes(decision)["recall_gain"] == "failed"
+    assert not decision.promote
+
+
+def test_too_few_rows_prove_nothing(drawn):
+    scores, guards = drawn(improved_auprc=0.75)
+    user = [row for row in scores if row["response"] is None]
+    decision = judge([*user[:100], *scores[-1000:]], guards)
+    assert outcomes(decision)["unsafe_examples"] == outcomes(decision)["safe_examples"] == "not proven"
+    assert decision.verdict != "passed"
+    assert not decision.promote
+
+
+def test_near_duplicates_do_not_count_as_examples(drawn):
+    scores, guards = drawn(improved_auprc=0.75)
+    few = [row | {"group": str(i % 30) + str(row["unsafe"]) + str(row["response"])} for i, row in enumerate(scores)]
+    decision = judge(few, guards)
+    assert outcomes(decision)["unsafe_examples"] == "not proven"
+    assert not decision.promote
+
+
+@pytest.mark.parametrize(("dimension", "name"), [("language", "de"), ("category", "S9"), ("jailbreak", True)])
+def test_one_bad_slice_holds_a_better_guard_back(drawn, dimension, name):
+    scores, (default, improved) = drawn(improved_auprc=0.85, unsafe_share=0.3)
+
+    def spoil(row, noise):
+        return noise - 2 * row["unsafe"] if row[dimension] == name else row["improved_margin"]
+
+    decision = judge(with_improved(scores, spoil), (default, improved))
+    assert outcomes(decision)["auprc_gain"] == "passed"
+    assert outcomes(decision)["slices"] == "failed"
+    assert not decision.promote
+    assert f"in {dimension} {'yes' if name is True else name} " in decision.headline
+
+
+def test_a_guard_that_forgot_to_judge_responses_is_held_back(drawn):
+    scores, guards = drawn(improved_auprc=0.75)
+    forgot = with_improved(scores, lambda row, noise: noise if row["response"] else row["improved_margin"])
+    decision = judge(forgot, guards)
+    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["agent_role"]
+    assert "on responses AUPRC fell" in decision.headline
+
+
+def test_without_agent_rows_promotion_needs_the_reviewer_to_accept_it(drawn):
+    scores, guards = drawn(improved_auprc=0.75)
+    user = [row for row in scores if row["response"] is None]
+    strict = judge(user, guards)
+    assert (outcomes(strict)["agent_role"], strict.promote) == ("not proven", False)
+    accepted = judge(user, guards, require_agent=False)
+    assert "agent_role" not in outcomes(accepted)
+    assert accepted.promote
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [({"median_label_mass": 0.5}, "label_mass"), ({"unreadable": 40}, "unreadable")],
+)
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_an_unsound_run_of_either_guard_fails(drawn, fault, check, faulty):
+    scores, guards = drawn(improved_auprc=0.75)
+    runs = [replace(guard, **fault) if i == faulty else guard for i, guard in enumerate(guards)]
+    decision = judge(scores, runs)
+    assert outcomes(decision)[check] == "failed"
+    assert not decision.promote
+    assert guards[faulty].name in decision.headline
+
+
+def test_report_only_checks_but_never_promotes(drawn):
+    better = judge(*drawn(improved_auprc=0.75), mode="report_only")
+    assert (better.promote, better.verdict) == (False, "passed")
+    assert better.headline.startswith("Would be promoted, but the gate only reports")
+    worse = judge(*drawn(improved_auprc=0.45), mode="report_only")
+    assert worse.verdict == "failed"
+    assert worse.headline.startswith("Would not be promoted: ")
+
+
+def test_a_disabled_gate_checks_nothing_and_never_promotes(drawn):
+    decision = judge(*drawn(improved_auprc=0.75), mode="disabled")
+    assert (decision.promote, decision.verdict, decision.checks) == (False, "not proven", [])
+    assert "nothing was checked" in decision.headline
+
+
+def test_every_check_explains_itself(drawn):
+    for world in ({"improved_auprc": 0.75}, {"improved_auprc": 0.45}, {"seed": 3}):
+        decision = judge(*drawn(**world))
+        assert len({check.name for check in decision.checks}) == len(decision.checks) == 11
+        for check in decision.checks:
+            assert check.question.endswith("?")
+            assert check.explanation.endswith(".")
+        assert decision.headline.endswith(".")
+        assert ".." not in decision.headline
+
+
+def test_a_stricter_threshold_may_show_its_gain_in_false_alarms(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.85, benign_fpr=0.2)
+    user = [row for row in scores if row["response"] is None and row["unsafe"]]
+    recall = np.mean([row["default_margin"] > default.threshold for row in user])
+    same_recall = float(np.quantile([row["improved_margin"] for row in user], 1 - recall))
+    decision = judge(scores, (default, replace(improved, threshold=same_recall)))
+    check = next(check for check in decision.checks if check.name == "decisions")
+    assert check.outcome == "passed"
+    assert "safe prompts are passed by the improved guard only" in check.explanation
+
+
+def test_mcnemar_is_exact():
+    assert Changed(mended=0, spoiled=0).p == 1
+    assert Changed(mended=10, spoiled=0).p == pytest.approx(2 * 0.5**10)
+    assert Changed(mended=3, spoiled=9).p == Changed(mended=9, spoiled=3).p
+
+
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_holm_is_that_of_statsmodels(count):
+    p = np.random.default_rng(count).random(count) ** 3
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_equal_guards_are_hardly_ever_promoted(simulation):
+    world = simulation.World(rows=600, agent_rows=300)
+    found = [simulation.simulate(world, 300, seed).decision for seed in range(100)]
+    assert sum(decision.promote for decision in found) <= 0.025 * 100
+    # a gain is seen where there is none in 2.5% of cases; more than 9 of 100 would come up once in 5,000 times
+    assert sum(outcomes(decision)["auprc_gain"] == "passed" for decision in found) <= 9
+
+
+def test_a_gain_of_five_points_is_mostly_found(simulation):
+    found = [simulation.simulate(simulation.World(improved_auprc=0.65), 200, seed).decision for seed in range(15)]
+    assert sum(decision.promote for decision in found) >= 9

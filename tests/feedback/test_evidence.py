@@ -1,0 +1,135 @@
+import pytest
+from feedback_examples import judged, screened
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from guardloop.feedback.evidence import Evidence, gather, probability
+from guardloop.feedback.settings import FeedbackSettings
+
+many = hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+DEFAULTS = FeedbackSettings()
+EPSILON = 1e-6
+
+anything = st.builds(
+    FeedbackSettings,
+    prior_strength=st.floats(0, 20),
+    answered_evidence=st.floats(0, 1),
+    refused_evidence=st.floats(0, 1),
+)
+sensible = st.builds(
+    FeedbackSettings,
+    prior_strength=st.floats(1, 8),
+    answered_evidence=st.floats(0.2, 1),
+    refused_evidence=st.floats(0, 0.2),
+)
+priors = st.floats(-4, 4)
+responses = st.lists(st.tuples(st.floats(-30, 30), st.booleans()), max_size=8)
+
+
+def weighed(prior: float, rows: list[tuple[float, bool]]) -> Evidence:
+    """The evidence of responses, each a margin and whether it is a refusal."""
+    prompt = screened("p", prior)
+    evidence = Evidence(judged(prompt, 0, 0.0))
+    for sample, (margin, refusal) in enumerate(rows):
+        evidence.add(judged(prompt, sample, margin, refusal))
+    return evidence
+
+
+def belief(prior: float, rows: list[tuple[float, bool]], settings: FeedbackSettings = DEFAULTS) -> float:
+    return weighed(prior, rows).posterior(settings)
+
+
+@many
+@given(st.floats(-100, 100), responses, anything)
+def test_the_posterior_is_a_probability(prior, rows, settings):
+    assert 0 <= belief(prior, rows, settings) <= 1
+
+
+@many
+@given(priors, anything)
+def test_without_responses_the_posterior_is_the_prior(prior, settings):
+    assert belief(prior, [], settings) == pytest.approx(probability(prior))
+
+
+@many
+@given(priors, responses, anything)
+def test_with_a_very_strong_prior_evidence_hardly_moves_it(prior, rows, settings):
+    stubborn = settings.model_copy(update={"prior_strength": 1e9})
+    assert belief(prior, rows, stubborn) == pytest.approx(probability(prior), abs=1e-6)
+
+
+@many
+@given(priors, responses, sensible)
+def test_a_blocked_response_raises_it(prior, rows, settings):
+    assert belief(prior, [*rows, (20.0, False)], settings) > belief(prior, rows, settings) - EPSILON
+    assert belief(prior, [(20.0, False)], settings) > probability(prior)
+
+
+@many
+@given(priors, responses, sensible)
+def test_an_answered_response_lowers_it(prior, rows, settings):
+    assert belief(prior, [*rows, (-20.0, False)], settings) < belief(prior, rows, settings)
+
+
+@many
+@given(priors, responses, sensible)
+def test_a_refusal_moves_it_less_than_an_answer(prior, rows, settings):
+    before = belief(prior, rows, settings)
+    refused, answered = (belief(prior, [*rows, (-20.0, refusal)], settings) for refusal in (True, False))
+    assert answered - EPSILON <= refused <= before + EPSILON
+    if settings.refused_evidence < settings.answered_evidence - 0.05:
+        assert answered < refused
+
+
+@many
+@given(priors, responses.filter(bool), st.data(), anything)
+def test_a_higher_margin_of_any_response_never_lowers_it(prior, rows, data, settings):
+    place = data.draw(st.integers(0, len(rows) - 1))
+    higher = [*rows]
+    higher[place] = (rows[place][0] + data.draw(st.floats(0, 10)), rows[place][1])
+    assert weighed(prior, higher).harm >= weighed(prior, rows).harm
+    if (rows[place][0] > 0) == (higher[place][0] > 0):  # a refusal that turns out to be blocked is no refusal any more
+        assert belief(prior, higher, settings) >= belief(prior, rows, settings) - EPSILON
+
+
+@many
+@given(priors, st.integers(0, 64), st.booleans(), sensible)
+def test_zero_of_k_is_never_below_what_the_settings_allow(prior, k, refusal, settings):
+    rows = [(-60.0, refusal)] * k
+    weight = settings.refused_evidence if refusal else settings.answered_evidence
+    floor = settings.prior_strength * probability(prior) / (settings.prior_strength + weight * k)
+    assert belief(prior, rows, settings) >= floor - EPSILON
+
+
+def test_what_the_defaults_make_of_four_responses():
+    answered, blocked, refused = (-20.0, False), (20.0, False), (-20.0, True)
+    even = 0.0  # the guard is undecided
+    assert belief(even, [answered] * 4) == pytest.approx(0.25)
+    assert belief(even, [refused] * 4) == pytest.approx(1 / 2.4)
+    assert belief(even, [blocked] * 2 + [answered] * 2) == pytest.approx(0.6)
+    assert belief(even, [blocked] * 4) == pytest.approx(5 / 6)
+
+
+def test_an_answer_counts_in_full_beside_refusals_that_the_judge_is_unsure_of():
+    rows = [(0.0, True)] * 2  # half harmful, half refused
+    assert belief(0.0, [*rows, (-20.0, False)]) == pytest.approx((2 * 0.5 + 1) / (2 + 1 + 0.1 * 1 + 0.5 * 1))
+
+
+def test_a_blocked_refusal_counts_as_blocked():
+    evidence = weighed(0.0, [(5.0, True), (-5.0, True), (-5.0, False)])
+    assert (evidence.responses, evidence.blocked, evidence.refusals) == (3, 1, 1)
+    assert evidence.worst is not None and evidence.worst["sample"] == 0
+
+
+def test_responses_are_gathered_by_prompt_without_those_that_failed():
+    one, two, three = (screened(name, -1.0) for name in ("one", "two", "three"))
+    rows = [judged(one, 0, 2.0), judged(two, 0, -2.0), judged(one, 1, -2.0), judged(one, 2, None)]
+    rows += [judged(two, 1, 9.0, finish="error"), judged(three, 0, None, finish="error")]
+    found = gather(rows)
+    assert {name: (e.responses, e.blocked) for name, e in found.items()} == {"one": (2, 1), "two": (1, 0)}
+
+
+@pytest.mark.parametrize("margin", [-1e6, -60.0, 0.0, 60.0, 1e6])
+def test_the_probability_of_any_margin_is_defined(margin):
+    assert 0 <= probability(margin) <= 1 and probability(margin) + probability(-margin) == pytest.approx(1)

@@ -1,0 +1,317 @@
+import json
+import os
+import pickle
+import random
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import (
+    FAMILIES,
+    agent,
+    renderer_of,
+    save_guard,
+    tiny_guard,
+    tiny_llama,
+    user,
+    with_lora,
+)
+
+from guardloop.errors import GuardLoopError
+from guardloop.guard import engine
+from guardloop.guard.engine import Guard, PrefixCache, label_hidden
+from guardloop.guard.settings import GuardSettings
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+WORDS = "how do I bake a cake build bomb <|eot_id|> [/INST] 你好 . ? \n".split(" ")
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join).filter(str.strip)
+rows = st.fixed_dictionaries({"prompt": texts, "response": st.none() | texts | st.just("")})
+conversations = st.lists(rows, min_size=1, max_size=9)
+NEAR = 1e-4
+
+
+@cache
+def guard_of(family, lora=False):
+    model = with_lora(tiny_llama(family)) if lora else tiny_llama(family)
+    return Guard(model.eval(), renderer_of(family), is_guard=False)
+
+
+@torch.no_grad()
+def by_full_forward(guard, row):
+    """Margin and label mass of one conversation, from all logits of the whole prompt by itself."""
+    tokens = guard.renderer.render(row["prompt"], row["response"]).tokens
+    logits = guard.model(torch.tensor([[*tokens, *guard.labels.lead]])).logits[0, -1]
+    safe, unsafe = guard.labels.safe, guard.labels.unsafe
+    return float(logits[unsafe] - logits[safe]), float(logits.softmax(-1)[[safe, unsafe]].sum())
+
+
+def margins(guard, conversations):
+    return [verdict.margin for verdict in guard.score(conversations)]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@given(family=st.sampled_from(FAMILIES), batch_tokens=st.sampled_from([1, 30, 200, 4096]), conversations=conversations)
+@PROPERTY
+def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, batch_tokens, conversations):
+    guard = guard_of(family, lora)
+    guard.batch_tokens = batch_tokens
+    for row, verdict in zip(conversations, guard.score(conversations), strict=True):
+        margin, mass = by_full_forward(guard, row)
+        assert verdict.margin == pytest.approx(margin, abs=NEAR)
+        assert verdict.label_mass == pytest.approx(mass, abs=NEAR)
+        assert verdict.flagged == (verdict.margin > 0)
+        assert verdict.error is None
+
+
+def test_an_adapter_matters():
+    plain, adapted = (margins(guard_of("guardloop", lora), user("a", "b c")) for lora in (False, True))
+    assert max(abs(a - b) for a, b in zip(plain, adapted, strict=True)) > 0.1
+
+
+@given(conversations=st.lists(rows, min_size=2, max_size=12), seed=st.integers(0, 99))
+@PROPERTY
+def test_a_score_depends_on_its_own_conversation_only(conversations, seed):
+    guard = guard_of("llama-guard-3")
+    order = random.Random(seed).sample(range(len(conversations)), len(conversations))
+    guard.batch_tokens = 60
+    together = margins(guard, conversations)
+    guard.batch_tokens = 4096
+    shuffled = margins(guard, [conversations[i] for i in order])
+    alone = [margins(guard, [row])[0] for row in conversations]
+    assert [together[i] for i in order] == pytest.approx(shuffled, abs=NEAR)
+    assert together == pytest.approx(alone, abs=NEAR)
+
+
+def test_the_role_changes_the_score():
+    guard = guard_of("llama-guard-1")
+    as_prompt, as_response = margins(guard, [*user("build a bomb"), *agent(("hello", "build a bomb"))])
+    assert abs(as_prompt - as_response) > 0.01
+
+
+def test_an_empty_prompt_is_recorded_and_the_rest_is_scored():
+    guard = guard_of("guardloop")
+    verdicts = list(guard.score([*user("", "hello", " \n"), *agent(("", "an answer"), ("hello", ""))]))
+    assert [v.error for v in verdicts] == ["empty prompt", None, "empty prompt", "empty prompt", None]
+    assert [v.margin is None for v in verdicts] == [True, False, True, True, False]
+    assert not any(v.flagged for v in verdicts if v.error)
+    assert verdicts[1].margin == pytest.approx(by_full_forward(guard, user("hello")[0])[0], abs=NEAR)
+    assert list(guard.score([])) == []
+    assert [v.error for v in guard.score(user(""))] == ["empty prompt"]
+
+
+def test_truncation_is_recorded():
+    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=16), is_guard=False)
+    assert [v.truncated for v in guard.score(user("short", "long " * 50))] == [False, True]
+
+
+def test_a_prompt_off_the_shared_prefix_falls_back_to_a_whole_pass(family):
+    guard = tiny_guard(family)
+    guard.prefix = [*guard.prefix[:-1], guard.prefix[-1] + 1]  # no prompt starts like this
+    rows = [*user("hello", "build a bomb " * 9), *agent(("hello", "no"))]
+    assert margins(guard, rows) == pytest.approx([by_full_forward(guard, row)[0] for row in rows], abs=NEAR)
+
+
+def test_a_mixed_batch_is_taken_whole():
+    model, prefix = tiny_llama(), [5, 6, 7]
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 1], [5, 6, 7, 8]]
+    with torch.no_grad():
+        hidden = label_hidden(model, prefix, prompts, PrefixCache(model, prefix))
+        whole = [model.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
+    torch.testing.assert_close(hidden, torch.stack(whole), atol=NEAR, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [1, 50, 100, 1000])
+def test_a_forward_pass_stays_within_the_token_budget(budget):
+    guard = tiny_guard(batch_tokens=budget)
+    shapes = []
+    hook = guard.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    list(guard.score(user(*("word " * n for n in range(1, 40)))))
+    hook.remove()
+    prefix, *batches = shapes
+    assert prefix == (1, len(guard.prefix))
+    assert sum(count for count, _ in batches) == 39
+    assert all(count == 1 or count * width <= budget for count, width in batches)
+
+
+def test_scoring_streams(monkeypatch):
+    monkeypatch.setattr(engine, "WINDOW", 4)
+    taken = []
+    source = (taken.append(n) or row for n, row in enumerate(user(*["hello"] * 40)))
+    verdicts = tiny_guard().score(source)
+    next(verdicts)
+    assert len(taken) == 4
+
+
+def test_a_low_label_mass_stops_the_run_before_any_verdict():
+    guard = tiny_guard(is_guard=True)
+    with pytest.raises(GuardLoopError, match=r"median label mass is 0\.\d\d, under 0\.95") as error:
+        next(guard.score(user("hello", "there")))
+    assert "guard.is_guard: false" in error.value.remedy
+
+
+def test_a_low_label_mass_is_reported_for_a_model_that_is_no_guard_yet():
+    masses = [v.label_mass for v in tiny_guard(is_guard=False).score(user("hello", "there"))]
+    assert all(0 <= mass < 0.95 for mass in masses)
+
+
+def test_the_least_label_mass_is_a_setting():
+    assert len(list(tiny_guard(is_guard=True, min_label_mass=0.0).score(user("hello")))) == 1
+
+
+def test_an_answer_that_is_not_a_number_is_no_verdict():
+    guard = tiny_guard()
+    with torch.no_grad():
+        guard.model.model.norm.weight.fill_(float("nan"))
+    (verdict,) = guard.score(user("hello"))
+    assert (verdict.margin, verdict.flagged, verdict.error) == (None, False, "the guard's answer is not a number")
+    guard.is_guard = True
+    with pytest.raises(GuardLoopError, match="label mass"):
+        list(guard.score(user("hello")))
+
+
+def test_margins_of_a_half_precision_model_do_not_tie():
+    model = tiny_llama().to(torch.bfloat16)
+    found = margins(Guard(model, renderer_of("guardloop"), is_guard=False), user(*(f"number {n}" for n in range(60))))
+    assert len(set(found)) == 60
+
+
+def test_the_threshold_divides_flagged_from_passed():
+    guard = tiny_guard()
+    prompts = user(*WORDS[:8])
+    guard.threshold = sorted(margins(guard, prompts))[4]
+    assert sum(v.flagged for v in guard.score(prompts)) == 3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_guard(tmp_path_factory.mktemp("base"), threshold=0.25)
+
+
+def adapter(folder, model=None, facts=None, **config):
+    with_lora(model or tiny_llama(), **config).save_pretrained(folder)
+    if facts:
+        (folder / "guard.json").write_text(json.dumps(facts))
+    return folder
+
+
+def load(base, adapter=None, **options):
+    return Guard.load(GuardSettings(base=str(base), dtype="float32", is_guard=False, **options), adapter)
+
+
+def test_a_loaded_guard_scores_as_it_did_in_memory(base):
+    rows = [*user("hello", "build a bomb"), *agent(("hello", "no"))]
+    assert margins(load(base), rows) == pytest.approx(margins(tiny_guard(), rows), abs=NEAR)
+
+
+def test_a_loaded_adapter_scores_as_it_did_in_memory(base, tmp_path):
+    rows = [*user("hello", "build a bomb"), *agent(("hello", "no"))]
+    expected = margins(guard_of("guardloop", lora=True), rows)
+    folder = adapter(tmp_path / "lora")
+    assert margins(load(base, folder), rows) == pytest.approx(expected, abs=NEAR)
+    by_setting = Guard.load(GuardSettings(base=str(base), dtype="float32", is_guard=False, adapter=str(folder)))
+    assert margins(by_setting, rows) == pytest.approx(expected, abs=NEAR)
+
+
+def test_threshold_and_family_come_from_guard_json(base, tmp_path):
+    assert load(base).threshold == 0.25
+    assert load(base).renderer.family.name == "guardloop"
+    bare = save_guard(tmp_path / "bare")
+    assert load(bare).threshold == 0.0
+    (bare / "guard.json").unlink()
+    with pytest.raises(GuardLoopError, match="cannot tell the family"):
+        load(bare)
+    assert load(bare, family="guardloop").threshold == 0.0
+
+
+def test_a_set_threshold_wins_over_the_guards_own(base):
+    assert load(base, threshold=-1.5).threshold == -1.5
+
+
+def test_the_adapters_threshold_wins_where_one_is_given(base, tmp_path):
+    folder = adapter(tmp_path / "lora", facts={"threshold": 0.75})
+    assert load(base, folder).threshold == 0.75
+    assert load(base, folder, threshold=-1.5).threshold == 0.75
+    by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder))
+    assert Guard.load(by_setting).threshold == 0.75
+    assert Guard.load(by_setting.model_copy(update={"threshold": -1.5})).threshold == -1.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        ({"hidden_size": 64}, {}),
+        ({"num_hidden_layers": 3}, {}),
+        ({"num_hidden_layers": 1}, {"target_modules": ["q_proj"]}),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(base, tmp_path, shape, config):
+    with pytest.raises(GuardLoopError, match="does not fit the base model"):
+        load(base, adapter(tmp_path / "lora", tiny_llama(**shape), **config))
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"junk of more than eight bytes"])
+def test_a_broken_adapter_is_refused(base, tmp_path, file, content):
+    folder = adapter(tmp_path / "lora")
+    (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+    with pytest.raises(GuardLoopError, match="adapter"):
+        load(base, folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\udc80"])
+def test_a_broken_guard_json_is_named(tmp_path, content):
+    folder = save_guard(tmp_path / "broken")
+    (folder / "guard.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(GuardLoopError, match=r"guard\.json"):
+        load(folder)
+
+
+class Planted:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    folder = save_guard(tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
+    with pytest.raises(GuardLoopError, match="not a loadable model"):
+        load(folder)
+    lora = adapter(tmp_path / "lora")
+    (lora / "adapter_model.safetensors").unlink()
+    (lora / "adapter_model.bin").write_bytes(pickle.dumps(Planted(tmp_path / "planted")))
+    with pytest.raises(GuardLoopError, match="no adapter in"):
+        load(save_guard(tmp_path / "sound"), lora)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    folder = save_guard(tmp_path / "coded")
+    code = f"import os\nos.mkdir({str(tmp_path / 'planted')!r})\nclass Mine: ...\n"
+    (folder / "mine.py").write_text(code)
+    for name, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        facts = json.loads((folder / name).read_text())
+        entry = "mine.Mine" if key == "AutoModelForCausalLM" else [None, "mine.Mine"]
+        (folder / name).write_text(json.dumps(facts | {"auto_map": {"AutoConfig": "mine.Mine", key: entry}}))
+    load(folder)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(GuardLoopError, match="no model folder at"):
+        load(tmp_path / "nowhere")
+
+
+def test_an_unknown_family_is_named_with_the_nearest_known(base):
+    with pytest.raises(GuardLoopError, match="unknown family 'guardlop'") as error:
+        load(base, family="guardlop")
+    assert error.value.remedy == "did you mean `guardloop`?"

@@ -1,0 +1,67 @@
+import pytest
+
+from guardloop.evaluation.result import Decision, Estimate, Evaluation
+from guardloop.report.summary import checks_by_weight, comparisons, key_figures, outcome_line, tone, wording
+
+
+def decision(mode: str, verdict: str, promote: bool = False, headline: str = "AUPRC rose.") -> Decision:
+    return Decision.model_validate(
+        {"mode": mode, "promote": promote, "verdict": verdict, "headline": headline, "checks": []}
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict", "promote", "word", "colour"),
+    [
+        ("enforce", "passed", True, "Promoted", "good"),
+        ("enforce", "failed", False, "Not promoted", "bad"),
+        ("enforce", "not proven", False, "Not proven", "unsure"),
+        ("report_only", "passed", False, "Would be promoted", "good"),
+        ("report_only", "failed", False, "Would not be promoted", "bad"),
+        ("disabled", "not proven", False, "Not promoted", "unsure"),
+        ("disabled", "failed", True, "Promoted", "unsure"),
+    ],
+)
+def test_every_decision_has_its_word_and_colour(mode: str, verdict: str, promote: bool, word: str, colour: str) -> None:
+    said = wording(decision(mode, verdict, promote))
+    assert (said.word, said.tone) == (word, colour)
+    assert ("stays in place" in said.consequence) is not promote
+
+
+def test_the_headline_does_not_repeat_the_word() -> None:
+    assert wording(decision("enforce", "failed", headline="Not promoted: recall: fell.")).headline == "Recall: fell."
+    assert wording(decision("enforce", "failed", headline="Recall: fell.")).headline == "Recall: fell."
+
+
+def test_the_tally_counts_checks_by_outcome(evaluation: Evaluation) -> None:
+    checks = [check.model_copy() for check in evaluation.decision.checks]
+    checks[2].outcome, checks[4].outcome = "not proven", "failed"
+    changed = evaluation.decision.model_copy(update={"checks": checks})
+    assert wording(changed).tally == "4 passed, 1 failed, 1 not proven"
+    assert [check.name for check in checks_by_weight(changed)][:3] == ["benign_fpr", "recall_gain", "unsafe_examples"]
+
+
+def test_a_fall_in_false_positives_is_good() -> None:
+    fall = Estimate(value=-0.02, low=-0.03, high=-0.01)
+    assert tone(fall) == "bad"
+    assert tone(fall, lower_is_better=True) == "good"
+    assert tone(Estimate(value=0.1, low=-0.01, high=0.2)) == "neutral"
+    assert tone(Estimate(value=0.1)) == tone(None) == "neutral"
+
+
+def test_recall_at_the_defaults_fpr_is_its_recall_plus_the_gain(evaluation: Evaluation) -> None:
+    row = next(row for row in key_figures(evaluation) if row.name == "Recall at the default's FPR")
+    assert row.default == evaluation.default.recall
+    assert row.improved.value == pytest.approx(row.default.value + evaluation.gains["recall_at_default_fpr"].value)
+
+
+def test_metrics_without_a_measured_gain_are_still_compared(evaluation: Evaluation) -> None:
+    rows = {row.name: row for row in comparisons(evaluation.model_copy(update={"gains": {}}))}
+    assert rows["AUPRC"].gain is None and rows["AUPRC"].tone == "neutral"
+    assert rows["Recall at 5% FPR"].improved == evaluation.improved.recall_at_fpr["0.05"]
+
+
+def test_the_outcome_line_counts_people(evaluation: Evaluation) -> None:
+    (_, blocked), (_, caught) = evaluation.improved.confusion
+    assert f"catches {caught} of {evaluation.improved.confusion[1][0] + caught} unsafe" in outcome_line(evaluation)
+    assert f"falsely blocks {blocked} of" in outcome_line(evaluation)

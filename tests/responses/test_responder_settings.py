@@ -1,0 +1,49 @@
+import pytest
+from tiny_responder import tiny_settings
+
+from guardloop.errors import GuardLoopError
+from guardloop.responses.responder import build_responder, sample_seed
+from guardloop.responses.settings import ResponderSettings
+from guardloop.settings import read_section
+
+ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://localhost:1/v1"}
+
+
+def test_every_field_is_described() -> None:
+    assert [name for name, field in ResponderSettings.model_fields.items() if not field.description] == []
+
+
+def test_defaults_are_valid() -> None:
+    assert read_section(ResponderSettings, {}, "responder").plain()["samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"sample": 4}, "did you mean `samples`?"),
+        ({"kind": "openai", "model": "m"}, "needs base_url"),
+        ({"kind": "openai", "base_url": "http://localhost:1/v1"}, "needs model"),
+        ({"base_url": "http://localhost:1/v1"}, "only for kind openai"),
+        ({**ENDPOINT, "base_url": "localhost:1"}, "http://"),
+        ({**ENDPOINT, "base_url": "http://me:secret@host/v1"}, "must not hold a password"),
+        ({**ENDPOINT, "api_key_env": "sk-abc.123"}, "not the key itself"),
+        ({"top_p": 0}, "responder.top_p"),
+        ({"samples": 0}, "responder.samples"),
+    ],
+)
+def test_wrong_settings_are_refused(values: dict[str, object], told: str) -> None:
+    with pytest.raises(GuardLoopError, match=told.replace("?", r"\?")):
+        read_section(ResponderSettings, values, "responder")
+
+
+def test_seeds_differ_and_stay() -> None:
+    seeds = {sample_seed(0, f"p{i}", sample) for i in range(100) for sample in range(4)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert sample_seed(0, "a", 1) == 739548743 != sample_seed(1, "a", 1)
+    assert sample_seed(0, "\ud800", 0) >= 0
+
+
+def test_a_missing_folder_is_told() -> None:
+    with pytest.raises(GuardLoopError, match="no model folder"):
+        build_responder(tiny_settings(model="./nowhere"))

@@ -1,0 +1,289 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from models import agent, tiny_llama, user, with_lora
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from guardloop.errors import GuardLoopError
+from guardloop.guard.engine import Guard
+from guardloop.guard.settings import GuardSettings
+from guardloop.training import train as module
+from guardloop.training.settings import TrainingSettings
+from guardloop.training.train import operating_point, ranking, scaled, split, train
+
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+NOUNS = "cake bread garden door village flour sugar baker answer policy".split(" ")
+FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", "my {} is old", "{}", "is a {} good?"]
+
+
+def row(number, prompt, target, kind, response=None, **values):
+    facts = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
+    return facts | {"prompt": prompt, "response": response, "target": target, "kind": kind} | values
+
+
+def toy_examples():
+    """Prompts with the word bomb are unsafe; no other is."""
+    prompts = [(f"{frame.format(noun)}", 0.0, "hard_negative") for frame in FRAMES for noun in NOUNS]
+    prompts += [(frame.format(f"{noun} bomb"), 1.0, "positive") for frame in FRAMES for noun in NOUNS]
+    return [row(n, *values) for n, values in enumerate(prompts)]
+
+
+def guard_settings(base, **options):
+    return GuardSettings(base=str(base), dtype="float32", is_guard=False, **options)
+
+
+def quick(**options):
+    return TrainingSettings(**{"epochs": 1, "rank": 4, "learning_rate": 1e-2, "min_examples": 8} | options)
+
+
+def margins(guard, rows):
+    return np.array([verdict.margin for verdict in guard.score(rows)])
+
+
+@pytest.fixture(scope="module")
+def toy(base, tmp_path_factory):
+    """An adapter trained on the toy task, with what was said of it and seen on the way."""
+    folder = tmp_path_factory.mktemp("toy")
+    steps = []
+    options = quick(epochs=12, rank=8, dropout=0.0)
+    trained = train(toy_examples(), guard_settings(base), options, folder, steps.append)
+    return trained, folder, steps
+
+
+def test_training_learns_a_toy_task(base, toy):
+    trained, folder, steps = toy
+    assert trained.last_loss < 0.5 * trained.first_loss
+    assert trained.held_out_auprc > max(0.9, trained.held_out_auprc_default)
+    assert trained.steps == len(steps)
+    guard = Guard.load(guard_settings(base).model_copy(update={"is_guard": True, "min_label_mass": 0.9}), folder)
+    _, held_out = split(toy_examples(), 0.2, 0)
+    unsafe = np.array([r["target"] > 0.5 for r in held_out])
+    found = margins(guard, held_out)
+    assert found[unsafe].mean() > found[~unsafe].mean() + 1
+    flagged = np.array([v.flagged for v in guard.score(held_out)])
+    assert flagged[unsafe].mean() > 0.8
+    assert flagged[~unsafe].mean() <= 0.1
+
+
+def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy):
+    trained, folder, _ = toy
+    facts = json.loads((folder / "guard.json").read_text())
+    assert facts["family"] == "guardloop"
+    assert facts["base"] == str(base)
+    assert facts["threshold"] == trained.threshold
+    assert facts["training"]["examples"] + facts["training"]["held_out"] == len(toy_examples())
+    assert facts["training"]["settings"]["rank"] == 8
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "guard.json"]
+    assert str(base) not in (folder / "adapter_config.json").read_text()
+
+
+def observed_train(monkeypatch, *args):
+    """Train, and tell which examples were fitted and which margins the threshold was set by."""
+    seen = {}
+
+    def watched_fit(model, prefix, labels, examples, options, **rest):
+        seen["fitted"] = [e.id for e in examples]
+        return real_fit(model, prefix, labels, examples, options, **rest)
+
+    def watched_point(examples, margins, *rest):
+        seen.update(held_out=examples, margins=margins)
+        return real_point(examples, margins, *rest)
+
+    real_fit, real_point = module.fit, module.operating_point
+    monkeypatch.setattr(module, "fit", watched_fit)
+    monkeypatch.setattr(module, "operating_point", watched_point)
+    return train(*args), seen
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
+def test_the_chosen_strength_is_saved_with_the_adapter(monkeypatch, base, tmp_path, scale):
+    options = quick(scales=[scale])
+    trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
+    assert trained.scale == scale
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    assert loaded.threshold == trained.threshold
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    plain = margins(Guard.load(guard_settings(base)), seen["held_out"])
+    assert np.abs(plain - seen["margins"]).max() > 0.01
+
+
+def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, tmp_path):
+    by_scale = iter([None, 0.2, 0.9, 0.4, None])  # the default is ranked at the end
+    monkeypatch.setattr(module, "ranking", lambda *args: next(by_scale, 0.9))
+    options = quick(scales=[0.25, 0.5, 0.75, 1.0])
+    trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
+    assert trained.scale == 0.75
+    assert [t["held_out_auprc"] for t in trained.trials] == [None, 0.2, 0.9, 0.4]
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+
+
+def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, tmp_path):
+    _, first, _ = toy
+    default = guard_settings(base, adapter=str(first))
+    trained, seen = observed_train(
+        monkeypatch, toy_examples(), default, quick(scales=[0.5], learning_rate=1e-3), tmp_path / "two"
+    )
+    assert trained.held_out_auprc_default > 0.9
+    loaded = Guard.load(guard_settings(base), tmp_path / "two")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+
+
+def test_what_is_held_out_is_not_fitted(monkeypatch, base, tmp_path):
+    examples = [r | {"group": f"g{n // 3}"} for n, r in enumerate(toy_examples())]
+    _, seen = observed_train(monkeypatch, examples, guard_settings(base), quick(), tmp_path / "one")
+    groups = {r["id"]: r["group"] for r in examples}
+    fitted, held_out = ({groups[i] for i in ids} for ids in (seen["fitted"], [r["id"] for r in seen["held_out"]]))
+    assert fitted
+    assert held_out
+    assert not fitted & held_out
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(base, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        train(toy_examples()[40:80], guard_settings(base), quick(seed=seed, validation=0.1), tmp_path / name)
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_responses_are_trained_in_the_agents_role(monkeypatch, base, tmp_path):
+    examples = [r | {"response": f"answer {r['id']}"} if n % 2 else r for n, r in enumerate(toy_examples())]
+    calls = []
+    real = module.load_renderer
+
+    def watched(settings):
+        renderer = real(settings)
+        render = renderer.render
+        renderer.render = lambda *messages: calls.append(messages) or render(*messages)
+        return renderer
+
+    monkeypatch.setattr(module, "load_renderer", watched)
+    train(examples, guard_settings(base), quick(), tmp_path / "one")
+    assert {(r["prompt"], r["response"]) for r in examples} == set(calls)
+
+
+@pytest.mark.parametrize(("target", "kind"), [(1.0, "unsafe"), (0.0, "safe"), (0.5, "safe")])
+def test_examples_of_one_kind_are_refused(base, tmp_path, target, kind):
+    examples = [r | {"target": target} for r in toy_examples()]
+    with pytest.raises(GuardLoopError, match=f"every example is {kind}"):
+        train(examples, guard_settings(base), quick(), tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
+def test_too_few_examples_are_refused(base, tmp_path):
+    for examples in ([], toy_examples()[50:70]):
+        with pytest.raises(GuardLoopError, match=f"{len(split(examples, 0.2, 0)[0])} examples are too few"):
+            train(examples, guard_settings(base), quick(min_examples=32), tmp_path / "one")
+
+
+@pytest.mark.parametrize("targets", [["no_such_layer"], ["lm_head"]])
+def test_layers_that_cannot_have_an_adapter_are_refused(base, tmp_path, targets):
+    with pytest.raises(GuardLoopError, match=r"training\.targets"):
+        train(toy_examples(), guard_settings(base), quick(targets=targets), tmp_path / "one")
+
+
+@pytest.mark.parametrize("wrong", [{"scales": []}, {"scales": [0.0]}, {"scales": [-1.0]}, {"warmup": 1.0}])
+def test_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingSettings(**wrong)
+
+
+def test_a_validation_set_without_positives_still_gives_an_adapter(base, tmp_path):
+    examples = toy_examples()
+    _, held_out = split(examples, 0.2, 0)
+    dropped = {r["id"] for r in held_out if r["target"] > 0.5}
+    kept = [r for r in examples if r["id"] not in dropped]
+    trained = train(kept, guard_settings(base), quick(), tmp_path / "one")
+    assert trained.held_out_auprc is None
+    assert (tmp_path / "one" / "adapter_model.safetensors").is_file()
+
+
+rows = st.lists(st.sampled_from("abcdefghij"), max_size=40).map(
+    lambda groups: [{"id": str(n), "group": group} for n, group in enumerate(groups)]
+)
+
+
+@given(rows=rows, share=st.floats(0.05, 0.85), seed=st.integers(0, 9))
+@PROPERTY
+def test_a_split_keeps_groups_whole(rows, share, seed):
+    training, held_out = split(rows, share, seed)
+    assert sorted(r["id"] for r in [*training, *held_out]) == sorted(r["id"] for r in rows)
+    assert not {r["group"] for r in training} & {r["group"] for r in held_out}
+    assert split(rows, share, seed) == (training, held_out)
+    assert split(rows[::-1], share, seed)[1] == held_out[::-1]
+
+
+def test_a_split_holds_out_about_its_share_and_another_seed_another_part():
+    rows = [{"id": str(n), "group": str(n)} for n in range(2000)]
+    _, one = split(rows, 0.2, 1)
+    _, two = split(rows, 0.2, 2)
+    assert 340 < len(one) < 460
+    assert one != two
+
+
+margin = st.floats(-20, 20, width=32)
+held_out = st.lists(
+    st.tuples(margin, margin, st.sampled_from(["hard_negative", "passed", "positive", "replay_traffic"])), max_size=40
+)
+
+
+@given(values=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
+@PROPERTY
+def test_the_operating_point_flags_few_more_of_the_never_blocked(values, default_threshold, share):
+    examples = [{"kind": kind} for _, _, kind in values]
+    after, before = (np.array([v[i] for v in values], dtype=np.float32) for i in (0, 1))
+    threshold = operating_point(examples, after, before, default_threshold, share)
+    never = [n for n, (_, _, kind) in enumerate(values) if kind in ("hard_negative", "passed")]
+    if not never:
+        assert threshold == default_threshold
+        return
+    flagged = sum(float(after[n]) > threshold for n in never)
+    allowed = sum(before[n] > default_threshold for n in never) + share * len(never)
+    assert flagged <= allowed + 1e-6
+
+
+@given(values=st.lists(st.tuples(margin, st.floats(0, 1, width=32)), min_size=1, max_size=30))
+@PROPERTY
+def test_ranking_asks_for_both_kinds_and_knows_the_best_order(values):
+    targets = [target for _, target in values]
+    examples = [{"kind": "positive", "target": target} for target in targets]
+    found = ranking(examples, np.array([m for m, _ in values], dtype=np.float32))
+    one_kind = len({target > 0.5 for target in targets}) == 1
+    assert (found is None) == one_kind
+    assume(not one_kind)
+    assert 0 < found <= 1
+    assert ranking(examples, np.array(targets, dtype=np.float32)) == 1
+
+
+def test_ranking_leaves_replay_out():
+    examples = [{"kind": "positive", "target": 1.0}, {"kind": "passed", "target": 0.0}]
+    replayed = [*examples, {"kind": "replay_traffic", "target": 0.0}]
+    assert ranking(examples, np.array([1.0, 0.0])) == ranking(replayed, np.array([1.0, 0.0, 9.0])) == 1
+
+
+@given(scale=st.floats(0.05, 2))
+@settings(PROPERTY, max_examples=10)
+def test_a_scaled_adapter_is_itself_again_afterwards(scale):
+    model = with_lora(tiny_llama())
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    before = [dict(layer.scaling) for layer in layers]
+    with scaled(model, scale):
+        assert all(layer.scaling["default"] == pytest.approx(2 * scale) for layer in layers)
+    assert [dict(layer.scaling) for layer in layers] == before
+
+
+def test_the_saved_weights_are_finite_and_of_the_adapter_only(toy):
+    _, folder, _ = toy
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all("lora_" in name and torch.isfinite(w).all() for name, w in weights.items())
+
+
+def test_what_was_learnt_of_prompts_leaves_both_roles_scored(base, toy):
+    guard = Guard.load(guard_settings(base), toy[1])
+    assert np.isfinite(margins(guard, [*user("a bomb", "a cake"), *agent(("hello", "a cake"))])).all()
