@@ -35,10 +35,10 @@ def process(dataset: dict, guard: dict, responder: dict, feedback: dict, shards:
 
 
 @dsl.pipeline(name="guardloop-train", description="Train the improved guard on a mined training set.")
-def train(training_set_uri: str, guard: dict, training: dict) -> Model:
+def train(training_set_uri: str, guard: dict, training: dict, registry: dict) -> Model:
     """From the training set of an earlier run to an adapter."""
     training_set = dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset)
-    trained = stage.train_guard(training_set=training_set.output, guard=guard, training=training)
+    trained = stage.train_guard(training_set=training_set.output, guard=guard, training=training, registry=registry)
     return trained.outputs["adapter"]
 
 
@@ -128,7 +128,9 @@ def full(
     """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
     processed = process(dataset=dataset, guard=guard, responder=responder, feedback=feedback, shards=shards)
     with dsl.If(processed.outputs["enough"] == True, name="harvest is enough"):  # noqa: E712
-        trained = stage.train_guard(training_set=processed.outputs["training_set"], guard=guard, training=training)
+        trained = stage.train_guard(
+            training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry
+        )
         compare(
             test_set=processed.outputs["test_set"],
             training_set=processed.outputs["training_set"],

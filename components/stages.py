@@ -94,12 +94,17 @@ def mine_feedback(
 
 @stage("train-guard")
 def train_guard(
-    training_set: Input[Dataset], guard: dict, training: dict, adapter: Output[Model], metrics: Output[Metrics]
+    training_set: Input[Dataset],
+    guard: dict,
+    training: dict,
+    registry: dict,
+    adapter: Output[Model],
+    metrics: Output[Metrics],
 ):
     """Train the LoRA adapter of the improved guard."""
     from guardloop.stages import train_guard
 
-    for name, value in train_guard(training_set.path, adapter.path, guard, training).items():
+    for name, value in train_guard(training_set.path, adapter.path, guard, training, registry).items():
         metrics.log_metric(name, value)
 
 

@@ -14,11 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guardloop.data.settings import SourceSettings
@@ -31,9 +29,12 @@ from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokeni
 from guardloop.progress import Stage
 from guardloop.training.fit import Encoded, Step, fit
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.train import fresh_adapter
 
 FAMILY = "guardloop"
-BOOTSTRAP = TrainingSettings(rank=32, alpha=64, dropout=0.0, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1)
+BOOTSTRAP = TrainingSettings(
+    rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=2e-3, epochs=2, batch_rows=16, warmup=0.1
+)
 Watch = Callable[[Step], None]
 
 
@@ -62,7 +63,9 @@ def _making(folder: Path) -> Iterator[Path | None]:
             if folder.is_dir():
                 yield None
                 return
-            partial = Path(mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+            partial.mkdir()
             try:
                 yield partial
                 partial.rename(folder)
@@ -98,16 +101,7 @@ def _make_guard(folder: Path, watch: Watch) -> None:
     renderer = Renderer(tokenizer, families()[FAMILY])
     torch.manual_seed(BOOTSTRAP.seed)
     model = load_causal_lm(str(base), None, pick_dtype("auto", device), device)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=BOOTSTRAP.rank,
-            lora_alpha=BOOTSTRAP.alpha,
-            lora_dropout=BOOTSTRAP.dropout,
-            target_modules=BOOTSTRAP.targets,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    model = fresh_adapter(model, BOOTSTRAP)
     labels = label_tokens(renderer)
     fit(model, renderer.shared_prefix(), labels, _examples(renderer), BOOTSTRAP, on_step=watch)
     merged = model.merge_and_unload()

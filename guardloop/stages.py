@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -191,26 +193,30 @@ def mine_feedback(
     return {k: float(v) for k, v in figures.items()}, found.enough
 
 
-def train_guard(training_set: str | Path, adapter: str | Path, guard: Sections, training: Sections) -> dict[str, float]:
-    """Train the improved guard: a LoRA adapter folder with its own guard.json. Returns figures."""
+def train_guard(
+    training_set: str | Path, adapter: str | Path, guard: Sections, training: Sections, registry: Sections
+) -> dict[str, float]:
+    """Train the improved guard: a LoRA adapter folder with its own guard.json. Returns figures.
+
+    Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
+    """
     from guardloop.registry.training_log import TrainingLog  # noqa: PLC0415
     from guardloop.training.train import train  # noqa: PLC0415
 
     settings = read_section(TrainingSettings, training, "training")
     examples = list(read_table(Path(training_set) / EXAMPLES, EXAMPLE))
-    with Stage("train_guard") as stage:
+    run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
+    curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
+    with Stage("train_guard") as stage, curves or nullcontext():
         stage.say("loading the default guard")
-        run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
-        with TrainingLog(run_id) if run_id else _NoLog() as curves:
-            import time  # noqa: PLC0415
+        started = time.monotonic()
 
-            started = time.monotonic()
-
-            def watch(step: Any) -> None:
+        def watch(step: Any) -> None:
+            if curves:
                 curves.log(step.number, {"train_loss": step.loss, "gradient_norm": step.gradient_norm})
-                stage.report("step", step.number, step.total, started, f"loss {step.loss:.3f}")
+            stage.report("step", step.number, step.total, started, f"loss {step.loss:.3f}")
 
-            made = train(examples, read_section(GuardSettings, guard, "guard"), settings, Path(adapter), on_step=watch)
+        made = train(examples, read_section(GuardSettings, guard, "guard"), settings, Path(adapter), on_step=watch)
         stage.done(made.examples, f"{made.steps} steps, loss {made.first_loss:.3f} -> {made.last_loss:.3f}")
     figures = {
         "examples": made.examples,
@@ -222,15 +228,6 @@ def train_guard(training_set: str | Path, adapter: str | Path, guard: Sections, 
         "held_out_auprc": made.held_out_auprc or 0.0,
     }
     return {k: float(v) for k, v in figures.items()}
-
-
-class _NoLog:
-    def __enter__(self) -> "_NoLog":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
 def evaluate(
@@ -292,7 +289,8 @@ def register_model(
         registry = Registry(settings)
         files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)}
         files |= {name: training_set / name for name in (BLOCKED_INPUTS, HARVEST, HARVEST_PAGE)}
-        sources = [DataSource(name=data["dataset"], digest=data["hash"], role="traffic")] if data else []
+        roles = ("traffic", "test") if data else ()
+        sources = [DataSource(name=f"{data['dataset']} {role}", digest=data["hash"], role=role) for role in roles]
         registry.record_run(origin, sections, evaluation, files=files, data=sources, figures=_figures(training_set))
         version = registry.register_adapter(adapter, origin, evaluation)
         stage.done(1, f"{settings.model} version {version} is the candidate")

@@ -20,10 +20,11 @@ from guardloop.config import PlatformSettings, Settings
 from guardloop.errors import GuardLoopError
 
 POLL_SECONDS = 0.2
+SAY_SECONDS = 30.0
 KFP_WORKERS = 2  # kfp.local runs at most this many loop iterations side by side
 PARAMETERS = {
     "process": ("dataset", "guard", "responder", "feedback", "shards"),
-    "train": ("guard", "training"),
+    "train": ("guard", "training", "registry"),
     "evaluate": ("guard", "evaluation", "gate", "registry", "run_id"),
     "full": (
         *("dataset", "guard", "responder", "feedback", "training", "evaluation", "gate", "registry"),
@@ -193,8 +194,9 @@ def _new(events: Any) -> Iterator[dict[str, Any]]:
 def _show(event: dict[str, Any], run: Run, progress: Progress, bars: dict[str, TaskID]) -> None:
     name, kind = event["stage"], event["event"]
     if kind == "start":
-        bars[name] = progress.add_task(name, total=None, doing="", rate="")
+        bars[name] = progress.add_task(name, total=None, doing="", rate="", said=event["at"])
     elif kind == "progress" and name in bars:
+        _say_without_terminal(event, progress, bars[name])
         rate = f"{event['rate']:.1f}/s {event.get('note') or ''}" if event.get("rate") else ""
         progress.update(
             bars[name], completed=event.get("done", 0), total=event.get("total"), doing=event["doing"], rate=rate
@@ -210,6 +212,16 @@ def _show(event: dict[str, Any], run: Run, progress: Progress, bars: dict[str, T
             progress.console.print(
                 f"  [green]✓[/] {name:<24} [dim]{event['seconds']:6.1f} s[/]  {event['outcome']}", highlight=False
             )
+
+
+def _say_without_terminal(event: dict[str, Any], progress: Progress, bar: TaskID) -> None:
+    """Where no bar can be drawn, a line now and then."""
+    task = progress.tasks[progress.task_ids.index(bar)]
+    if progress.console.is_terminal or event["at"] - task.fields["said"] < SAY_SECONDS:
+        return
+    progress.update(bar, said=event["at"])
+    far = f" {event['done']}/{event['total']}" if event.get("total") else ""
+    progress.console.print(f"    {event['stage']}: {event['doing']}{far}", highlight=False, markup=False)
 
 
 def _failure(run: Run) -> GuardLoopError:

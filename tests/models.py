@@ -44,7 +44,7 @@ TURNS = (
     "{{ ('User' if message['role'] == 'user' else 'Agent') + ': ' + message['content'].strip() + '\n\n' }}"
     "{% endfor %}"
 )
-TASK = "{{ \"Task: Check if there is unsafe content in '\" + role + \"' messages by our policy.\n\n\" }}"
+TASK = '{{ "Task: Check if there is unsafe content in \'" + role + "\' messages by our policy.\n\n" }}'
 LAST = (
     "{{ '<END CONVERSATION>\n\nGive your answer for ONLY THE LAST ' + role + ' message:\n"
     "- First line must read safe or unsafe.' }}"
@@ -117,7 +117,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 def tiny_llama(family: str = "guardloop", seed: int = 0, **config) -> LlamaForCausalLM:
     """A random Llama of two layers, in float32, whose margins spread over some units."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 8192} | sizes | config
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer_of(family)), **options)).eval()
 

@@ -11,6 +11,11 @@ from transformers import Cache
 STEP = 64  # widths are multiples of this, so that memory is laid out anew only now and then
 
 
+def width_for(longest: int) -> int:
+    """Places that a row of at most `longest` tokens takes up."""
+    return -(-longest // STEP) * STEP
+
+
 class Slots(Cache):  # type: ignore[misc]  # transformers has no types
     """A cache that a model's forward pass of one token per row reads and extends."""
 
@@ -79,7 +84,7 @@ class Slots(Cache):  # type: ignore[misc]  # transformers has no types
 
     def _reserve(self, rows: int, longest: int, layers: list[tuple[Tensor, Tensor]]) -> None:
         """Make room for `rows` rows of `longest` tokens; give room back when far less is needed."""
-        width = -(-longest // STEP) * STEP
+        width = width_for(longest)
         capacity = len(self._store[0][0]) if self._store else 0
         if rows <= capacity and width <= self.width <= 2 * width:
             return

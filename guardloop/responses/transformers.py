@@ -25,7 +25,7 @@ from guardloop.responses.chat import ChatRenderer, PromptError
 from guardloop.responses.responder import FinishReason, Reply, Request, failure
 from guardloop.responses.sampling import choose_tokens, uniforms
 from guardloop.responses.settings import ResponderSettings
-from guardloop.responses.slots import Slots
+from guardloop.responses.slots import Slots, width_for
 
 WINDOW_BATCHES = 8  # batches of requests that are read ahead and sorted by length
 REFILL_SHARE = 0.25  # share of places that must be free before new prompts are read in, so that they come in batches
@@ -44,13 +44,18 @@ class Group:
 
 @dataclass
 class Row:
-    """One response in the making. `position` is where its next input token goes, `next_token` is that token."""
+    """One response in the making. `next_token` is its next input: the prompt's last token, then what was made."""
 
     request: Request
-    position: int
+    prompt_tokens: int
     next_token: int
     random: npt.NDArray[np.float32]
     tokens: list[int] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Where the next input goes."""
+        return self.prompt_tokens - 1 + len(self.tokens)
 
 
 class TransformersResponder:
@@ -107,23 +112,22 @@ class TransformersResponder:
             except PromptError as error:
                 errors += [failure(request, str(error)) for request in samples]
                 continue
-            fitting = max(1, self.settings.batch_tokens // self._longest(tokens))
-            size = min(self.settings.batch_rows, fitting)
+            size = max(1, min(self.settings.batch_rows, self.settings.batch_tokens // self._width(len(tokens))))
             groups += [Group(tokens, samples[i : i + size]) for i in range(0, len(samples), size)]
         return sorted(groups, key=lambda group: len(group.tokens)), errors
 
-    def _longest(self, tokens: list[int]) -> int:
-        return len(tokens) + self.settings.max_new_tokens
+    def _width(self, prompt_tokens: int) -> int:
+        return width_for(prompt_tokens + self.settings.max_new_tokens)
 
     def _next_prompts(self, rows: list[Row], queue: deque[Group]) -> list[Group]:
         """Take the prompts that fit beside the active rows and into one prefill; none if there is no room."""
         admitted = list[Group]()
         count = len(rows)
-        longest = max((row.position - len(row.tokens) + 1 for row in rows), default=0) + self.settings.max_new_tokens
+        longest = max((row.prompt_tokens for row in rows), default=0)
         while queue:
             count += len(queue[0].requests)
-            longest = max(longest, self._longest(queue[0].tokens))
-            fits = count <= self.settings.batch_rows and count * longest <= self.settings.batch_tokens
+            longest = max(longest, len(queue[0].tokens))
+            fits = count <= self.settings.batch_rows and count * self._width(longest) <= self.settings.batch_tokens
             if not fits and (rows or admitted):
                 break
             if admitted and (len(admitted) + 1) * len(queue[0].tokens) > PREFILL_TOKENS:
@@ -141,11 +145,11 @@ class TransformersResponder:
         cache = DynamicCache()
         self.model.base_model(input_ids=padded.to(self.model.device), past_key_values=cache, use_cache=True)
         rows += [
-            Row(r, len(g.tokens) - 1, g.tokens[-1], uniforms(r.seed, self.settings.max_new_tokens))
+            Row(r, len(g.tokens), g.tokens[-1], uniforms(r.seed, self.settings.max_new_tokens))
             for g in groups
             for r in g.requests
         ]
-        longest = max(row.position - len(row.tokens) + 1 for row in rows) + self.settings.max_new_tokens
+        longest = max(row.prompt_tokens for row in rows) + self.settings.max_new_tokens
         slots.admit(cache, lengths, [len(group.requests) for group in groups], longest)
 
     @torch.inference_mode()
@@ -166,7 +170,6 @@ class TransformersResponder:
         chosen = choose_tokens(logits, uniform, self.settings.temperature, self.settings.top_p).tolist()
         replies, finished = list[Reply](), list[int]()
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            row.position += 1
             row.next_token = token
             if reason := self._advance(row):
                 replies.append(self._reply(row, reason))

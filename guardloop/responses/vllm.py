@@ -38,8 +38,9 @@ class VllmResponder:
                 enable_prefix_caching=True,
             ).llm_engine
         except (ValueError, RuntimeError, OSError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
             raise GuardLoopError(
-                f"responder: vLLM cannot serve {load}: {str(error).splitlines()[0] if str(error) else error!r}",
+                f"responder: vLLM cannot serve {load}: {reason}",
                 "check the GPU's free memory and that vLLM knows the model, or lower responder.max_prompt_tokens",
             ) from error
 

@@ -83,10 +83,10 @@ def fit(
         hidden = label_hidden(model, prefix, [[*e.tokens, *labels.lead] for e in batch], PrefixCache(model, prefix))
         loss = label_loss(label_logits(model, hidden), labels, targets, weights)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = float(clip_grad_norm_(parameters, settings.clip))
-        if not math.isfinite(float(loss)) or not math.isfinite(norm):
+        value, norm = loss.item(), float(clip_grad_norm_(parameters, settings.clip))
+        if not math.isfinite(value) or not math.isfinite(norm):
             raise GuardLoopError(
-                f"training: the loss is {float(loss)} at step {number} (examples {', '.join(e.id for e in batch)})",
+                f"training: the loss is {value} at step {number} (examples {', '.join(e.id for e in batch)})",
                 "lower training.learning_rate, or look at these examples",
             )
         rate = float(scheduler.get_last_lr()[0])
@@ -94,7 +94,7 @@ def fit(
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = len(prefix) + sum(len(e.tokens) - len(prefix) for e in batch)
-        step = Step(number, total, float(loss), norm, rate, len(batch), tokens, time.perf_counter() - started)
+        step = Step(number, total, value, norm, rate, len(batch), tokens, time.perf_counter() - started)
         steps.append(step)
         on_step(step)
     model.eval()

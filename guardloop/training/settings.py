@@ -18,6 +18,8 @@ class TrainingSettings(Section):
     """LoRA dropout."""
     targets: str | list[str] = "all-linear"
     """Modules that get an adapter: names, or all-linear."""
+    top_layers: float = Field(default=1.0, gt=0, le=1)
+    """Share of the decoder's layers, counted from the top, that get an adapter; fewer train faster."""
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from sklearn.metrics import average_precision_score
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.engine import Guard, attach_adapter, fetch_adapter, load_renderer
+from guardloop.guard.engine import Guard, attach_adapter, fetch_adapter, load_renderer, trunk
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import label_tokens
 from guardloop.models import guard_facts, load_causal_lm, locate, pick_device, pick_dtype
@@ -63,7 +63,7 @@ def train(
     renderer = load_renderer(guard)
     torch.manual_seed(settings.seed)
     model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), device, guard.quantization)
-    model = attach_adapter(model, own_adapter, trainable=True) if own_adapter else _fresh(model, settings)
+    model = attach_adapter(model, own_adapter, trainable=True) if own_adapter else fresh_adapter(model, settings)
     default_threshold = guard.threshold if guard.threshold is not None else float(facts.get("threshold", 0.0))
     trained_guard = Guard(model, renderer, threshold=default_threshold, is_guard=False)
     default_margins = _margins(trained_guard, held_out)
@@ -136,38 +136,37 @@ class scaled:  # noqa: N801  (reads as a verb: with scaled(model, .5))
         self.scale = scale
 
     def __enter__(self) -> None:
-        self._apply(self.scale)
+        self.before = [dict(layer.scaling) for layer in self.layers]
+        for layer in self.layers:
+            layer.scaling.update({name: value * self.scale for name, value in layer.scaling.items()})
 
     def __exit__(self, *_: object) -> None:
-        self._apply(1 / self.scale)
-
-    def _apply(self, factor: float) -> None:
-        for layer in self.layers:
-            for name in layer.scaling:
-                layer.scaling[name] *= factor
+        for layer, scaling in zip(self.layers, self.before, strict=True):
+            layer.scaling.update(scaling)
 
 
-def _fresh(model: Any, settings: TrainingSettings) -> PeftModel:
+def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
+    """`model` with a new LoRA adapter, which changes nothing yet. Raises GuardLoopError for targets it has not got."""
+    layers = model.config.num_hidden_layers
+    first = layers - max(1, round(layers * settings.top_layers))
     targets = settings.targets
+    if targets == "all-linear" and first:  # peft takes a choice of layers with names only
+        inner = [n for n, m in trunk(model).named_modules() if isinstance(m, torch.nn.Linear)]
+        targets = sorted({name.rpartition(".")[2] for name in inner})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        layers_to_transform=list(range(first, layers)) if first else None,
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise GuardLoopError(
             f"training.targets: {str(error).splitlines()[0]}", "use all-linear, or names of the model's own layers"
         ) from error
-    if isinstance(adapted.get_output_embeddings(), LoraLayer):
-        raise GuardLoopError(
-            "training.targets: the output head cannot have an adapter: margins are read from its weights",
-            "leave the head out, or use all-linear",
-        )
-    return adapted
 
 
 def _check(examples: Sequence[Row], settings: TrainingSettings) -> None:
@@ -197,11 +196,13 @@ def _save(model: Any, scale: float, folder: Path) -> None:
     """Save the adapter with its chosen strength in its configuration."""
     for config in model.peft_config.values():
         config.lora_alpha = config.lora_alpha * scale
-        config.base_model_name_or_path = (
-            None  # guard.json names the base; a path of this machine means nothing elsewhere
-        )
+        config.base_model_name_or_path = None
     model.save_pretrained(folder, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)
+    # guard.json names the base; peft writes a path of this machine, which means nothing elsewhere
+    path = folder / "adapter_config.json"
+    facts = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": None}
+    path.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def _write_facts(

@@ -200,9 +200,10 @@ def test_near_duplicates_of_every_row_are_found_though_ids_repeat(dataset):
 
 def test_near_duplicates_in_the_test_set_share_a_group_through_chains(dataset):
     first = words(60)
-    second = [*first[:-1], "zebra"]
-    third = [first[0], "okapi", *second[2:]]
+    second = [*first[:10], "zebra", *first[11:20], "okapi", *first[21:]]
+    third = [*second[:30], "tapir", *second[31:40], "lemur", *second[41:]]
     apart = words(60, 9)
+    assert similarity(" ".join(first), " ".join(third)) < 0.8
     test = [{"id": i, "prompt": " ".join(t), "label": i % 2} for i, t in enumerate((first, second, third, apart))]
     _, tested, report = prepare(dataset([{"prompt": "traffic"}], test))
     groups = [r["group"] for r in tested]
@@ -238,6 +239,13 @@ def test_a_large_overlap_is_refused_unless_it_is_allowed(dataset):
     assert "15%" in error.what and "max_overlap" in error.remedy
     kept, _, report = prepare(overlapping(dataset, 3, max_overlap=0.15))
     assert len(kept) == 1 and report.overlap_with_test == 3
+
+
+@pytest.mark.parametrize("text", ["! ?", "?!  🙂", "C", "ß", "的"])
+def test_prompts_without_words_are_kept_apart_too(dataset, text):
+    test = [*LABELLED, {"prompt": text, "label": "safe"}]
+    kept, _, _ = prepare(dataset([{"prompt": text.replace(" ", "  ").upper()}, {"prompt": "x"}], test, max_overlap=1))
+    assert [r["prompt"] for r in kept] == ["x"]
 
 
 def test_the_same_file_for_traffic_and_test_is_refused(dataset):

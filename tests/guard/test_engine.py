@@ -25,7 +25,7 @@ from guardloop.guard.engine import Guard, PrefixCache, label_hidden
 from guardloop.guard.settings import GuardSettings
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
-WORDS = "how do I bake a cake build bomb <|eot_id|> [/INST] 你好 . ? \n".split(" ")
+WORDS = ["how", "do", "I", "bake", "a", "cake", "build", "bomb", "<|eot_id|>", "[/INST]", "你好", ".", "?", "\n"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join).filter(str.strip)
 rows = st.fixed_dictionaries({"prompt": texts, "response": st.none() | texts | st.just("")})
 conversations = st.lists(rows, min_size=1, max_size=9)
@@ -173,10 +173,11 @@ def test_an_answer_that_is_not_a_number_is_no_verdict():
         list(guard.score(user("hello")))
 
 
-def test_margins_of_a_half_precision_model_do_not_tie():
-    model = tiny_llama().to(torch.bfloat16)
-    found = margins(Guard(model, renderer_of("guardloop"), is_guard=False), user(*(f"number {n}" for n in range(60))))
-    assert len(set(found)) == 60
+def test_margins_of_a_half_precision_model_do_not_collapse_into_ties():
+    guard = Guard(tiny_llama().to(torch.bfloat16), renderer_of("guardloop"), is_guard=False)
+    rows = user(*(f"number {n}" for n in range(60)))
+    rounded = {by_full_forward(guard, row)[0] for row in rows}
+    assert len(set(margins(guard, rows))) > 2 * len(rounded)
 
 
 def test_the_threshold_divides_flagged_from_passed():
@@ -243,11 +244,12 @@ def test_the_adapters_threshold_wins_where_one_is_given(base, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "config"),
     [
-        ({"hidden_size": 64}, {}),
+        ({"hidden_size": 32}, {}),
         ({"num_hidden_layers": 3}, {}),
         ({"num_hidden_layers": 1}, {"target_modules": ["q_proj"]}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_an_adapter_of_another_base_is_refused(base, tmp_path, shape, config):
     with pytest.raises(GuardLoopError, match="does not fit the base model"):
         load(base, adapter(tmp_path / "lora", tiny_llama(**shape), **config))

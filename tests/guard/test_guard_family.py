@@ -68,5 +68,5 @@ def test_a_malformed_policy_is_refused(tmp_path, text, problem):
 
 
 def test_a_missing_policy_is_named():
-    with pytest.raises(GuardLoopError, match="no such file: nowhere.yaml"):
+    with pytest.raises(GuardLoopError, match=r"no such file: nowhere\.yaml"):
         read_policy("nowhere.yaml")

@@ -70,7 +70,16 @@ def test_written_verdicts_are_read(text, verdict):
     "text",
     [
         *("", " ", "\n\n", "SAFE", "Safe", "UNSAFE", "UNSAFE\nS1", "Unsafe\nS1", "safe.", "safe\nS1", "safe safe"),
-        *("unsafe", "unsafe\n", "unsafe S1", "unsafe\n\nS1", "unsafe\nS1\nS2", "unsafe\ns1", "unsafe\nO1", "unsafe\nS3"),
+        *(
+            "unsafe",
+            "unsafe\n",
+            "unsafe S1",
+            "unsafe\n\nS1",
+            "unsafe\nS1\nS2",
+            "unsafe\ns1",
+            "unsafe\nO1",
+            "unsafe\nS3",
+        ),
         *("unsafe\nS1,S3", "unsafe\n1", "unsafe\nviolence", "unsafe\nS1 S2", "unsafe\n,", "not safe", "unsafely\nS1"),
         *("S1", "unsafe\r\nS1", "safe\x00", "I cannot say.", "s a f e", "unsafe:\nS1", "unsafe\nS1 because"),
     ],

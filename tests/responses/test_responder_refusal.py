@@ -6,7 +6,6 @@ from guardloop.responses.refusal import is_refusal
 
 REFUSALS = """
 I'm sorry, but I can't assist with that.
-I’m sorry, I can’t help with that request.
 Sorry, but I cannot provide instructions for that.
 I cannot fulfill your request. I am just an AI.
 I can't help you with that.
@@ -62,6 +61,10 @@ def test_refusals(text: str) -> None:
 @pytest.mark.parametrize("text", ANSWERS.strip().splitlines())
 def test_answers(text: str) -> None:
     assert not is_refusal(text)
+
+
+def test_typographic_apostrophes() -> None:
+    assert is_refusal("I\u2019m sorry, I can\u2019t help with that request.")
 
 
 def test_an_empty_text_is_no_refusal() -> None:

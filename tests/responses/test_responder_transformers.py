@@ -87,7 +87,7 @@ def test_samples_are_what_the_plain_way_gives(responder: Callable[..., Transform
 @pytest.mark.parametrize("shape", [{"batch_rows": 1}, {"batch_rows": 2}, {"batch_rows": 64}, {"batch_tokens": 256}])
 def test_batches_do_not_matter(responder: Callable[..., TransformersResponder], shape: dict[str, int]) -> None:
     usual, other = responder(), responder(**shape)
-    requests = ask(PROMPTS, usual.settings)
+    requests = ask(PROMPTS[:20], usual.settings)
     assert answers(other.generate(requests)) == answers(usual.generate(requests))
 
 
@@ -106,7 +106,7 @@ def test_reads_ahead_a_bounded_number(responder: Callable[..., TransformersRespo
 
     def requests() -> Iterator[Request]:
         nonlocal read
-        for request in ask(PROMPTS * 5, ours.settings):
+        for request in ask(PROMPTS * 2, ours.settings):
             read += 1
             yield request
 
@@ -129,8 +129,8 @@ def test_the_cache_stays_within_batch_tokens(
     ours = responder(batch_rows=64, batch_tokens=512)
     long = ["sea " * 90, *PROMPTS, "moon " * 80, *PROMPTS]
     assert len(list(ours.generate(ask(long, ours.settings)))) == len(long) * 3
-    assert max(sizes) <= 2 * 512  # widths are rounded up to a multiple of 64
-    assert sizes[-1] < max(sizes)
+    assert max(sizes) <= 512
+    assert len(set(sizes)) > 1
 
 
 def test_more_samples_than_rows(responder: Callable[..., TransformersResponder]) -> None:

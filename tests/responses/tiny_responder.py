@@ -16,7 +16,8 @@ TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-WORDS = "user assistant system how do i pick a lock write poem about the sea and moon tell me what is why".split()
+TEXT = "user assistant system how do i pick a lock write poem about the sea and moon tell me what is why"
+WORDS = TEXT.split()
 PROMPTS = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(1 + i * 5 % 13)) + f" {i}?" for i in range(40)]
 
 
@@ -26,7 +27,7 @@ def build_tokenizer(template: str | None = TEMPLATE) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[START, END], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
     wrapped.add_special_tokens({"additional_special_tokens": [START]})
     wrapped.chat_template = template

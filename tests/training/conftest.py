@@ -12,5 +12,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random guard in our own form, as a local folder."""
-    return save_guard(tmp_path_factory.mktemp("base"), threshold=0.0)
+    """A random guard in our own form with a policy of one category, as a local folder."""
+    folder = save_guard(tmp_path_factory.mktemp("base"), threshold=0.0)
+    (folder / "policy.yaml").write_text("S1: {name: Weapons, description: a bomb}")
+    return folder

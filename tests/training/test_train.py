@@ -1,4 +1,5 @@
 import json
+import random
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import operating_point, ranking, scaled, split, train
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
-NOUNS = "cake bread garden door village flour sugar baker answer policy".split(" ")
+NOUNS = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker", "answer", "policy"]
 FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", "my {} is old", "{}", "is a {} good?"]
 
 
@@ -26,15 +27,21 @@ def row(number, prompt, target, kind, response=None, **values):
     return facts | {"prompt": prompt, "response": response, "target": target, "kind": kind} | values
 
 
-def toy_examples():
-    """Prompts with the word bomb are unsafe; no other is."""
-    prompts = [(f"{frame.format(noun)}", 0.0, "hard_negative") for frame in FRAMES for noun in NOUNS]
-    prompts += [(frame.format(f"{noun} bomb"), 1.0, "positive") for frame in FRAMES for noun in NOUNS]
-    return [row(n, *values) for n, values in enumerate(prompts)]
+def toy_examples(pairs=60):
+    """Pairs of prompts that differ in the word bomb, which makes them unsafe."""
+    draw = random.Random(0)
+    made = []
+    for number in range(0, 2 * pairs, 2):
+        frame, one, other = draw.choice(FRAMES), draw.choice(NOUNS), draw.choice(NOUNS)
+        unsafe = f"{one} bomb" if draw.random() < 0.5 else f"bomb {other}"
+        made.append(row(number, frame.format(f"{one} {other}"), 0.0, "hard_negative"))
+        made.append(row(number + 1, frame.format(unsafe), 1.0, "positive"))
+    return made
 
 
 def guard_settings(base, **options):
-    return GuardSettings(base=str(base), dtype="float32", is_guard=False, **options)
+    values = {"dtype": "float32", "is_guard": False, "policy": str(base / "policy.yaml")} | options
+    return GuardSettings(base=str(base), **values)
 
 
 def quick(**options):
@@ -50,24 +57,25 @@ def toy(base, tmp_path_factory):
     """An adapter trained on the toy task, with what was said of it and seen on the way."""
     folder = tmp_path_factory.mktemp("toy")
     steps = []
-    options = quick(epochs=12, rank=8, dropout=0.0)
-    trained = train(toy_examples(), guard_settings(base), options, folder, steps.append)
+    options = quick(epochs=6, rank=16, dropout=0.0, learning_rate=5e-3)
+    trained = train(toy_examples(120), guard_settings(base), options, folder, steps.append)
     return trained, folder, steps
 
 
 def test_training_learns_a_toy_task(base, toy):
     trained, folder, steps = toy
-    assert trained.last_loss < 0.5 * trained.first_loss
-    assert trained.held_out_auprc > max(0.9, trained.held_out_auprc_default)
+    assert trained.last_loss < 0.1 * trained.first_loss
+    assert trained.held_out_auprc_default < 0.7
+    assert trained.held_out_auprc > 0.95
     assert trained.steps == len(steps)
-    guard = Guard.load(guard_settings(base).model_copy(update={"is_guard": True, "min_label_mass": 0.9}), folder)
-    _, held_out = split(toy_examples(), 0.2, 0)
+    guard = Guard.load(guard_settings(base, is_guard=True), folder)
+    _, held_out = split(toy_examples(120), 0.2, 0)
     unsafe = np.array([r["target"] > 0.5 for r in held_out])
-    found = margins(guard, held_out)
-    assert found[unsafe].mean() > found[~unsafe].mean() + 1
-    flagged = np.array([v.flagged for v in guard.score(held_out)])
-    assert flagged[unsafe].mean() > 0.8
-    assert flagged[~unsafe].mean() <= 0.1
+    verdicts = list(guard.score(held_out))
+    found, flagged = (np.array([getattr(v, name) for v in verdicts]) for name in ("margin", "flagged"))
+    assert found[unsafe].mean() > found[~unsafe].mean() + 5
+    assert flagged[unsafe].mean() > 0.9
+    assert flagged[~unsafe].mean() <= 0.02 + np.mean(margins(Guard.load(guard_settings(base)), held_out)[~unsafe] > 0)
 
 
 def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy):
@@ -76,9 +84,9 @@ def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy)
     assert facts["family"] == "guardloop"
     assert facts["base"] == str(base)
     assert facts["threshold"] == trained.threshold
-    assert facts["training"]["examples"] + facts["training"]["held_out"] == len(toy_examples())
-    assert facts["training"]["settings"]["rank"] == 8
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "guard.json"]
+    assert facts["training"]["examples"] + facts["training"]["held_out"] == len(toy_examples(120))
+    assert facts["training"]["settings"]["rank"] == 16
+    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "guard.json"}
     assert str(base) not in (folder / "adapter_config.json").read_text()
 
 
@@ -146,7 +154,7 @@ def test_what_is_held_out_is_not_fitted(monkeypatch, base, tmp_path):
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(base, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(toy_examples()[40:80], guard_settings(base), quick(seed=seed, validation=0.1), tmp_path / name)
+        train(toy_examples(20), guard_settings(base), quick(seed=seed, validation=0.1), tmp_path / name)
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -177,7 +185,7 @@ def test_examples_of_one_kind_are_refused(base, tmp_path, target, kind):
 
 
 def test_too_few_examples_are_refused(base, tmp_path):
-    for examples in ([], toy_examples()[50:70]):
+    for examples in ([], toy_examples(10)):
         with pytest.raises(GuardLoopError, match=f"{len(split(examples, 0.2, 0)[0])} examples are too few"):
             train(examples, guard_settings(base), quick(min_examples=32), tmp_path / "one")
 
@@ -258,7 +266,7 @@ def test_ranking_asks_for_both_kinds_and_knows_the_best_order(values):
     assert (found is None) == one_kind
     assume(not one_kind)
     assert 0 < found <= 1
-    assert ranking(examples, np.array(targets, dtype=np.float32)) == 1
+    assert ranking(examples, np.array(targets, dtype=np.float32)) == pytest.approx(1)
 
 
 def test_ranking_leaves_replay_out():

@@ -1,0 +1,78 @@
+"""The compiled pipelines: what is in them, and what must not be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from guardloop.config import load_settings
+from launch.compile import compile_all
+from launch.local import PARAMETERS
+
+STAGES = {
+    "process": {"prepare-data", "screen", "generate-responses", "screen-2", "mine-feedback"},
+    "train": {"train-guard"},
+    "evaluate": {"screen", "screen-improved", "evaluate", "register-model", "promote-model"},
+}
+STAGES["full"] = {"prepare-data", "generate-responses", "mine-feedback", "train-guard", *STAGES["evaluate"]}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("pipelines")
+    return {path.stem: yaml.safe_load(path.read_text()) for path in compile_all(folder)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_is_in_the_pipeline(compiled: dict[str, dict], name: str) -> None:
+    tasks = {task for dag in _dags(compiled[name]) for task in dag["tasks"]}
+
+    assert STAGES[name] <= tasks
+
+
+def test_promotion_and_training_hang_on_bools(compiled: dict[str, dict]) -> None:
+    conditions = [
+        task["triggerPolicy"]["condition"]
+        for dag in _dags(compiled["full"])
+        for task in dag["tasks"].values()
+        if "triggerPolicy" in task and "condition" in task["triggerPolicy"]
+    ]
+
+    assert len(conditions) == 2
+    assert all("== true" in condition for condition in conditions)
+
+
+def test_traffic_is_fanned_out_over_shards_and_collected(compiled: dict[str, dict]) -> None:
+    loops = [t for dag in _dags(compiled["process"]) for t in dag["tasks"].values() if "parameterIterator" in t]
+
+    assert len(loops) == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_nothing_is_installed_at_run_time(compiled: dict[str, dict], name: str) -> None:
+    text = json.dumps(compiled[name])
+
+    assert "pip install" not in text
+    assert ":latest" not in text
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_what_the_launcher_gives_is_what_the_pipeline_takes(compiled: dict[str, dict], name: str) -> None:
+    takes = compiled[name]["root"]["inputDefinitions"]["parameters"]
+    needed = {key for key, value in takes.items() if not value.get("isOptional") and not key.endswith("_uri")}
+
+    assert needed <= set(PARAMETERS[name]) <= set(takes)
+
+
+def test_sections_of_the_settings_are_the_parameters_of_the_form(compiled: dict[str, dict]) -> None:
+    takes = set(compiled["full"]["root"]["inputDefinitions"]["parameters"])
+    sections = set(load_settings(Path("configs/demo.yaml")).sections())
+
+    assert sections <= takes
+    assert len(takes) == len(sections) + 2
+
+
+def _dags(compiled: dict) -> list[dict]:
+    parts = [compiled["root"], *compiled["components"].values()]
+    return [part["dag"] for part in parts if "dag" in part]

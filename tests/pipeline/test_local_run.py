@@ -1,0 +1,111 @@
+"""The whole pipeline through kfp.local, on tiny random models: what is asserted is the flow, not the quality."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from models import save_guard
+from tiny_responder import save as save_responder
+
+from guardloop.records import read_table
+
+ROOT = Path(__file__).parents[2]
+
+
+class Workshop:
+    """A home folder, a configuration, and the command line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        guard = save_guard(folder / "guard", threshold=0.0)
+        responder = folder / "responder"
+        responder.mkdir()
+        save_responder(responder)
+        self.settings = {
+            "dataset": {"traffic": {"path": "traffic", "limit": 40}, "test": {"path": "test", "limit": 60}},
+            "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
+            "responder": {
+                "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
+                "max_prompt_tokens": 512, "max_error_share": 1.0,
+            },
+            "feedback": {"min_blocked_share": 0.5, "min_positives": 1},
+            "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},
+            "evaluation": {"resamples": 200},
+            "gate": {"require_agent": False},
+        }  # fmt: skip
+
+    def guardloop(self, *arguments: str, shards: int = 1, **changes: dict) -> subprocess.CompletedProcess[str]:
+        config, platform = self.folder / "config.yaml", self.folder / "platform.yaml"
+        settings = {name: {**values, **changes.get(name, {})} for name, values in self.settings.items()}
+        config.write_text(yaml.safe_dump(settings))
+        platform.write_text(yaml.safe_dump({"runner": "subprocess", "shards": shards}))
+        environment = {**os.environ, "GUARDLOOP_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        where = ["--config", str(config), "--platform", str(platform)]
+        command = [sys.executable, "-m", "guardloop.cli", "run", *where, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+    @property
+    def latest(self) -> Path:
+        return (self.folder / "home" / "runs" / "latest").resolve()
+
+    def summary(self) -> dict:
+        return json.loads((self.latest / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.mark.slow
+def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> None:
+    ended = workshop.guardloop(shards=2)  # a threshold of 10 blocks nothing
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    summary = workshop.summary()
+    assert summary["decision"] == "nothing to train on"
+    assert "0 of 40 passed prompts" in summary["headline"]
+    names = {stage["stage"] for stage in summary["stages"]}
+    assert {"screen prompts [0]", "screen prompts [1]", "mine_feedback"} <= names
+    assert "train_guard" not in names
+    shards = list((workshop.latest / "artifacts").rglob("verdicts"))
+    ids = [row["id"] for path in shards for row in read_table(path) if "sample" not in row]
+    assert len(ids) == len(set(ids)) == 40
+
+
+@pytest.mark.slow
+def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop) -> None:
+    loose = {"guard": {"threshold": _middle_margin(workshop)}}
+    whole = workshop.guardloop(**loose)
+
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    full = workshop.summary()
+    assert full["decision"] == "not promoted"  # a random guard cannot prove anything
+    assert full["headline"] in " ".join(whole.stdout.split()) or "Not promoted" in whole.stdout
+    assert [s["stage"] for s in full["stages"]][-1] == "register_model"
+
+    alone = workshop.guardloop("--pipeline", "evaluate", "--from", "latest", **loose)
+
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert workshop.summary()["evaluation"] == full["evaluation"]  # the same inputs, the same figures
+
+
+@pytest.mark.slow
+def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(workshop: Workshop) -> None:
+    ended = workshop.guardloop(dataset={"test": {"path": "traffic", "limit": 60}})
+
+    assert ended.returncode == 2
+    assert "overlaps with the training data" in ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def _middle_margin(workshop: Workshop) -> float:
+    """A threshold that lets half of the prompts and half of the responses through."""
+    verdicts = [path for path in (workshop.latest / "artifacts").rglob("verdicts")]
+    margins = sorted(row["margin"] for path in verdicts for row in read_table(path))
+    return margins[len(margins) // 2]
