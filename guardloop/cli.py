@@ -70,7 +70,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print every setting of a configuration, defaults included."""
-    sections = load_settings(config).sections()
+    sections = load_settings(config).model_dump(mode="json")
     typer.echo(json.dumps(sections, indent=2) if as_json else yaml.safe_dump(sections, sort_keys=False).rstrip())
 
 

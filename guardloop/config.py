@@ -32,8 +32,11 @@ class Settings(Section):
     registry: RegistrySettings = RegistrySettings()
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Each section as JSON-ready values: the pipeline's parameters."""
-        return self.model_dump(mode="json")
+        """Each section as JSON-ready values: the pipeline's parameters.
+
+        Settings that are None are left out, since KFP has no such value; None is the default of every one of them.
+        """
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class PlatformSettings(Section):

@@ -210,7 +210,9 @@ def _show(event: dict[str, Any], run: Run, progress: Progress, bars: dict[str, T
         else:
             run.stages.append(event)
             progress.console.print(
-                f"  [green]✓[/] {name:<24} [dim]{event['seconds']:6.1f} s[/]  {event['outcome']}", highlight=False
+                f"  [green]✓[/] {name:<24} [dim]{event['seconds']:6.1f} s[/]  {event['outcome']}",
+                highlight=False,
+                soft_wrap=True,
             )
 
 

@@ -107,7 +107,11 @@ class Parts:
 
     def assemble(self, output: str | Path) -> int:
         """Write all parts into the file `output`, all or nothing; returns the number of rows."""
-        return write_table(read_tables([*self._paths(), *self._paths("error")], RESPONSE), RESPONSE, output)
+        return write_table(self.rows(), RESPONSE, output)
+
+    def rows(self) -> Iterator[Row]:
+        """All responses that are there, of this run and of earlier ones."""
+        return read_tables([*self._paths(), *self._paths("error")], RESPONSE)
 
     def _paths(self, kind: str = "part") -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*.parquet"))

@@ -166,7 +166,7 @@ class TransformersResponder:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        uniform = torch.tensor([row.random[len(row.tokens)] for row in rows], device=device)
+        uniform = torch.tensor([row.random[len(row.tokens)] for row in rows], dtype=torch.float32, device=device)
         chosen = choose_tokens(logits, uniform, self.settings.temperature, self.settings.top_p).tolist()
         replies, finished = list[Reply](), list[int]()
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):

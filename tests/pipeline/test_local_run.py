@@ -106,6 +106,6 @@ def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(worksh
 
 def _middle_margin(workshop: Workshop) -> float:
     """A threshold that lets half of the prompts and half of the responses through."""
-    verdicts = [path for path in (workshop.latest / "artifacts").rglob("verdicts")]
+    verdicts = (workshop.latest / "artifacts").rglob("verdicts")
     margins = sorted(row["margin"] for path in verdicts for row in read_table(path))
     return margins[len(margins) // 2]

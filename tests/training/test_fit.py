@@ -72,8 +72,9 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
         assert gradient.abs().max() > 0
 
 
-def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts():
-    model, renderer = adapted(), renderer_of("guardloop")
+@pytest.mark.parametrize("family", ["guardloop", "llama-guard-3"])
+def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family):
+    model, renderer = adapted(family), renderer_of(family)
     labels, examples = label_tokens(renderer), encoded(renderer)
     reference = reference_loss(model, labels, examples)
     reference.backward()
@@ -197,3 +198,9 @@ def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed):
         assert sorted(taken) == sorted(e.id for e in examples)
     assert all(0 < len(batch) <= rows for batch in made)
     assert made == list(batches(examples, options, per_epoch * epochs))
+
+
+def test_another_seed_gives_another_order():
+    examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(60)]
+    first, second = (list(batches(examples, TrainingSettings(seed=seed), 4)) for seed in (0, 1))
+    assert first != second
