@@ -13,7 +13,8 @@ class Processed(NamedTuple):
 
     training_set: Dataset
     test_set: Dataset
-    enough: bool
+    Output: bool
+    """Whether the harvest is enough to train on; kfp.local's conditions know an output of this name only."""
 
 
 @dsl.pipeline(name="guardloop-process", description="Screen traffic, answer it, judge the answers, mine the lessons.")
@@ -127,7 +128,7 @@ def full(
 ):
     """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
     processed = process(dataset=dataset, guard=guard, responder=responder, feedback=feedback, shards=shards)
-    with dsl.If(processed.outputs["enough"] == True, name="harvest is enough"):  # noqa: E712
+    with dsl.If(processed.outputs["Output"] == True, name="harvest is enough"):  # noqa: E712
         trained = stage.train_guard(
             training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry
         )

@@ -112,6 +112,7 @@ def screen(
                 "revision": settings.revision or "",
                 "adapter": settings.adapter or "",
                 "threshold": model.threshold if model else settings.threshold or 0.0,
+                "shards": shards,
                 "median_label_mass": median(masses) if masses else 1.0,
                 **counts,
             }

@@ -162,11 +162,17 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise GuardLoopError(
             f"training.targets: {str(error).splitlines()[0]}", "use all-linear, or names of the model's own layers"
         ) from error
+    if isinstance(adapted.get_output_embeddings(), LoraLayer):
+        raise GuardLoopError(
+            "training.targets: the output head cannot have an adapter: margins are read from its weights",
+            "leave the head out, or use all-linear",
+        )
+    return adapted
 
 
 def _check(examples: Sequence[Row], settings: TrainingSettings) -> None:

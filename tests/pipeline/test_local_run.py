@@ -30,7 +30,7 @@ class Workshop:
             "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
             "responder": {
                 "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
-                "max_prompt_tokens": 512, "max_error_share": 1.0,
+                "max_prompt_tokens": 256, "max_error_share": 1.0,
             },
             "feedback": {"min_blocked_share": 0.5, "min_positives": 1},
             "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},

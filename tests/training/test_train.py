@@ -196,6 +196,17 @@ def test_layers_that_cannot_have_an_adapter_are_refused(base, tmp_path, targets)
         train(toy_examples(), guard_settings(base), quick(targets=targets), tmp_path / "one")
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_path, targets):
+    options = quick(top_layers=0.5, targets=targets)
+    _, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
+    weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert all(".layers.1." in name for name in weights)
+    assert len(weights) == 2 * (7 if targets == "all-linear" else 2)
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+
+
 @pytest.mark.parametrize("wrong", [{"scales": []}, {"scales": [0.0]}, {"scales": [-1.0]}, {"warmup": 1.0}])
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
