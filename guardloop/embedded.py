@@ -33,7 +33,7 @@ from guardloop.training.train import fresh_adapter
 
 FAMILY = "guardloop"
 BOOTSTRAP = TrainingSettings(
-    rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=2e-3, epochs=2, batch_rows=16, warmup=0.1
+    rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
 )
 Watch = Callable[[Step], None]
 

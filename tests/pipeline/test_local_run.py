@@ -97,7 +97,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop)
 
 @pytest.mark.slow
 def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(workshop: Workshop) -> None:
-    ended = workshop.guardloop(dataset={"test": {"path": "traffic", "limit": 60}})
+    ended = workshop.guardloop(dataset={"traffic": {"path": "traffic"}, "test": {"path": "traffic"}})
 
     assert ended.returncode == 2
     assert "overlaps with the training data" in ended.stderr
