@@ -113,12 +113,12 @@ def _explain(error: Exception, model: str) -> GuardLoopError:
         cause = cause.__cause__ or cause.__context__
     names = {type(e).__name__ for e in chain}
     text = " ".join(str(e) for e in chain)
-    if "GatedRepoError" in names or "gated repo" in text:
+    if "GatedRepoError" in names or "trying to access a gated repo" in text:
         return GuardLoopError(
             f"{model}: access to this gated model was refused",
             f"accept its licence at huggingface.co/{model}, then set HF_TOKEN to a token of that account",
         )
-    if "RepositoryNotFoundError" in names or "RevisionNotFoundError" in names:
+    if names & {"RepositoryNotFoundError", "RevisionNotFoundError"} or "is not a valid model identifier" in text:
         return GuardLoopError(f"{model}: the hub has no such model or revision", "check the id and the revision")
     if Path(model).is_dir():
         return GuardLoopError(

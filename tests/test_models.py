@@ -1,0 +1,94 @@
+"""Models that cannot be had: what a person is told. The hub is a server on this machine that answers as the real one."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from guardloop.errors import GuardLoopError
+from guardloop.models import guard_facts, locate, pick_device
+
+LOAD = """
+from guardloop.errors import GuardLoopError
+from guardloop.models import load_tokenizer
+try:
+    load_tokenizer("meta-llama/LlamaGuard-7b")
+except GuardLoopError as error:
+    print(error)
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Refuses everything, for the reason that the server holds."""
+
+    def do_GET(self) -> None:
+        status, code = self.server.refusal  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", "Access to this model is restricted.")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        ((403, "GatedRepo"), "accept its licence at huggingface.co/meta-llama/LlamaGuard-7b, then set HF_TOKEN"),
+        ((404, "RepoNotFound"), "check the id and the revision"),
+    ],
+)
+def test_a_refused_model_is_explained(
+    hub: ThreadingHTTPServer, refusal: tuple[int, str], told: str, tmp_path: Path
+) -> None:
+    hub.refusal = refusal  # type: ignore[attr-defined]
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment.pop("HF_TOKEN", None)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD], capture_output=True, text=True, env=environment, cwd=Path.cwd(), check=False
+    )
+
+    assert told in ended.stdout, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_folder_is_not_taken_for_a_hub_id() -> None:
+    with pytest.raises(GuardLoopError, match="no model folder at ./nowhere"):
+        locate("./nowhere")
+
+
+def test_an_unknown_embedded_model_is_named() -> None:
+    with pytest.raises(GuardLoopError, match="embedded models: smollm2, guard"):
+        locate("embedded:gard")
+
+
+def test_a_damaged_guard_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "guard.json").write_text("{")
+
+    with pytest.raises(GuardLoopError, match="not readable JSON"):
+        guard_facts(tmp_path)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    with pytest.raises(GuardLoopError, match="no usable GPU"):
+        pick_device("cuda")
