@@ -1,4 +1,4 @@
-"""Models that cannot be had: what a person is told. The hub is a server on this machine that answers as the real one."""
+"""Models that cannot be had: what a person is told. The hub is a server on this machine that answers like it."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815  (the name that http.server asks for)
 
     def log_message(self, *_: object) -> None: ...
 
@@ -71,7 +71,7 @@ def test_a_refused_model_is_explained(
 
 
 def test_a_missing_folder_is_not_taken_for_a_hub_id() -> None:
-    with pytest.raises(GuardLoopError, match="no model folder at ./nowhere"):
+    with pytest.raises(GuardLoopError, match=r"no model folder at \./nowhere"):
         locate("./nowhere")
 
 
