@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from guardloop.config import PlatformSettings, Settings
@@ -210,7 +211,7 @@ def _show(event: dict[str, Any], run: Run, progress: Progress, bars: dict[str, T
         else:
             run.stages.append(event)
             progress.console.print(
-                f"  [green]✓[/] {name:<24} [dim]{event['seconds']:6.1f} s[/]  {event['outcome']}",
+                f"  [green]✓[/] {name:<24} [dim]{event['seconds']:6.1f} s[/]  {escape(event['outcome'])}",
                 highlight=False,
                 soft_wrap=True,
             )
