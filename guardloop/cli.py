@@ -107,7 +107,8 @@ def check(
     if file is not None:
         rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
     settings = load_settings(config).guard
-    from guardloop.guard.engine import Guard, fetch_adapter  # torch loads for seconds; wrong input is told before
+    from guardloop.guard.engine import Guard  # torch loads for seconds; wrong input is told before
+    from guardloop.guard.loading import fetch_adapter
 
     _use_local_registry()
     guard = Guard.load(settings, fetch_adapter(adapter))

@@ -67,7 +67,7 @@ def load_causal_lm(
 ) -> Any:
     """A causal language model in eval mode on `device`. Raises GuardLoopError if it cannot be had."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    if quantization != "none":
+    if in_bits := quantization in ("int8", "nf4"):
         options["quantization_config"] = (
             BitsAndBytesConfig(load_in_8bit=True)
             if quantization == "int8"
@@ -80,7 +80,7 @@ def load_causal_lm(
         )
         options["device_map"] = {"": device}
     loaded = _from_pretrained(AutoModelForCausalLM, model, revision, **options)
-    return (loaded if quantization != "none" else loaded.to(device)).eval()
+    return (loaded if in_bits else loaded.to(device)).eval()
 
 
 def guard_facts(folder: str | Path) -> dict[str, Any]:

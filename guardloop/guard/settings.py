@@ -24,8 +24,8 @@ class GuardSettings(Section):
     """Category codes left out of the policy, for guards that accept it."""
     threshold: float | None = None
     """A margin above this is flagged; by default the guard's own calibrated threshold, or 0 where it has none."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """Load the base in 8 or 4 bits (bitsandbytes)."""
+    quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
+    """Load the base in 8 or 4 bits (bitsandbytes), or compute in 8-bit floating point (GPUs from Ada and Hopper on)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; `auto` is bfloat16 where the hardware has it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -34,6 +34,10 @@ class GuardSettings(Section):
     """Longer messages keep their head and tail; the verdict is marked as truncated."""
     batch_tokens: int = Field(default=4096, ge=256)
     """Upper bound of message tokens in one forward pass."""
+    pack_tokens: int = Field(default=16384, ge=1024, multiple_of=512)
+    """Tokens of one pack of conversations on a GPU; memory is bounded by it."""
+    categories: bool = False
+    """Also read the categories of flagged messages, in a second pass over these."""
     min_label_mass: float = Field(default=0.95, ge=0, le=1)
     """The median of P(safe) + P(unsafe) below which the run stops: the prompt was rendered wrongly."""
     is_guard: bool = True

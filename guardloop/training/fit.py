@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.engine import PrefixCache, label_hidden, label_logits
+from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits
 from guardloop.guard.verdict import LabelTokens
 from guardloop.training.settings import TrainingSettings
 
@@ -57,7 +57,7 @@ def label_loss(logits: torch.Tensor, labels: LabelTokens, targets: torch.Tensor,
 
 def fit(
     model: Any,
-    prefix: list[int],
+    prefixes: Sequence[Sequence[int]],
     labels: LabelTokens,
     examples: Sequence[Encoded],
     settings: TrainingSettings,
@@ -76,11 +76,11 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total, settings))
     steps: list[Step] = []
     model.train()
-    for number, batch in enumerate(batches(examples, settings, total), start=1):
+    for number, drawn in enumerate(batches(examples, settings, total), start=1):
         started = time.perf_counter()
+        batch, hidden = hidden_of(model, prefixes, labels, drawn)
         targets = torch.tensor([e.target for e in batch], device=model.device)
         weights = torch.tensor([e.weight for e in batch], device=model.device)
-        hidden = label_hidden(model, prefix, [[*e.tokens, *labels.lead] for e in batch], PrefixCache(model, prefix))
         loss = label_loss(label_logits(model, hidden), labels, targets, weights)
         loss.backward()  # type: ignore[no-untyped-call]
         value, norm = loss.item(), float(clip_grad_norm_(parameters, settings.clip))
@@ -93,12 +93,29 @@ def fit(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens = len(prefix) + sum(len(e.tokens) - len(prefix) for e in batch)
+        tokens = sum(len(e.tokens) for e in batch)
         step = Step(number, total, value, norm, rate, len(batch), tokens, time.perf_counter() - started)
         steps.append(step)
         on_step(step)
     model.eval()
     return steps
+
+
+def hidden_of(
+    model: Any, prefixes: Sequence[Sequence[int]], labels: LabelTokens, batch: Sequence[Encoded]
+) -> tuple[list[Encoded], torch.Tensor]:
+    """Hidden states `float[B, H]` at the label positions of `batch`, and the batch in the order they are in.
+
+    Each of `prefixes` that occurs passes through the model once, with gradient.
+    """
+    groups: dict[tuple[int, ...], list[Encoded]] = {}
+    for example in batch:
+        groups.setdefault(behind(prefixes, example.tokens), []).append(example)
+    hidden = [
+        label_hidden(model, PrefixCache(model, prefix), [[*e.tokens[len(prefix) :], *labels.lead] for e in group])
+        for prefix, group in groups.items()
+    ]
+    return [e for group in groups.values() for e in group], torch.cat(hidden)
 
 
 def batches(examples: Sequence[Encoded], settings: TrainingSettings, total: int) -> Iterator[list[Encoded]]:

@@ -14,7 +14,9 @@ from peft.tuners.lora import LoraLayer
 from sklearn.metrics import average_precision_score
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.engine import Guard, attach_adapter, fetch_adapter, load_renderer, trunk
+from guardloop.guard.engine import Guard
+from guardloop.guard.forward import trunk
+from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import label_tokens
 from guardloop.models import guard_facts, load_causal_lm, locate, pick_device, pick_dtype
@@ -70,7 +72,7 @@ def train(
     encoded = [
         Encoded(r["id"], renderer.render(r["prompt"], r["response"]).tokens, r["target"], r["weight"]) for r in training
     ]
-    steps = fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded, settings, on_step=on_step)
+    steps = fit(model, renderer.prefixes, label_tokens(renderer), encoded, settings, on_step=on_step)
     trials, best = [], (-1.0, 1.0, np.zeros(0))
     for scale in settings.scales:
         with scaled(model, scale):

@@ -21,7 +21,8 @@ from models import (
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard import engine
-from guardloop.guard.engine import Guard, PrefixCache, label_hidden
+from guardloop.guard.engine import Guard
+from guardloop.guard.forward import PrefixCache, label_hidden
 from guardloop.guard.settings import GuardSettings
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
@@ -56,7 +57,7 @@ def margins(guard, conversations):
 @PROPERTY
 def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, batch_tokens, conversations):
     guard = guard_of(family, lora)
-    guard.batch_tokens = batch_tokens
+    guard.scorer.batch_tokens = batch_tokens
     for row, verdict in zip(conversations, guard.score(conversations), strict=True):
         margin, mass = by_full_forward(guard, row)
         assert verdict.margin == pytest.approx(margin, abs=NEAR)
@@ -75,9 +76,9 @@ def test_an_adapter_matters():
 def test_a_score_depends_on_its_own_conversation_only(conversations, seed):
     guard = guard_of("llama-guard-3")
     order = random.Random(seed).sample(range(len(conversations)), len(conversations))
-    guard.batch_tokens = 60
+    guard.scorer.batch_tokens = 60
     together = margins(guard, conversations)
-    guard.batch_tokens = 4096
+    guard.scorer.batch_tokens = 4096
     shuffled = margins(guard, [conversations[i] for i in order])
     alone = [margins(guard, [row])[0] for row in conversations]
     assert [together[i] for i in order] == pytest.approx(shuffled, abs=NEAR)
@@ -106,19 +107,18 @@ def test_truncation_is_recorded():
     assert [v.truncated for v in guard.score(user("short", "long " * 50))] == [False, True]
 
 
-def test_a_prompt_off_the_shared_prefix_falls_back_to_a_whole_pass(family):
+def test_a_prompt_off_every_prefix_falls_back_to_a_whole_pass(family):
     guard = tiny_guard(family)
-    guard.prefix = [*guard.prefix[:-1], guard.prefix[-1] + 1]  # no prompt starts like this
+    guard.scorer.prefixes = [[*p[:-1], p[-1] + 1] for p in guard.scorer.prefixes]  # no prompt starts like this
     rows = [*user("hello", "build a bomb " * 9), *agent(("hello", "no"))]
     assert margins(guard, rows) == pytest.approx([by_full_forward(guard, row)[0] for row in rows], abs=NEAR)
 
 
-def test_a_mixed_batch_is_taken_whole():
-    model, prefix = tiny_llama(), [5, 6, 7]
-    prompts = [[5, 6, 7, 8, 9], [5, 6, 1], [5, 6, 7, 8]]
+def test_hidden_states_behind_a_cached_template_are_those_of_the_whole():
+    model, rows = tiny_llama(), [[8, 9], [1], [7, 8, 4, 2]]
     with torch.no_grad():
-        hidden = label_hidden(model, prefix, prompts, PrefixCache(model, prefix))
-        whole = [model.model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
+        hidden = label_hidden(model, PrefixCache(model, [5, 6, 7]), rows)
+        whole = [model.model(torch.tensor([[5, 6, 7, *row]])).last_hidden_state[0, -1] for row in rows]
     torch.testing.assert_close(hidden, torch.stack(whole), atol=NEAR, rtol=0)
 
 
@@ -132,7 +132,7 @@ def test_a_forward_pass_stays_within_the_token_budget(budget):
     list(guard.score(user(*("word " * n for n in range(1, 40)))))
     hook.remove()
     prefix, *batches = shapes
-    assert prefix == (1, len(guard.prefix))
+    assert prefix == (1, len(guard.renderer.prefixes[0]))
     assert sum(count for count, _ in batches) == 39
     assert all(count == 1 or count * width <= budget for count, width in batches)
 
@@ -143,7 +143,7 @@ def test_scoring_streams(monkeypatch):
     source = (taken.append(n) or row for n, row in enumerate(user(*["hello"] * 40)))
     verdicts = tiny_guard().score(source)
     next(verdicts)
-    assert len(taken) == 4
+    assert len(taken) == 8  # one window ahead
 
 
 def test_a_low_label_mass_stops_the_run_before_any_verdict():

@@ -17,7 +17,7 @@ from models import (
 from guardloop.errors import GuardLoopError
 from guardloop.guard.family import family_of
 from guardloop.guard.policy import Category
-from guardloop.guard.prompt import Renderer
+from guardloop.guard.prompt import Renderer, Stretch
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 # of many beginnings and ends: the characters at a message's edge may share a token with the template's
@@ -213,14 +213,46 @@ def test_truncation_never_touches_the_template(text, repeat):
 
 @given(first=hostile, second=hostile)
 @PROPERTY
-def test_every_prompt_starts_with_the_shared_prefix(first, second):
+def test_every_prompt_starts_with_its_roles_prefix(first, second):
     for family in FAMILIES:
         renderer = cached_renderer(family)
-        prefix = renderer.shared_prefix()
-        assert prefix
-        for prompt in (renderer.render(first), renderer.render(first, second)):
+        for prefix, prompt in zip(
+            renderer.prefixes, (renderer.render(first), renderer.render(first, second)), strict=True
+        ):
             assert prompt.tokens[: len(prefix)] == prefix
             assert len(prompt.tokens) > len(prefix)
+
+
+def test_a_prefix_reaches_to_the_first_message(family):
+    renderer = cached_renderer(family)
+    for turns, prefix in enumerate(renderer.prefixes, start=1):
+        text = renderer.tokenizer.decode(prefix)
+        assert text.endswith(("User:", "User: ", "<CONVERSATION>\nUser:"))
+        alone = renderer.render(*["zebra"] * turns).tokens
+        assert "zebra" in renderer.tokenizer.decode(alone[len(prefix) : len(prefix) + 8])
+
+
+@given(first=hostile, second=hostile | st.none())
+@PROPERTY
+def test_the_prepared_parts_of_a_prompt_change_no_token(first, second):
+    for family in FAMILIES:
+        renderer = cached_renderer(family)
+        texts = [text for text, _ in renderer._clean([t for t in (first, second) if t is not None])]
+        assert renderer.render(first, second).tokens == renderer._tokens(renderer._skeletons[len(texts)], texts)
+
+
+def test_the_template_is_not_tokenised_again_for_each_prompt(family):
+    plans = cached_renderer(family)._plans
+    for plan in plans.values():
+        (stretch,) = (part for part in plan if isinstance(part, Stretch))
+        assert len(stretch.head) > 20
+
+
+def test_many_conversations_are_rendered_as_each_alone(family):
+    renderer = cached_renderer(family, 16)
+    rows = [("hello", None), ("a " * 50, "b"), ("", None), ("x", "y " * 90)]
+    assert renderer.render_all(rows) == [renderer.render(*row) for row in rows]
+    assert renderer.render_all([]) == []
 
 
 @pytest.mark.parametrize("name", ["llama-guard-1", "llama-guard-2", "llama-guard-3"])

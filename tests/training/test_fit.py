@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from models import renderer_of, tiny_llama, with_lora
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.engine import PrefixCache, label_hidden, label_logits
+from guardloop.guard.forward import label_logits
 from guardloop.guard.verdict import LabelTokens, label_tokens
-from guardloop.training.fit import Encoded, batches, fit, label_loss, rate_at
+from guardloop.training.fit import Encoded, batches, fit, hidden_of, label_loss, rate_at
 from guardloop.training.settings import TrainingSettings
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -55,11 +55,11 @@ def gradients(model):
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-1", "llama-guard-3"])
 def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family):
     model, renderer = adapted(family), renderer_of(family)
-    labels, prefix, examples = label_tokens(renderer), renderer.shared_prefix(), encoded(renderer)
+    labels, examples = label_tokens(renderer), encoded(renderer)
     reference = reference_loss(model, labels, examples)
     reference.backward()
     expected = gradients(model)
-    hidden = label_hidden(model, prefix, [[*e.tokens, *labels.lead] for e in examples], PrefixCache(model, prefix))
+    examples, hidden = hidden_of(model, renderer.prefixes, labels, examples)
     targets, weights = torch.tensor([[e.target, e.weight] for e in examples]).T
     loss = label_loss(label_logits(model, hidden), labels, targets, weights)
     loss.backward()
@@ -79,7 +79,7 @@ def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family
     reference = reference_loss(model, labels, examples)
     reference.backward()
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients(model).values()))
-    (step,) = fit(model, renderer.shared_prefix(), labels, examples, TrainingSettings(batch_rows=99, epochs=1))
+    (step,) = fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_rows=99, epochs=1))
     assert step.loss == pytest.approx(reference.item(), rel=1e-5)
     assert step.gradient_norm == pytest.approx(norm, rel=1e-4)
     assert (step.number, step.total, step.examples) == (1, 1, len(examples))
@@ -90,7 +90,7 @@ def test_only_the_label_position_reaches_the_loss():
     labels, examples = label_tokens(renderer), encoded(renderer)
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
-    fit(model, renderer.shared_prefix(), labels, examples, TrainingSettings(batch_rows=4, epochs=1))
+    fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_rows=4, epochs=1))
     assert sorted(shapes) == [(2, 64), (4, 64), (4, 64)]
 
 
@@ -126,7 +126,7 @@ def test_a_weight_counts_as_that_many_examples():
 def test_only_the_adapter_is_changed():
     model, renderer = adapted(), renderer_of("guardloop")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), TrainingSettings(epochs=1))
+    fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), TrainingSettings(epochs=1))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -136,7 +136,7 @@ def test_only_the_adapter_is_changed():
 def test_steps_are_told_as_they_happen():
     model, renderer = adapted(), renderer_of("guardloop")
     told, options = [], TrainingSettings(batch_rows=4, epochs=1.5, warmup=0.5)
-    args = (model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), options)
+    args = (model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
     steps = fit(*args, on_step=told.append)
     assert steps == told
     assert [s.number for s in steps] == [1, 2, 3, 4, 5]
@@ -147,7 +147,7 @@ def test_a_loss_that_blows_up_names_its_examples():
     model, renderer = adapted(), renderer_of("guardloop")
     options = TrainingSettings(learning_rate=1e30, batch_rows=5, epochs=9, warmup=0)
     with pytest.raises(GuardLoopError, match=r"the loss is \S+ at step \d+ \(examples e\d(, e\d){4}\)") as error:
-        fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), options)
+        fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
     assert "training.learning_rate" in error.value.remedy
 
 
@@ -157,7 +157,7 @@ def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
     with torch.no_grad():
         model.get_base_model().model.norm.weight[0] = float("nan")
     with pytest.raises(GuardLoopError, match="the loss is nan at step 1 "):
-        fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), TrainingSettings())
+        fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), TrainingSettings())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 

@@ -1,0 +1,67 @@
+"""From settings to a guard's parts: its renderer, its weights, its adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from guardloop.errors import GuardLoopError
+from guardloop.guard.family import family_of
+from guardloop.guard.policy import read_policy
+from guardloop.guard.prompt import Renderer
+from guardloop.guard.settings import GuardSettings
+from guardloop.models import guard_facts, load_tokenizer, locate
+
+
+def load_renderer(settings: GuardSettings) -> Renderer:
+    """The renderer of the guard that `settings` names, without its weights."""
+    location = locate(settings.base)
+    family_name = settings.family
+    if family_name == "auto":
+        family_name = str(guard_facts(location).get("family", "auto"))
+    return Renderer(
+        load_tokenizer(location, settings.revision),
+        family_of(family_name, settings.base),
+        read_policy(settings.policy) if settings.policy else None,
+        settings.excluded_categories,
+        settings.max_text_tokens,
+    )
+
+
+def fetch_adapter(adapter: str | None) -> Path | None:
+    """The local folder of an adapter given as a folder, an `s3://` URI or a `models:/` URI."""
+    if adapter is None:
+        return None
+    if adapter.startswith("models:/"):
+        from guardloop.registry import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
+
+        return resolve_model(adapter)
+    if adapter.startswith("s3://"):
+        from tempfile import mkdtemp  # noqa: PLC0415
+
+        from guardloop.storage import fetch  # noqa: PLC0415
+
+        return fetch(adapter, Path(mkdtemp(prefix="adapter-")))
+    return Path(adapter).expanduser()
+
+
+def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """`model` with the LoRA adapter in `folder`. Raises GuardLoopError if the folder does not hold one that fits."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise GuardLoopError(
+            f"no adapter in {folder}", "an adapter has adapter_config.json and adapter_model.safetensors"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            stored = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118  (a file, not a dict)
+        # peft itself only warns where the adapter has other layers than the model
+        if odd := stored.symmetric_difference(k for k in get_peft_model_state_dict(adapted) if "lora_" in k):
+            raise ValueError(f"{len(odd)} weights without counterpart, such as {min(odd)}")
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise GuardLoopError(
+            f"the adapter in {folder} does not fit the base model: {' '.join(str(error).split())[:300]}",
+            "use the base that its guard.json names",
+        ) from error
+    return adapted

@@ -1,0 +1,192 @@
+"""The forward pass of whole packs, for GPUs: FlexAttention under the pack's mask, each layer compiled, and in the last
+layer only the rows that are read.
+
+Guards of the Llama form only (`fits`): a layer is written out here, with the model's own modules in it, so that
+adapters and quantized weights work as they do elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from guardloop.guard.forward import PrefixCache, trunk
+from guardloop.guard.packing import BLOCK, Blocks, Layout, blocks_of, lay_out, most_rows
+
+FORMS = ("llama", "mistral")
+BLOCK_TENSORS = [
+    f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
+]
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def fits(model: Any) -> bool:
+    """Whether the model's layers have the form that is written out here."""
+    config = trunk(model).config
+    return config.model_type in FORMS and not getattr(config, "sliding_window", None)
+
+
+class PackedForward:
+    """Hidden states at the label positions of packs of one fixed size, behind one template."""
+
+    def __init__(
+        self,
+        model: Any,
+        prefix: Sequence[int],
+        size: int,
+        *,
+        with_gradient: bool = False,
+        checkpointed: float = 0.0,
+        compiled: bool = True,
+    ) -> None:
+        """Packs of `size` tokens (a multiple of 128).
+
+        With gradient, the template is part of each pack; else its keys and values are computed here, once.
+        `checkpointed` is the share of the layers whose activations are computed again in the backward pass.
+        """
+        self.model = model
+        self.decoder = trunk(model)
+        self.prefix = list(prefix)
+        self.size = size
+        self.read = most_rows(size)
+        self.checkpointed = round(checkpointed * len(self.decoder.layers))
+        self.cached: list[Pair] | None = None
+        if not with_gradient:
+            with torch.no_grad():
+                self.cached = [_padded(pair) for pair in PrefixCache(model, self.prefix).layers] or None
+        self.own = self.prefix if with_gradient else []
+        self.room = size - len(self.own)
+        self._layer = torch.compile(layer, dynamic=False) if compiled else layer
+        self._masks = Masks(self._lay_out([[0]]), model.device)
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Hidden states `float[B, H]` at the last token of each row; a row is what follows the template.
+
+        The rows must fit: `room` tokens and `read` rows at most. A call's backward pass must run before the next call.
+        """
+        layout = self._lay_out(rows)
+        masks = self._masks.update(layout)
+        device = self.model.device
+        hidden = self.decoder.embed_tokens(torch.from_numpy(layout.tokens).to(device)[None])
+        angles = self.decoder.rotary_emb(hidden, torch.from_numpy(layout.positions).to(device)[None])
+        last = len(self.decoder.layers) - 1
+        for index, module in enumerate(self.decoder.layers):
+            template = self.cached[index] if self.cached else None
+            mask, read = (masks.labels, masks.rows) if index == last else (masks.tokens, None)
+            if index < self.checkpointed and torch.is_grad_enabled():
+                hidden = checkpoint(self._layer, module, hidden, angles, template, mask, read, use_reentrant=False)
+            else:
+                hidden = self._layer(module, hidden, angles, template, mask, read)
+        picked: torch.Tensor = self.decoder.norm(hidden[0, : len(rows)])
+        return picked
+
+    def _lay_out(self, rows: Sequence[Sequence[int]]) -> Layout:
+        return lay_out(rows, self.size, self.read, len(self.prefix), self.own)
+
+
+class Masks:
+    """The masks of a pack's tokens and of its label rows, in tensors that stay: compiled code sees the same objects."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        def kept(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.owner, self.key_owner, self.rows = kept(layout.owner), kept(layout.key_owner), kept(layout.rows)
+        owner, key_owner, rows, offset = self.owner, self.key_owner, self.rows, layout.offset
+
+        def of_tokens(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            seen = (key_owner[key] == 0) | (key_owner[key] == owner[query])
+            return seen & (key <= query + offset)
+
+        def of_labels(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            seen = (key_owner[key] == 0) | (key_owner[key] == owner[rows[query]])
+            return seen & (key <= rows[query] + offset)
+
+        sizes = len(layout.owner), len(layout.key_owner)
+        self.tokens = _block_mask(self._squares(layout)[0], of_tokens, sizes, device)
+        self.labels = _block_mask(self._squares(layout)[1], of_labels, (len(layout.rows), sizes[1]), device)
+
+    def update(self, layout: Layout) -> "Masks":
+        """The masks of another layout of the same sizes."""
+        kept: list[tuple[torch.Tensor, Any]] = [
+            (self.owner, layout.owner),
+            (self.key_owner, layout.key_owner),
+            (self.rows, layout.rows),
+        ]
+        for mask, squares in zip((self.tokens, self.labels), self._squares(layout), strict=True):
+            new = _block_mask(squares, mask.mask_mod, mask.seq_lengths, self.owner.device)
+            kept += [(getattr(mask, name), getattr(new, name)) for name in BLOCK_TENSORS]
+        for old, new in kept:
+            old.copy_(torch.as_tensor(new))
+        return self
+
+    @staticmethod
+    def _squares(layout: Layout) -> tuple[Blocks, Blocks]:
+        return blocks_of(layout, np.arange(len(layout.owner))), blocks_of(layout, layout.rows)
+
+
+def _block_mask(squares: Blocks, mask: Any, sizes: tuple[int, int], device: torch.device) -> BlockMask:
+    parts = (squares.partial_count, squares.partial, squares.full_count, squares.full)
+    partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None].to(device) for part in parts)
+    return BlockMask.from_kv_blocks(
+        partial_count, partial, full_count, full, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=sizes
+    )
+
+
+def _padded(pair: Pair) -> Pair:
+    """Keys and values with the template's length filled up to whole squares; the mask hides the filling."""
+    missing = -pair[0].shape[-2] % BLOCK
+    keys, values = (pad(x, (0, 0, 0, missing)).contiguous() for x in pair)
+    return keys, values
+
+
+def layer(
+    module: Any, hidden: torch.Tensor, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
+) -> torch.Tensor:
+    """One decoder layer of the Llama form: `[1, N, H]` to `[1, N, H]`, or to the given rows only, `[1, R, H]`.
+
+    Keys and values are needed of all tokens, all else of the rows that are read.
+    """
+    attention = module.self_attn
+    normed = module.input_layernorm(hidden)
+    keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), angles)
+    values = _heads(attention.v_proj(normed), attention.head_dim)
+    if template is not None:
+        keys, values = torch.cat([template[0], keys], -2), torch.cat([template[1], values], -2)
+    if rows is not None:
+        hidden, normed, angles = hidden[:, rows], normed[:, rows], (angles[0][:, rows], angles[1][:, rows])
+    queries = _rotated(_heads(attention.q_proj(normed), attention.head_dim), angles)
+    seen = _attend(queries, keys, values, mask, attention.scaling)
+    hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
+    out: torch.Tensor = hidden + module.mlp(module.post_attention_layernorm(hidden))
+    return out
+
+
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: BlockMask, scale: float
+) -> torch.Tensor:
+    """Attention under the mask: `[1, heads, Q, D]`."""
+    grouped = queries.shape[1] != keys.shape[1]
+    if queries.device.type == "cpu":  # where FlexAttention has no backward pass
+        dense = create_mask(mask.mask_mod, None, None, queries.shape[2], keys.shape[2], device="cpu")
+        return scaled_dot_product_attention(
+            queries, keys, values, attn_mask=dense[0, 0], scale=scale, enable_gqa=grouped
+        )
+    seen: torch.Tensor = flex_attention(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return seen
+
+
+def _heads(states: torch.Tensor, size: int) -> torch.Tensor:
+    """`[1, N, heads * size]` to `[1, heads, N, size]`."""
+    return states.view(*states.shape[:2], -1, size).transpose(1, 2)
+
+
+def _rotated(states: torch.Tensor, angles: Pair) -> torch.Tensor:
+    """Rotary position embedding (Su et al., RoFormer, 2021), halves paired as in Llama."""
+    cosine, sine = (part[:, None] for part in angles)
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine + torch.cat([-second, first], -1) * sine

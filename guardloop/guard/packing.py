@@ -1,0 +1,161 @@
+"""The one packer: which prompts pass through the model together, and who sees whom in a pack.
+
+A pack is one row of tokens: conversations one after another behind one copy of the template. Each conversation sees
+the template and itself only, at the positions it would have alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 128  # keys and queries are masked in squares of this side
+FILLED = 0.4  # a GPU takes about this share of a pack's time for the same rows in batches
+TEMPLATE, PADDING, NOTHING = 0, -1, -2  # marks of tokens that are no conversation's: those count from 1
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows of like length, shortest first: each batch within `budget` tokens, padding included."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def bins(lengths: Sequence[int], size: int, most: int) -> list[list[int]]:
+    """Indices of rows that fill packs of `size` tokens with at most `most` rows: first fit, longest first.
+
+    A row longer than `size` is in no bin.
+    """
+    found: list[list[int]] = []
+    room: list[int] = []
+    first = 0  # bins before it have no room for any row
+    least = min(lengths, default=0)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] > size:
+            continue
+        for number in range(first, len(found)):
+            if room[number] >= lengths[index] and len(found[number]) < most:
+                break
+        else:
+            number = len(found)
+            found.append([])
+            room.append(size)
+        found[number].append(index)
+        room[number] -= lengths[index]
+        while first < len(found) and (room[first] < least or len(found[first]) == most):
+            first += 1
+    return found
+
+
+def packs(lengths: Sequence[int], sizes: Sequence[int]) -> tuple[list[tuple[int, list[int]]], list[int]]:
+    """Packs `(size, indices)` of the few `sizes`, largest first, and the indices that are left over.
+
+    A pack less than two fifths full is not worth its cost; its rows go to the next size, or are left over. Nothing is
+    packed where the rows do not fill one pack of the largest size.
+    """
+    found: list[tuple[int, list[int]]] = []
+    left = list(range(len(lengths)))
+    if sum(lengths) < sizes[0]:
+        return found, left
+    for size in sizes:
+        made = [[left[i] for i in chosen] for chosen in bins([lengths[i] for i in left], size, most_rows(size))]
+        full = [pack for pack in made if sum(lengths[i] for i in pack) >= FILLED * size]
+        found += [(size, pack) for pack in full]
+        gone = {i for pack in full for i in pack}
+        left = [i for i in left if i not in gone]
+    return found, left
+
+
+def most_rows(size: int) -> int:
+    """How many rows of a pack are read: a guard's conversation, with the template's end, is seldom shorter than 64."""
+    return max(BLOCK, size // 64 // BLOCK * BLOCK)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One pack of `N` query tokens, of which `R` rows are read, and `K` keys: cached template, then the pack itself."""
+
+    tokens: np.ndarray
+    """`int[N]`: token ids, 0 where padded."""
+    positions: np.ndarray
+    """`int[N]`: each token's position in its own conversation."""
+    owner: np.ndarray
+    """`int[N]`: the conversation a token belongs to, from 1; TEMPLATE, or PADDING."""
+    key_owner: np.ndarray
+    """`int[K]`: the same of the keys; NOTHING where the cached template is padded."""
+    rows: np.ndarray
+    """`int[R]`: where each conversation's label is read, in order; the last is repeated."""
+    start: np.ndarray
+    """`int[N]`: the first token of the conversation a token belongs to."""
+
+    @property
+    def offset(self) -> int:
+        """Number of keys before the pack's own."""
+        return len(self.key_owner) - len(self.owner)
+
+
+def lay_out(
+    rows: Sequence[Sequence[int]], size: int, read: int, template: int, own_template: Sequence[int] = ()
+) -> Layout:
+    """Lay `rows` (tokens behind the template) out in a pack of `size` tokens of which `read` are read.
+
+    The template's `template` tokens are either cached keys, or, as `own_template`, the pack's first tokens.
+    Raises ValueError where the rows do not fit.
+    """
+    used = len(own_template) + sum(map(len, rows))
+    if used > size or len(rows) > read or not rows:
+        raise ValueError(f"{len(rows)} rows of {used} tokens do not fit a pack of {size} tokens and {read} rows")
+    tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
+    owner, start = np.full(size, PADDING, np.int32), np.arange(size)
+    tokens[: len(own_template)] = own_template
+    positions[: len(own_template)] = np.arange(len(own_template))
+    owner[: len(own_template)], start[: len(own_template)] = TEMPLATE, 0
+    at, ends = len(own_template), []
+    for number, row in enumerate(rows, start=1):
+        end = at + len(row)
+        tokens[at:end], positions[at:end] = row, np.arange(template, template + len(row))
+        owner[at:end], start[at:end] = number, at
+        ends.append(end - 1)
+        at = end
+    cached = np.full(0 if len(own_template) else -(-template // BLOCK) * BLOCK, NOTHING, np.int32)
+    cached[: template if len(cached) else 0] = TEMPLATE
+    last = np.array(ends + [ends[-1]] * (read - len(ends)), np.int64)
+    return Layout(tokens, positions, owner, np.concatenate([cached, owner]), last, start)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Squares of keys that each square of queries looks at: counts `int[Q]` and indices `int[Q, K]`, block-wise."""
+
+    partial_count: np.ndarray
+    partial: np.ndarray
+    full_count: np.ndarray
+    full: np.ndarray
+
+
+def blocks_of(layout: Layout, queries: np.ndarray) -> Blocks:
+    """The squares for `queries` (indices of pack tokens, ascending); a full square needs no look at the mask."""
+    keys = -(-len(layout.key_owner) // BLOCK)
+    template = int((layout.key_owner == TEMPLATE).sum())
+    squares = len(queries) // BLOCK
+    found = Blocks(
+        np.zeros(squares, np.int32),
+        np.zeros((squares, keys), np.int32),
+        np.zeros(squares, np.int32),
+        np.zeros((squares, keys), np.int32),
+    )
+    for square in range(squares):
+        inside = queries[square * BLOCK : (square + 1) * BLOCK]
+        first, last = int(inside.min()) + layout.offset, int(inside.max()) + layout.offset
+        own = int(layout.start[inside].min()) + layout.offset
+        whole = min(template, first + 1) // BLOCK
+        behind = {b for b in range(-(-template // BLOCK)) if b * BLOCK <= last}
+        partial = sorted((behind | set(range(own // BLOCK, last // BLOCK + 1))) - set(range(whole)))
+        found.full_count[square], found.full[square, :whole] = whole, np.arange(whole)
+        found.partial_count[square], found.partial[square, : len(partial)] = len(partial), partial
+    return found

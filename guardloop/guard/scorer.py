@@ -1,0 +1,91 @@
+"""From prompts as tokens to margins: one forward pass each, behind the template's keys and values.
+
+On a GPU, prompts are packed (`packed`); on a CPU, and for a few prompts, batched (`forward`). The margin is taken in
+float32 from the label position's hidden state, so that scores of half-precision models do not collapse into ties.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits, margins_of
+from guardloop.guard.packed import PackedForward, fits
+from guardloop.guard.packing import batches, packs
+from guardloop.guard.verdict import LabelTokens
+
+Prefix = tuple[int, ...]
+Scored = tuple[list[int], torch.Tensor, torch.Tensor]
+"""Indices of prompts, with their margins and label masses, `float32[B]` each, on the model's device."""
+
+
+class Scorer:
+    """A guard model behind its templates' tokens `prefixes`."""
+
+    def __init__(
+        self,
+        model: Any,
+        prefixes: Sequence[Sequence[int]],
+        labels: LabelTokens,
+        *,
+        batch_tokens: int = 4096,
+        pack_tokens: int = 16384,
+        packed: bool | None = None,
+    ) -> None:
+        """`packed`: whether prompts are packed; by default on a GPU, for models that can be."""
+        self.model = model
+        self.prefixes = prefixes
+        self.labels = labels
+        self.batch_tokens = batch_tokens
+        self.pack_tokens = pack_tokens
+        self.packed = (model.device.type == "cuda" if packed is None else packed) and fits(model)
+        self._caches: dict[Prefix, PrefixCache] = {}
+        self._packs: dict[tuple[Prefix, int], PackedForward] = {}
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
+        """Margins and label masses at the end of each prompt, in packs or batches; nothing is waited for on a GPU."""
+        scored = []
+        for indices, hidden in self._hidden(prompts):
+            logits = label_logits(self.model, hidden)
+            pair = logits[:, [self.labels.safe, self.labels.unsafe]]
+            masses = (pair - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
+            scored.append((indices, margins_of(self.model, hidden, self.labels), masses))
+        return scored
+
+    @torch.inference_mode()
+    def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """The likeliest token after each prompt."""
+        found = [0] * len(prompts)
+        for indices, hidden in self._hidden(prompts):
+            for index, token in zip(indices, label_logits(self.model, hidden).argmax(-1).tolist(), strict=True):
+                found[index] = token
+        return found
+
+    def _hidden(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Hidden states at each prompt's last token, with indices into `prompts`."""
+        groups: dict[Prefix, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(behind(self.prefixes, prompt), []).append(index)
+        for prefix, members in groups.items():
+            rows = [prompts[i][len(prefix) :] for i in members]
+            lengths = [len(row) for row in rows]
+            sizes = [self.pack_tokens, self.pack_tokens // 4]
+            packed, left = packs(lengths, sizes) if self.packed and prefix else ([], list(range(len(rows))))
+            for size, pack in packed:
+                yield [members[i] for i in pack], self._packed(prefix, size)([rows[i] for i in pack])
+            for chosen in batches([lengths[i] for i in left], self.batch_tokens):
+                batch = [left[i] for i in chosen]
+                hidden = label_hidden(self.model, self._cache(prefix), [rows[i] for i in batch])
+                yield [members[i] for i in batch], hidden
+
+    def _cache(self, prefix: Prefix) -> PrefixCache:
+        if prefix not in self._caches:
+            self._caches[prefix] = PrefixCache(self.model, prefix)
+        return self._caches[prefix]
+
+    def _packed(self, prefix: Prefix, size: int) -> PackedForward:
+        if (prefix, size) not in self._packs:
+            compiled = self.model.device.type == "cuda"
+            self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled)
+        return self._packs[prefix, size]
