@@ -52,7 +52,7 @@ class Guard:
         threshold: float = 0.0,
         temperature: float = 1.0,
         batch_tokens: int = 4096,
-        pack_tokens: int = 16384,
+        pack_tokens: int = 20992,
         packed: bool | None = None,
         categories: bool = False,
         min_label_mass: float = 0.95,

@@ -5,18 +5,23 @@ Guards of the Llama form only (`fits`): a layer is written out here, with the mo
 adapters and quantized weights work as they do elsewhere.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from guardloop.guard.forward import PrefixCache, trunk
 from guardloop.guard.packing import BLOCK, Blocks, Layout, blocks_of, lay_out, most_rows
+from guardloop.models import cache_folder
 
+HOPPER_TILES: Any = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}  # measured on it
+VARIANTS = 64  # of the compiled layer: sizes, roles, with and without an adapter, with and without gradient
 FORMS = ("llama", "mistral")
 BLOCK_TENSORS = [
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
@@ -60,7 +65,7 @@ class PackedForward:
                 self.cached = [_padded(pair) for pair in PrefixCache(model, self.prefix).layers] or None
         self.own = self.prefix if with_gradient else []
         self.room = size - len(self.own)
-        self._layer = torch.compile(layer, dynamic=False) if compiled else layer
+        self._layer = _compiled(layer) if compiled else layer
         self._masks = Masks(self._lay_out([[0]]), model.device)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -70,33 +75,39 @@ class PackedForward:
         """
         layout = self._lay_out(rows)
         masks = self._masks.update(layout)
-        device = self.model.device
-        hidden = self.decoder.embed_tokens(torch.from_numpy(layout.tokens).to(device)[None])
-        angles = self.decoder.rotary_emb(hidden, torch.from_numpy(layout.positions).to(device)[None])
+        hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
+        angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
+        states = hidden, torch.zeros_like(hidden)
         last = len(self.decoder.layers) - 1
         for index, module in enumerate(self.decoder.layers):
             template = self.cached[index] if self.cached else None
             mask, read = (masks.labels, masks.rows) if index == last else (masks.tokens, None)
             if index < self.checkpointed and torch.is_grad_enabled():
-                hidden = checkpoint(self._layer, module, hidden, angles, template, mask, read, use_reentrant=False)
+                states = checkpoint(self._layer, module, states, angles, template, mask, read, use_reentrant=False)
             else:
-                hidden = self._layer(module, hidden, angles, template, mask, read)
-        picked: torch.Tensor = self.decoder.norm(hidden[0, : len(rows)])
+                states = self._layer(module, states, angles, template, mask, read)
+        picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : len(rows)])
         return picked
 
     def _lay_out(self, rows: Sequence[Sequence[int]]) -> Layout:
         return lay_out(rows, self.size, self.read, len(self.prefix), self.own)
 
 
+def _compiled(function: Any) -> Any:
+    """`function` compiled, with the code kept for later processes."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
+    return torch.compile(function, dynamic=False)
+
+
 class Masks:
     """The masks of a pack's tokens and of its label rows, in tensors that stay: compiled code sees the same objects."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        def kept(array: Any) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        self.owner, self.key_owner, self.rows = kept(layout.owner), kept(layout.key_owner), kept(layout.rows)
-        owner, key_owner, rows, offset = self.owner, self.key_owner, self.rows, layout.offset
+        self.device = device
+        owner, key_owner, rows = (_sent(part, device) for part in (layout.owner, layout.key_owner, layout.rows))
+        offset = layout.offset
 
         def of_tokens(batch: Any, head: Any, query: Any, key: Any) -> Any:
             seen = (key_owner[key] == 0) | (key_owner[key] == owner[query])
@@ -106,64 +117,77 @@ class Masks:
             seen = (key_owner[key] == 0) | (key_owner[key] == owner[rows[query]])
             return seen & (key <= rows[query] + offset)
 
-        sizes = len(layout.owner), len(layout.key_owner)
-        self.tokens = _block_mask(self._squares(layout)[0], of_tokens, sizes, device)
-        self.labels = _block_mask(self._squares(layout)[1], of_labels, (len(layout.rows), sizes[1]), device)
+        self.owner, self.key_owner, self.rows = owner, key_owner, rows
+        self.tokens, self.labels = (
+            _block_mask(squares, mask, sizes).to(device)
+            for (squares, sizes), mask in zip(_squares(layout), (of_tokens, of_labels), strict=True)
+        )
 
     def update(self, layout: Layout) -> "Masks":
         """The masks of another layout of the same sizes."""
-        kept: list[tuple[torch.Tensor, Any]] = [
-            (self.owner, layout.owner),
-            (self.key_owner, layout.key_owner),
-            (self.rows, layout.rows),
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = [
+            (self.owner, torch.from_numpy(layout.owner)),
+            (self.key_owner, torch.from_numpy(layout.key_owner)),
+            (self.rows, torch.from_numpy(layout.rows)),
         ]
-        for mask, squares in zip((self.tokens, self.labels), self._squares(layout), strict=True):
-            new = _block_mask(squares, mask.mask_mod, mask.seq_lengths, self.owner.device)
+        for mask, (squares, sizes) in zip((self.tokens, self.labels), _squares(layout), strict=True):
+            new = _block_mask(squares, mask.mask_mod, sizes)
             kept += [(getattr(mask, name), getattr(new, name)) for name in BLOCK_TENSORS]
-        for old, new in kept:
-            old.copy_(torch.as_tensor(new))
+        for old, fresh in kept:
+            old.copy_(fresh.pin_memory() if self.device.type == "cuda" else fresh, non_blocking=True)
         return self
 
-    @staticmethod
-    def _squares(layout: Layout) -> tuple[Blocks, Blocks]:
-        return blocks_of(layout, np.arange(len(layout.owner))), blocks_of(layout, layout.rows)
+
+def _squares(layout: Layout) -> list[tuple[Blocks, tuple[int, int]]]:
+    """The blocks and sizes of the mask of all tokens, and of that of the label rows."""
+    return [
+        (blocks_of(layout, queries), (len(queries), len(layout.key_owner)))
+        for queries in (np.arange(len(layout.owner)), layout.rows)
+    ]
 
 
-def _block_mask(squares: Blocks, mask: Any, sizes: tuple[int, int], device: torch.device) -> BlockMask:
+def _block_mask(squares: Blocks, mask: Any, sizes: tuple[int, int]) -> BlockMask:
     parts = (squares.partial_count, squares.partial, squares.full_count, squares.full)
-    partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None].to(device) for part in parts)
+    partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None] for part in parts)
     return BlockMask.from_kv_blocks(
         partial_count, partial, full_count, full, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=sizes
     )
 
 
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device; nothing waits for a GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
+
+
 def _padded(pair: Pair) -> Pair:
-    """Keys and values with the template's length filled up to whole squares; the mask hides the filling."""
+    """Keys and values, `[1, P, heads, D]`, with P filled up to whole squares; the mask hides the filling."""
     missing = -pair[0].shape[-2] % BLOCK
-    keys, values = (pad(x, (0, 0, 0, missing)).contiguous() for x in pair)
+    keys, values = (pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).contiguous() for x in pair)
     return keys, values
 
 
 def layer(
-    module: Any, hidden: torch.Tensor, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
-) -> torch.Tensor:
-    """One decoder layer of the Llama form: `[1, N, H]` to `[1, N, H]`, or to the given rows only, `[1, R, H]`.
+    module: Any, states: Pair, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
+) -> Pair:
+    """One decoder layer of the Llama form, of all tokens `[1, N, H]`, or from the attention on of `rows` only.
 
-    Keys and values are needed of all tokens, all else of the rows that are read.
+    Keys and values are needed of all tokens, all else of the rows that are read. States come and go as two summands:
+    their sum is taken where it is used next, in one kernel with the norm.
     """
     attention = module.self_attn
+    hidden = states[0] + states[1]
     normed = module.input_layernorm(hidden)
     keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), angles)
     values = _heads(attention.v_proj(normed), attention.head_dim)
     if template is not None:
-        keys, values = torch.cat([template[0], keys], -2), torch.cat([template[1], values], -2)
+        keys, values = torch.cat([template[0], keys], 1), torch.cat([template[1], values], 1)
     if rows is not None:
         hidden, normed, angles = hidden[:, rows], normed[:, rows], (angles[0][:, rows], angles[1][:, rows])
     queries = _rotated(_heads(attention.q_proj(normed), attention.head_dim), angles)
-    seen = _attend(queries, keys, values, mask, attention.scaling)
+    seen = _attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, attention.scaling)
     hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
-    out: torch.Tensor = hidden + module.mlp(module.post_attention_layernorm(hidden))
-    return out
+    return hidden, module.mlp(module.post_attention_layernorm(hidden))
 
 
 def _attend(
@@ -176,17 +200,20 @@ def _attend(
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=dense[0, 0], scale=scale, enable_gqa=grouped
         )
-    seen: torch.Tensor = flex_attention(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped)
+    options = HOPPER_TILES if torch.cuda.get_device_capability(queries.device) == (9, 0) else None
+    seen: torch.Tensor = flex_attention(
+        queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options
+    )
     return seen
 
 
 def _heads(states: torch.Tensor, size: int) -> torch.Tensor:
-    """`[1, N, heads * size]` to `[1, heads, N, size]`."""
-    return states.view(*states.shape[:2], -1, size).transpose(1, 2)
+    """`[1, N, heads * size]` to `[1, N, heads, size]`."""
+    return states.view(*states.shape[:2], -1, size)
 
 
 def _rotated(states: torch.Tensor, angles: Pair) -> torch.Tensor:
     """Rotary position embedding (Su et al., RoFormer, 2021), halves paired as in Llama."""
-    cosine, sine = (part[:, None] for part in angles)
+    cosine, sine = (part[:, :, None] for part in angles)
     first, second = states.chunk(2, dim=-1)
     return states * cosine + torch.cat([-second, first], -1) * sine

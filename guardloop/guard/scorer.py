@@ -29,7 +29,7 @@ class Scorer:
         labels: LabelTokens,
         *,
         batch_tokens: int = 4096,
-        pack_tokens: int = 16384,
+        pack_tokens: int = 20992,
         packed: bool | None = None,
     ) -> None:
         """`packed`: whether prompts are packed; by default on a GPU, for models that can be."""

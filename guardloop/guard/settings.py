@@ -34,8 +34,9 @@ class GuardSettings(Section):
     """Longer messages keep their head and tail; the verdict is marked as truncated."""
     batch_tokens: int = Field(default=4096, ge=256)
     """Upper bound of message tokens in one forward pass."""
-    pack_tokens: int = Field(default=16384, ge=1024, multiple_of=512)
-    """Tokens of one pack of conversations on a GPU; memory is bounded by it."""
+    pack_tokens: int = Field(default=20992, ge=1024, multiple_of=512)
+    """Tokens of one pack of conversations on a GPU; memory is bounded by it. The default fills an H100's 132
+    multiprocessors evenly."""
     categories: bool = False
     """Also read the categories of flagged messages, in a second pass over these."""
     min_label_mass: float = Field(default=0.95, ge=0, le=1)
