@@ -151,7 +151,7 @@ class ClusterSettings(Section):
     registry: str = Field(default="guardloop", pattern=r"^[A-Za-z0-9][A-Za-z0-9.:/_-]*[A-Za-z0-9]$")
     """Where the images are, without their names: `registry.example.com/safety/guardloop`."""
     tag: Tag | None = None
-    """Tag of every image; by default the commit that is checked out. `latest` is refused."""
+    """Tag of every image, to which stages with a GPU add `-gpu`; by default the commit that is checked out."""
     pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     """When a node pulls an image; tags never move, so once is enough."""
     pull_secrets: list[KubernetesName] = []

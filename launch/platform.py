@@ -33,7 +33,7 @@ def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configurati
         container = executor["container"]
         stages[label] = name = stage_of(container["image"])
         settings = cluster.stage(name)
-        container["image"] = image_of(container["image"], cluster, commit)
+        container["image"] = image_of(name, cluster.registry, cluster.tag or commit, gpu=settings.gpus > 0)
         container["resources"] = _resources(settings)
         container["env"] = [{"name": key, "value": value} for key, value in sorted(variables.items())]
         executors[label] = _pod(name, settings, cluster)
@@ -50,15 +50,14 @@ def stage_of(image: str) -> str:
     return image.rpartition("/")[2].partition(":")[0]
 
 
-def image_of(image: str, cluster: ClusterSettings, commit: str) -> str:
-    """The stage's image in the cluster's registry. Raises GuardLoopError where no immutable tag is known."""
-    tag = cluster.tag or commit
-    if not tag or tag == "latest":
+def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
+    """The image of `stage` in `registry`. Raises GuardLoopError for the tag `latest` or none."""
+    if tag in ("", "latest"):
         raise GuardLoopError(
-            f"{stage_of(image)}: no immutable image tag is known",
-            "compile from a git checkout, or set cluster.tag in the platform file (not `latest`)",
+            f"{stage}: an image needs a tag that never moves, not {tag or 'none'!r}",
+            "compile from a git checkout, or set cluster.tag in the platform file; results are cached by image",
         )
-    return f"{cluster.registry}/{stage_of(image)}:{tag}"
+    return f"{registry}/{stage}:{tag}{'-gpu' if gpu else ''}"
 
 
 def _resources(settings: StageSettings) -> Spec:
