@@ -263,6 +263,26 @@ def test_the_store_can_be_reached_and_the_internet_cannot(overlay: Overlay) -> N
     assert open_to_all == [("runs-to-kubernetes-api", 6443), ("runs-to-kubernetes-api", 8443)]
 
 
+def test_both_ends_of_a_flow_that_we_can_close_are_open(overlay: Overlay) -> None:
+    """What leaves for MLflow, PostgreSQL or a store in the cluster is let in there, on the same port."""
+    let_in = {
+        (policy["metadata"]["namespace"], str(policy["spec"]["podSelector"]), port["port"])
+        for policy in overlay.all("NetworkPolicy")
+        for rule in policy["spec"].get("ingress", [])
+        for port in rule["ports"]
+    }
+    for policy in overlay.all("NetworkPolicy"):
+        name, own = policy["metadata"]["name"], policy["metadata"]["namespace"]
+        for rule in policy["spec"].get("egress", []):
+            for peer in (p for p in rule["to"] if "podSelector" in p):
+                there = _namespace(peer, own)
+                closed = there == "guardloop" or (
+                    peer["podSelector"]["matchLabels"] == {"app": "seaweedfs"} and there != own
+                )
+                target = (there, str(peer["podSelector"]), rule["ports"][0]["port"])
+                assert not closed or target in let_in, f"{name} is refused at its end"
+
+
 # Room
 
 
