@@ -14,6 +14,7 @@ from guardloop.cluster import ClusterSettings, StageSettings
 from guardloop.errors import GuardLoopError
 
 RUN_ID_LABEL = "pipeline/runid"  # KFP puts it on every pod; its value is what PIPELINE_JOB_ID_PLACEHOLDER becomes
+STAGE_LABEL = "app.kubernetes.io/component"
 SHARED_MEMORY = "/dev/shm"
 Spec = dict[str, Any]
 
@@ -89,7 +90,7 @@ def _pod(name: str, settings: StageSettings, cluster: ClusterSettings) -> Spec:
         kubernetes.mount_pvc(task, volume.claim, volume.path)
     if settings.shared_memory:
         kubernetes.empty_dir_mount(task, "shared-memory", SHARED_MEMORY, "Memory", settings.shared_memory)
-    for key, value in cluster.labels.items():
+    for key, value in {**cluster.labels, STAGE_LABEL: name}.items():
         kubernetes.add_pod_label(task, key, value)
     for key, value in cluster.annotations.items():
         kubernetes.add_pod_annotation(task, key, value)

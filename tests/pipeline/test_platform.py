@@ -86,7 +86,8 @@ def test_every_executor_of_every_nested_pipeline_gets_its_stage_settings(compile
         assert settings["activeDeadlineSeconds"] == str(100 + n)
         assert settings["securityContext"] == {"runAsNonRoot": True, "runAsUser": "1234"}
         assert settings["imagePullSecret"][0]["secretName"] == "pull-me"
-        assert settings["podMetadata"] == {"labels": {"team": "safety"}, "annotations": {"note": "kept"}}
+        labels = {"team": "safety", "app.kubernetes.io/component": stage}
+        assert settings["podMetadata"] == {"labels": labels, "annotations": {"note": "kept"}}
     if name == "full":
         assert {stage for stage, _, _ in found.values()} == set(STAGES)
         assert len(found) > len(STAGES)  # `screen` has several executors
