@@ -34,7 +34,7 @@ SKETCH = [
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": "workflow-controller-configmap"},
-        "data": {"executor": "kept", "artifactRepository": "s3: {}", "workflowDefaults": "spec: {}"},
+        "data": {"executor": "imagePullPolicy: Always", "artifactRepository": "s3: {}", "workflowDefaults": "spec: {}"},
     },
     {
         "apiVersion": "v1",
@@ -79,7 +79,15 @@ def test_failed_and_lost_steps_are_retried_as_their_pipeline_says(installed: tup
     spec = yaml.safe_load(data["workflowDefaults"])["spec"]
 
     assert spec["templateDefaults"]["retryStrategy"] == {"limit": "0", "retryPolicy": "Always"}
-    assert data["executor"] == "kept"
+
+
+def test_argos_own_containers_are_small_and_restricted(installed: tuple[str, dict[str, Any]]) -> None:
+    executor = yaml.safe_load(installed[1]["ConfigMap/workflow-controller-configmap"]["data"]["executor"])
+    context = executor["securityContext"]
+
+    assert executor["resources"].keys() == {"requests", "limits"}  # the quota of the runs refuses pods without
+    assert context["runAsNonRoot"] and not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]} and context["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
 def test_finished_workflows_and_pods_are_cleared_away(installed: tuple[str, dict[str, Any]]) -> None:

@@ -111,7 +111,7 @@ def test_a_disruption_budget_leaves_room_to_drain(overlay: Overlay) -> None:
         assert 0 < budget["spec"]["minAvailable"] < replicas
 
 
-def test_namespaces_enforce_the_restricted_standard(overlay: Overlay) -> None:
+def test_our_namespaces_enforce_the_restricted_standard(overlay: Overlay) -> None:
     for namespace in overlay.all("Namespace"):
         labels = namespace["metadata"]["labels"]
         assert all(
@@ -286,18 +286,32 @@ def test_both_ends_of_a_flow_that_we_can_close_are_open(overlay: Overlay) -> Non
 # Room
 
 
-def test_a_whole_run_of_the_platform_fits_the_quota(overlay: Overlay) -> None:
-    quotas = [q["spec"]["hard"] for q in overlay.all("ResourceQuota") if q["metadata"]["namespace"] != "guardloop"]
-    names = ("screen", "generate-responses")
-    wide = [overlay.cluster.stage(name) for name in names]
-    for quota in quotas:
-        assert max(s.gpus for s in wide) * overlay.platform.shards <= int(quota["requests.nvidia.com/gpu"])
-        for resource in ("cpu", "memory"):
-            limit = max(amount(getattr(s, f"{resource}_limit")) for s in wide) * overlay.platform.shards
-            assert limit <= amount(quota[f"limits.{resource}"])
-            request = max(amount(getattr(s, resource)) for s in wide) * overlay.platform.shards
-            assert request <= amount(quota[f"requests.{resource}"])
-    assert len(quotas) == (overlay.name == "cluster")
+def test_a_whole_run_of_the_platform_fits_the_quota() -> None:
+    overlay = Overlay("cluster")
+    runs, gpus = (overlay.one("ResourceQuota", name)["spec"] for name in ("runs", "gpus"))
+    wide = [
+        overlay.cluster.stage(name) for name in ("screen", "generate-responses")
+    ]  # these run in every shard at once
+
+    assert max(s.gpus for s in wide) * overlay.platform.shards <= int(gpus["hard"]["requests.nvidia.com/gpu"])
+    for resource in ("cpu", "memory"):
+        limit = max(amount(getattr(s, f"{resource}_limit")) for s in wide) * overlay.platform.shards
+        request = max(amount(getattr(s, resource)) for s in wide) * overlay.platform.shards
+        assert limit <= amount(runs["hard"][f"limits.{resource}"])
+        assert request <= amount(runs["hard"][f"requests.{resource}"])
+
+
+def test_the_quota_of_the_runs_counts_their_pods_only() -> None:
+    overlay = Overlay("cluster")
+    (scope,) = overlay.one("ResourceQuota", "runs")["spec"]["scopeSelector"]["matchExpressions"]
+    patch = (MANIFESTS / "kfp" / "components" / "workflow-defaults" / "api-server.yaml").read_text("utf-8")
+
+    assert scope == {"scopeName": "PriorityClass", "operator": "In", "values": ["guardloop-runs"]}
+    assert '"podPriorityClassName": "guardloop-runs"' in patch
+    # without a scope, KFP's own pods, which name no limits, would be refused
+    for quota in (q for q in overlay.all("ResourceQuota") if q["metadata"]["namespace"] == "kubeflow"):
+        assert "scopeSelector" in quota["spec"] or quota["spec"]["hard"].keys() == {"requests.nvidia.com/gpu"}
+    assert all(limits["metadata"]["namespace"] == "guardloop" for limits in overlay.all("LimitRange"))
 
 
 def test_our_services_fit_their_quota(overlay: Overlay) -> None:
