@@ -14,6 +14,7 @@ from guardloop.config import load_platform
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
+VERSIONS = ["1.33", "1.34", "1.35"]
 PLATFORM_OF = {"minikube": "minikube", "cluster": "gpu-cluster"}
 Object = dict[str, Any]
 

@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
-from overlays import MANIFESTS, ROOT, Overlay, render
+from overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
 
 KFP = MANIFESTS / "kfp"
 SECRET = "mlpipeline-minio-artifact"
@@ -17,7 +18,8 @@ SECRET = "mlpipeline-minio-artifact"
 
 def _deployment(name: str, container: str, **env: str) -> dict[str, Any]:
     variables = [{"name": key, "value": value} for key, value in env.items()]
-    spec = {"template": {"spec": {"containers": [{"name": container, "image": "kfp", "env": variables}]}}}
+    pod = {"metadata": {"labels": {"app": name}}, "spec": {"containers": [{"name": container, "env": variables}]}}
+    spec = {"selector": {"matchLabels": {"app": name}}, "template": pod}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}
 
 
@@ -72,6 +74,15 @@ def test_the_release_is_that_of_the_sdk() -> None:
     for path in KFP.glob("*/kustomization.yaml"):
         (remote,) = yaml.safe_load(path.read_text())["resources"]
         assert f"?ref={version}&" in remote, path
+
+
+def test_what_is_changed_stays_valid(installed: tuple[str, dict[str, Any]]) -> None:
+    changed = [o for key, o in installed[1].items() if key.startswith(("ConfigMap/", "Deployment/ml-pipeline"))]
+
+    assert len(changed) == 4
+    for found in changed:
+        for version in VERSIONS:
+            kubernetes_validate.validate(found, version, strict=True)
 
 
 def test_failed_and_lost_steps_are_retried_as_their_pipeline_says(installed: tuple[str, dict[str, Any]]) -> None:

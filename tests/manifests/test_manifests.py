@@ -6,11 +6,10 @@ import re
 import kubernetes_validate
 import pytest
 import yaml
-from overlays import MANIFESTS, Object, Overlay, render
+from overlays import MANIFESTS, VERSIONS, Object, Overlay, render
 
 from guardloop.cluster import amount
 
-VERSIONS = ["1.33", "1.34", "1.35"]
 KFP_SECRETS = {("kubeflow", "mlpipeline-minio-artifact")}  # installed by KFP itself, with SeaweedFS
 FOREIGN = {  # pods that others install: KFP 2.17 and the cluster's DNS
     ("kube-system", "k8s-app", "kube-dns"): {53},
