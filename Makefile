@@ -15,10 +15,10 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile ui test coverage check lint types fmt lock clean
+.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage check lint types fmt lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Set up .venv from the locks, with the build of torch that fits this machine
 	@scripts/setup.sh
@@ -29,8 +29,18 @@ ready:
 run: ready ## Run the pipeline (CONFIG=configs/demo.yaml PIPELINE=full PLATFORM=local)
 	@$(BIN)/guardloop run --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM)
 
-compile: ready ## Compile the pipelines to YAML for Kubeflow
-	@$(BIN)/guardloop compile
+compile: ready ## Compile the pipelines to YAML for Kubeflow (PLATFORM=minikube CONFIG=configs/demo.yaml)
+	@$(BIN)/guardloop compile --platform $(PLATFORM) --config $(CONFIG)
+
+golden: ready ## Write the golden pipelines of tests/pipeline anew, after a change that is meant
+	@UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipeline/test_platform.py -k golden
+	@git diff --stat tests/pipeline/golden
+
+minikube-up: ## Start minikube with Kubeflow Pipelines, MLflow and an object store (ARGS=--dry-run prints the commands)
+	@scripts/minikube.sh up $(ARGS)
+
+minikube-down: ## Delete that minikube, with everything in it
+	@scripts/minikube.sh down $(ARGS)
 
 ui: ready ## Open MLflow on the runs, metrics and models
 	@$(BIN)/guardloop ui

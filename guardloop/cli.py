@@ -44,6 +44,10 @@ def run(
     from launch.summary import conclude
 
     settings, where = load_settings(config), load_platform(platform)
+    if where.cluster:
+        raise GuardLoopError(
+            f"{platform} is a cluster", f"`guardloop compile --platform {platform}` writes its pipelines"
+        )
     if pipeline not in local.PARAMETERS:
         raise GuardLoopError(f"no pipeline {pipeline!r}", f"pipelines: {', '.join(local.PARAMETERS)}")
     preflight.check(settings, local.home())
@@ -55,12 +59,16 @@ def run(
 
 @app.command(name="compile")
 def compile_(
+    platform: Annotated[str, typer.Option(help="Where it will run: a name in configs/platform, or a file.")] = "local",
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Settings that KFP's form starts with.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the YAML files go.")] = Path("build/pipelines"),
 ) -> None:
     """Compile every pipeline to KFP's IR YAML."""
     from launch.compile import compile_all
+    from launch.local import git_sha
 
-    for path in compile_all(folder):
+    settings = load_settings(config) if config else None
+    for path in compile_all(folder, load_platform(platform), git_sha(), settings, config.name if config else ""):
         console.print(f"  [green]✓[/] {path}")
 
 

@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from guardloop.cluster import ClusterSettings
 from guardloop.data.settings import DatasetSettings
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
@@ -43,11 +44,19 @@ class PlatformSettings(Section):
     """Where a run executes, and how wide."""
 
     runner: str = "subprocess"
-    """`subprocess` runs every stage as a process of this machine."""
+    """`subprocess` runs every stage as a process of this machine, `kubeflow` as a pod of a cluster."""
     shards: int = Field(default=1, ge=1)
     """Parts in which the traffic is screened and answered side by side."""
     stage_threads: int | None = Field(default=None, ge=1)
     """Processor threads of one stage; by default all cores, divided by the shards that run at once."""
+    cluster: ClusterSettings | None = None
+    """The pods of a run and what they find (runner kubeflow)."""
+
+    @model_validator(mode="after")
+    def _fits_runner(self) -> Self:
+        if (self.runner == "kubeflow") != (self.cluster is not None):
+            raise ValueError("runner kubeflow needs a `cluster` section, and no other runner takes one")
+        return self
 
 
 def load_settings(path: str | Path) -> Settings:

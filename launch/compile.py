@@ -1,18 +1,52 @@
-"""Compiling the pipelines to KFP's IR YAML."""
+"""Compiling the pipelines to KFP's IR YAML, plain or for one platform."""
 
 from pathlib import Path
+from typing import Any
+
+from guardloop.config import PlatformSettings, Settings
 
 
-def compile_all(folder: Path) -> list[Path]:
-    """Compile each pipeline into `folder`. Returns the files."""
-    from kfp import compiler  # noqa: PLC0415  (kfp takes a second to import)
+def compile_all(
+    folder: Path,
+    platform: PlatformSettings | None = None,
+    commit: str = "",
+    settings: Settings | None = None,
+    configuration: str = "",
+) -> list[Path]:
+    """Compile each pipeline into `folder`, for `platform` if it is a cluster. Returns the files.
 
+    `commit` is the version that the stages record, and the tag of the images where the platform names none.
+    `settings` become the defaults of the pipelines' parameters, and `configuration` is their name in reports.
+    Raises GuardLoopError if a cluster's images would have no immutable tag.
+    """
+    from google.protobuf import json_format  # noqa: PLC0415  (kfp takes a second to import)
+    from kfp.compiler import pipeline_spec_builder  # noqa: PLC0415
+    from kfp.pipeline_spec import pipeline_spec_pb2  # noqa: PLC0415
+
+    from launch.platform import apply_cluster  # noqa: PLC0415
     from pipeline import PIPELINES  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
+    defaults: dict[str, Any] = settings.sections() if settings else {}
+    cluster = platform.cluster if platform else None
     paths = []
     for name, pipeline in PIPELINES.items():
         path = folder / f"{name}.yaml"
-        compiler.Compiler().compile(pipeline, str(path))
+        spec = json_format.MessageToDict(pipeline.pipeline_spec)
+        pods = apply_cluster(spec, cluster, commit, configuration) if cluster else {}
+        _set_defaults(spec, {**defaults, **({"shards": platform.shards} if platform else {})})
+        pipeline_spec_builder.write_pipeline_spec_to_file(
+            pipeline_spec=json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()),
+            pipeline_description=pipeline.description,
+            platform_spec=json_format.ParseDict(pods, pipeline_spec_pb2.PlatformSpec()),
+            package_path=str(path),
+        )
         paths.append(path)
     return paths
+
+
+def _set_defaults(spec: dict[str, Any], values: dict[str, Any]) -> None:
+    """Fill the form that KFP shows of the pipeline."""
+    inputs = spec["root"]["inputDefinitions"]["parameters"]
+    for name in inputs.keys() & values.keys():
+        inputs[name] |= {"defaultValue": values[name], "isOptional": True}

@@ -150,7 +150,7 @@ def _environment(run: Run, platform: PlatformSettings, configuration: str) -> di
         "GUARDLOOP_EVENTS": str(run.folder / "events.jsonl"),
         "GUARDLOOP_RUN_ID": run.id,
         "GUARDLOOP_CONFIGURATION": configuration,
-        "GUARDLOOP_GIT_SHA": _git_sha(),
+        "GUARDLOOP_GIT_SHA": git_sha(),
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",  # spinning threads starve each other where cores are shared
@@ -235,6 +235,7 @@ def _failure(run: Run) -> GuardLoopError:
     return GuardLoopError("the run failed outside its stages:\n" + "\n".join(tail), f"the whole log: {run.log}")
 
 
-def _git_sha() -> str:
+def git_sha() -> str:
+    """The commit that is checked out; empty outside a git checkout."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else ""

@@ -103,6 +103,16 @@ def test_a_missing_configuration_or_platform(guardloop):
     refused(guardloop("check", "hello", "--config", "nothing.yaml"), "nothing.yaml")
 
 
+def test_a_cluster_is_compiled_for_and_not_run_on(guardloop, tmp_path):
+    refused(guardloop("run", "--platform", "minikube"), "is a cluster", "guardloop compile --platform minikube")
+    assert not (tmp_path / "home").exists()
+
+    ended = guardloop("compile", "--platform", "minikube", "--config", "configs/demo.yaml", "--out", str(tmp_path))
+    assert ended.code == 0, ended.err
+    text = (tmp_path / "full.yaml").read_text()
+    assert "guardloop-environment" in text and "value: demo.yaml" in text
+
+
 def test_a_wrong_setting(guardloop, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("guard: {bse: x}\ntraining: {rank: '[red]many[/]'}\n")

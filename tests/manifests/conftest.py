@@ -1,0 +1,7 @@
+import pytest
+from overlays import PLATFORM_OF, Overlay
+
+
+@pytest.fixture(params=PLATFORM_OF, scope="session")
+def overlay(request: pytest.FixtureRequest) -> Overlay:
+    return Overlay(request.param)

@@ -1,0 +1,169 @@
+"""What is laid over KFP's own manifests. They come from its repository, so a sketch of the parts that are changed
+stands in for them here."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
+
+KFP = MANIFESTS / "kfp"
+SECRET = "mlpipeline-minio-artifact"
+
+
+def _deployment(name: str, container: str, **env: str) -> dict[str, Any]:
+    variables = [{"name": key, "value": value} for key, value in env.items()]
+    pod = {"metadata": {"labels": {"app": name}}, "spec": {"containers": [{"name": container, "env": variables}]}}
+    spec = {"selector": {"matchLabels": {"app": name}}, "template": pod}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": name}, "spec": spec}
+
+
+def _named(api: str, kind: str, name: str, **values: Any) -> dict[str, Any]:
+    return {"apiVersion": api, "kind": kind, "metadata": {"name": name, "namespace": "kubeflow"}, **values}
+
+
+SKETCH = [
+    _deployment(
+        "ml-pipeline", "ml-pipeline-api-server", COMPILED_PIPELINE_SPEC_PATCH="{}", OBJECTSTORECONFIG_PORT="9000"
+    ),
+    _deployment("ml-pipeline-ui", "ml-pipeline-ui", MINIO_HOST="seaweedfs"),
+    {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "workflow-controller-configmap"},
+        "data": {"executor": "imagePullPolicy: Always", "artifactRepository": "s3: {}", "workflowDefaults": "spec: {}"},
+    },
+    {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "pipeline-install-config"},
+        "data": {"bucketName": "mlpipeline", "appName": "kept"},
+    },
+    _named("apps/v1", "Deployment", "seaweedfs", spec={}),
+    *(_named("v1", kind, "seaweedfs") for kind in ("Service", "ServiceAccount")),
+    _named("v1", "PersistentVolumeClaim", "seaweedfs-pvc"),
+    _named("networking.k8s.io/v1", "NetworkPolicy", "seaweedfs"),
+    _named("v1", "Secret", SECRET, stringData={"accesskey": "minio"}),
+]
+
+
+@pytest.fixture(scope="module", params=["minikube", "cluster"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """(name, objects by kind/name) of KFP as manifests/kfp/NAME installs it, on the sketch."""
+    folder = tmp_path_factory.mktemp("kfp")
+    shutil.copytree(KFP, folder / "kfp")
+    (folder / "sketch.yaml").write_text(yaml.safe_dump_all(SKETCH))
+    path = folder / "kfp" / request.param / "kustomization.yaml"
+    kustomization = yaml.safe_load(path.read_text())
+    shutil.copy(folder / "sketch.yaml", path.parent)
+    path.write_text(yaml.safe_dump({**kustomization, "resources": ["sketch.yaml"]}))
+    return request.param, {f"{o['kind']}/{o['metadata']['name']}": o for o in render(path.parent)}
+
+
+def test_the_release_is_that_of_the_sdk() -> None:
+    (version,) = (
+        line.partition("==")[2]
+        for line in (ROOT / "requirements" / "runtime.in").read_text().splitlines()
+        if line.startswith("kfp==")
+    )
+    for path in KFP.glob("*/kustomization.yaml"):
+        (remote,) = yaml.safe_load(path.read_text())["resources"]
+        assert f"?ref={version}&" in remote, path
+
+
+def test_what_is_changed_stays_valid(installed: tuple[str, dict[str, Any]]) -> None:
+    changed = [o for key, o in installed[1].items() if key.startswith(("ConfigMap/", "Deployment/ml-pipeline"))]
+
+    assert len(changed) == 4
+    for found in changed:
+        for version in VERSIONS:
+            kubernetes_validate.validate(found, version, strict=True)
+
+
+def test_failed_and_lost_steps_are_retried_as_their_pipeline_says(installed: tuple[str, dict[str, Any]]) -> None:
+    data = installed[1]["ConfigMap/workflow-controller-configmap"]["data"]
+    spec = yaml.safe_load(data["workflowDefaults"])["spec"]
+
+    assert spec["templateDefaults"]["retryStrategy"] == {"limit": "0", "retryPolicy": "Always"}
+
+
+def test_argos_own_containers_are_small_and_restricted(installed: tuple[str, dict[str, Any]]) -> None:
+    executor = yaml.safe_load(installed[1]["ConfigMap/workflow-controller-configmap"]["data"]["executor"])
+    context = executor["securityContext"]
+
+    assert executor["resources"].keys() == {"requests", "limits"}  # the quota of the runs refuses pods without
+    assert context["runAsNonRoot"] and not context["allowPrivilegeEscalation"]
+    assert context["capabilities"] == {"drop": ["ALL"]} and context["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+def test_finished_workflows_and_pods_are_cleared_away(installed: tuple[str, dict[str, Any]]) -> None:
+    data = installed[1]["ConfigMap/workflow-controller-configmap"]["data"]
+    spec = yaml.safe_load(data["workflowDefaults"])["spec"]
+
+    assert spec["ttlStrategy"]["secondsAfterCompletion"] > 3600  # KFP's agent has long recorded the end by then
+    assert spec["podGC"]["strategy"] == "OnWorkflowCompletion"
+
+
+def test_runs_get_the_priority_that_the_overlay_defines(
+    installed: tuple[str, dict[str, Any]], overlay: Overlay
+) -> None:
+    patch = json.loads(_environment(installed[1]["Deployment/ml-pipeline"])["COMPILED_PIPELINE_SPEC_PATCH"])
+
+    assert overlay.one("PriorityClass", patch["podPriorityClassName"])
+
+
+def test_an_existing_s3_is_named_alike_in_all_its_places(installed: tuple[str, dict[str, Any]]) -> None:
+    name, objects = installed
+    if name == "minikube":
+        assert "Deployment/seaweedfs" in objects and f"Secret/{SECRET}" in objects
+        return
+    overlay = Overlay("cluster")
+    launcher = overlay.one("ConfigMap", "kfp-launcher")["data"]
+    store = yaml.safe_load(launcher["providers"])["s3"]["default"]
+    api = _environment(objects["Deployment/ml-pipeline"])
+    ui = _environment(objects["Deployment/ml-pipeline-ui"])
+    argo = yaml.safe_load(objects["ConfigMap/workflow-controller-configmap"]["data"]["artifactRepository"])["s3"]
+    install = objects["ConfigMap/pipeline-install-config"]["data"]
+
+    assert {store["endpoint"]} == {api["OBJECTSTORECONFIG_HOST"], argo["endpoint"], ui["AWS_S3_ENDPOINT"]}
+    assert {store["region"]} == {api["OBJECTSTORECONFIG_REGION"], argo["region"], ui["AWS_REGION"]}
+    assert api["OBJECTSTORECONFIG_SECURE"] == ui["AWS_SSL"] == "true"
+    assert not argo["insecure"] and not store["disableSSL"]
+    assert api["OBJECTSTORECONFIG_PORT"] == "443"
+    assert launcher["defaultPipelineRoot"] == install["defaultPipelineRoot"]
+    assert (
+        launcher["defaultPipelineRoot"].startswith(f"s3://{argo['bucket']}/")
+        and install["bucketName"] == argo["bucket"]
+    )
+    assert argo["accessKeySecret"]["name"] == ui["AWS_ACCESS_KEY_ID"]["secretKeyRef"]["name"] == SECRET
+    assert not [key for key in objects if "seaweedfs" in key or key == f"Secret/{SECRET}"]
+
+
+def test_the_lifecycle_rule_clears_artifacts_and_logs_and_spares_mlflow(overlay: Overlay) -> None:
+    rules = json.loads((KFP / "bucket-lifecycle.json").read_text())["Rules"]
+    prefixes = {rule["Filter"]["Prefix"] for rule in rules}
+    bucket, _, root = (
+        overlay.one("ConfigMap", "kfp-launcher")["data"]["defaultPipelineRoot"].partition("://")[2].partition("/")
+    )
+    mlflow = overlay.one("ConfigMap", "mlflow")["data"]["MLFLOW_ARTIFACTS_DESTINATION"].removeprefix("s3://")
+
+    assert prefixes == {f"{root}/", "private-artifacts/"}
+    assert all(rule["Expiration"]["Days"] >= 90 for rule in rules)
+    assert not any(f"{mlflow}/".startswith(f"{bucket}/{prefix}") for prefix in prefixes)
+
+
+def test_git_ignores_filled_in_secrets() -> None:
+    path = Path("manifests/overlays/cluster/secrets.yaml")
+    done = subprocess.run(["git", "check-ignore", str(path)], cwd=ROOT, capture_output=True, check=False)
+
+    assert done.returncode == 0
+
+
+def _environment(deployment: dict[str, Any]) -> dict[str, Any]:
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return {v["name"]: v.get("value", v.get("valueFrom")) for v in container["env"]}
