@@ -103,6 +103,7 @@ def check(
     file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and perhaps `response`.")] = None,
     config: ConfigOption = DEMO,
     adapter: Annotated[str | None, typer.Option(help="A folder, s3:// or models:/name@alias.")] = None,
+    categories: Annotated[bool, typer.Option(help="Also read the categories of what is flagged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Judge a prompt, a response, or a file of them with the guard."""
@@ -114,7 +115,7 @@ def check(
     rows: list[dict[str, Any]] = [{"id": "1", "prompt": text, "response": response}]
     if file is not None:
         rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
-    settings = load_settings(config).guard
+    settings = load_settings(config).guard.model_copy(update={"categories": categories})
     from guardloop.guard.engine import Guard  # torch loads for seconds; wrong input is told before
     from guardloop.guard.loading import fetch_adapter
 
@@ -127,7 +128,8 @@ def check(
         else:
             colour = {"safe": "green", "unsafe": "red"}.get(word, "yellow")
             margin = "" if verdict.margin is None else f"{verdict.margin:+.2f}"
-            console.print(f"[{colour}]{word:<10}[/] {margin:>7}  {escape(row['prompt'][:100])}")
+            found = f"{verdict.categories}  " if verdict.categories else ""
+            console.print(f"[{colour}]{word:<10}[/] {margin:>7}  {found}{escape(row['prompt'][:100])}")
 
 
 @app.command()

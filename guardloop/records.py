@@ -42,6 +42,8 @@ VERDICT_FIELDS = [
     pa.field("flagged", pa.bool_(), nullable=False),  # margin above the guard's threshold
     pa.field("truncated", pa.bool_(), nullable=False),
     pa.field("error", pa.string()),
+    pa.field("probability", pa.float32()),  # P(unsafe) of the two labels, after the guard's temperature
+    pa.field("categories", pa.string()),  # codes of a flagged message, with commas, where they were asked for
 ]
 SCREENED = pa.schema([*CONVERSATION, *VERDICT_FIELDS])
 """A conversation with the guard's verdict."""

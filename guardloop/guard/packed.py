@@ -68,12 +68,13 @@ class PackedForward:
         self._layer = _compiled(layer) if compiled else layer
         self._masks = Masks(self._lay_out([[0]]), model.device)
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def __call__(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> torch.Tensor:
         """Hidden states `float[B, H]` at the last token of each row; a row is what follows the template.
 
-        The rows must fit: `room` tokens and `read` rows at most. A call's backward pass must run before the next call.
+        With `reads`, at so many last tokens of each row. The rows must fit: `room` tokens, of which `read` are read.
+        A call's backward pass must run before the next call.
         """
-        layout = self._lay_out(rows)
+        layout = self._lay_out(rows, reads)
         masks = self._masks.update(layout)
         hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
@@ -86,11 +87,11 @@ class PackedForward:
                 states = checkpoint(self._layer, module, states, angles, template, mask, read, use_reentrant=False)
             else:
                 states = self._layer(module, states, angles, template, mask, read)
-        picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : len(rows)])
+        picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : sum(reads) or len(rows)])
         return picked
 
-    def _lay_out(self, rows: Sequence[Sequence[int]]) -> Layout:
-        return lay_out(rows, self.size, self.read, len(self.prefix), self.own)
+    def _lay_out(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> Layout:
+        return lay_out(rows, self.size, self.read, len(self.prefix), self.own, reads)
 
 
 def _compiled(function: Any) -> Any:

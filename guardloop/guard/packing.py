@@ -89,7 +89,7 @@ class Layout:
     key_owner: np.ndarray
     """`int[K]`: the same of the keys; NOTHING where the cached template is padded."""
     rows: np.ndarray
-    """`int[R]`: where each conversation's label is read, in order; the last is repeated."""
+    """`int[R]`: the tokens that are read, conversation after conversation; the last is repeated."""
     start: np.ndarray
     """`int[N]`: the first token of the conversation a token belongs to."""
 
@@ -100,27 +100,33 @@ class Layout:
 
 
 def lay_out(
-    rows: Sequence[Sequence[int]], size: int, read: int, template: int, own_template: Sequence[int] = ()
+    rows: Sequence[Sequence[int]],
+    size: int,
+    read: int,
+    template: int,
+    own_template: Sequence[int] = (),
+    reads: Sequence[int] = (),
 ) -> Layout:
     """Lay `rows` (tokens behind the template) out in a pack of `size` tokens of which `read` are read.
 
-    The template's `template` tokens are either cached keys, or, as `own_template`, the pack's first tokens.
-    Raises ValueError where the rows do not fit.
+    The template's `template` tokens are either cached keys, or, as `own_template`, the pack's first tokens. Of each
+    row the last of `reads` tokens are read, by default one. Raises ValueError where the rows do not fit.
     """
+    reads = reads or [1] * len(rows)
     used = len(own_template) + sum(map(len, rows))
-    if used > size or len(rows) > read or not rows:
-        raise ValueError(f"{len(rows)} rows of {used} tokens do not fit a pack of {size} tokens and {read} rows")
+    if used > size or sum(reads) > read or not rows:
+        raise ValueError(f"{len(rows)} rows of {used} tokens do not fit a pack of {size} tokens and {read} read ones")
     tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
     owner, start = np.full(size, PADDING, np.int32), np.arange(size)
     tokens[: len(own_template)] = own_template
     positions[: len(own_template)] = np.arange(len(own_template))
     owner[: len(own_template)], start[: len(own_template)] = TEMPLATE, 0
-    at, ends = len(own_template), []
-    for number, row in enumerate(rows, start=1):
+    at, ends = len(own_template), list[int]()
+    for number, (row, count) in enumerate(zip(rows, reads, strict=True), start=1):
         end = at + len(row)
         tokens[at:end], positions[at:end] = row, np.arange(template, template + len(row))
         owner[at:end], start[at:end] = number, at
-        ends.append(end - 1)
+        ends += range(end - count, end)
         at = end
     cached = np.full(0 if len(own_template) else -(-template // BLOCK) * BLOCK, NOTHING, np.int32)
     cached[: template if len(cached) else 0] = TEMPLATE

@@ -1,7 +1,9 @@
 import json
+import math
 import os
 import pickle
 import random
+import resource
 from functools import cache
 
 import pytest
@@ -34,9 +36,9 @@ NEAR = 1e-4
 
 
 @cache
-def guard_of(family, lora=False):
+def guard_of(family, lora=False, packed=False):
     model = with_lora(tiny_llama(family)) if lora else tiny_llama(family)
-    return Guard(model.eval(), renderer_of(family), is_guard=False)
+    return Guard(model.eval(), renderer_of(family), is_guard=False, packed=packed, pack_tokens=1024)
 
 
 @torch.no_grad()
@@ -64,6 +66,75 @@ def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, bat
         assert verdict.label_mass == pytest.approx(mass, abs=NEAR)
         assert verdict.flagged == (verdict.margin > 0)
         assert verdict.error is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@given(family=st.sampled_from(FAMILIES), conversations=st.lists(rows, min_size=12, max_size=60))
+@settings(PROPERTY, max_examples=8)
+def test_packed_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, conversations):
+    guard, batched = guard_of(family, lora, packed=True), guard_of(family, lora)
+    for one, other in zip(guard.score(conversations), batched.score(conversations), strict=True):
+        assert one.margin == pytest.approx(other.margin, abs=NEAR)
+        assert one.label_mass == pytest.approx(other.label_mass, abs=NEAR)
+    row = conversations[0]
+    assert next(guard.score(conversations)).margin == pytest.approx(by_full_forward(guard, row)[0], abs=NEAR)
+
+
+def test_many_conversations_are_packed_and_few_are_not():
+    guard = tiny_guard(packed=True, pack_tokens=1024)
+    list(guard.score(user(*["hello there"] * 5)))
+    assert not guard.scorer._packs
+    list(guard.score([*user(*["hello there"] * 80), *agent(*[("hello", "there")] * 80)]))
+    assert {size for _, size in guard.scorer._packs} >= {1024}
+    assert len({prefix for prefix, _ in guard.scorer._packs}) == len(
+        {tuple(prefix) for prefix in guard.renderer.prefixes}
+    )
+
+
+def test_the_probability_is_the_margin_after_the_temperature():
+    cool, warm = tiny_guard(), tiny_guard(temperature=4.0)
+    for a, b in zip(cool.score(user(*WORDS[:8])), warm.score(user(*WORDS[:8])), strict=True):
+        assert a.margin == b.margin
+        assert a.probability == pytest.approx(1 / (1 + math.exp(-a.margin)))
+        assert b.probability == pytest.approx(1 / (1 + math.exp(-a.margin / 4)))
+
+
+class Scripted:
+    """A scorer whose model writes a set text after `unsafe`."""
+
+    def __init__(self, scorer, tokens):
+        self.scorer, self.tokens, self.asked = scorer, tokens, []
+
+    def score(self, prompts):
+        return self.scorer.score(prompts)
+
+    def next_tokens(self, prompts):
+        self.asked.append(len(prompts))
+        return [self.tokens[min(len(self.asked), len(self.tokens)) - 1]] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("written", "categories", "error"),
+    [
+        ("\nS1", "S1", None),
+        ("\nS1,S3", "S1,S3", None),
+        ("\nS99", None, "unreadable categories: 'unsafe\\nS99'"),
+        ("", None, "unreadable categories: 'unsafe'"),
+    ],
+)
+def test_categories_of_flagged_rows_are_read_in_a_second_pass(written, categories, error):
+    guard = tiny_guard("llama-guard-3", categories=True)
+    tokenizer = guard.renderer.tokenizer
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    guard.scorer = Scripted(guard.scorer, tokens)
+    prompts = user(*WORDS[:8])
+    guard.threshold = sorted(v.margin for v in tiny_guard("llama-guard-3").score(prompts))[4]
+    verdicts = list(guard.score(prompts))
+    flagged = [v for v in verdicts if v.flagged]
+    assert len(flagged) == 3
+    assert guard.scorer.asked == [3] * len(tokens)
+    assert {(v.categories, v.error) for v in flagged} == {(categories, error)}
+    assert {v.categories for v in verdicts if not v.flagged} == {None}
 
 
 def test_an_adapter_matters():
@@ -144,6 +215,18 @@ def test_scoring_streams(monkeypatch):
     verdicts = tiny_guard().score(source)
     next(verdicts)
     assert len(taken) == 8  # one window ahead
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_conversations():
+    guard = tiny_guard()
+
+    def peak(count):
+        source = ({"prompt": f"how do I bake cake number {n}", "response": None} for n in range(count))
+        assert sum(1 for _ in guard.score(source)) == count
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+
+    assert peak(40_000) - peak(12_000) < 40
 
 
 def test_a_low_label_mass_stops_the_run_before_any_verdict():

@@ -1,0 +1,103 @@
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import tiny_llama, with_lora
+
+from guardloop.guard.float8 import Float8Linear, to_float8
+from guardloop.guard.forward import trunk
+from guardloop.guard.packed import PackedForward, fits
+from guardloop.guard.packing import most_rows
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+NEAR = 1e-4
+token_lists = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=90), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "adapter"])
+def model(request):
+    return with_lora(tiny_llama()) if request.param else tiny_llama()
+
+
+def one_by_one(model, prefix, rows):
+    return torch.stack([trunk(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0, -1] for row in rows])
+
+
+@given(prefix=st.lists(st.integers(0, 299), min_size=1, max_size=200), rows=token_lists, own=st.booleans())
+@PROPERTY
+def test_a_pack_gives_each_row_what_it_gets_alone(model, prefix, rows, own):
+    forward = PackedForward(model, prefix, 1024, with_gradient=own, compiled=False)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+def test_one_forward_serves_pack_after_pack(model):
+    draw = random.Random(0)
+    prefix = [draw.randrange(300) for _ in range(130)]
+    forward = PackedForward(model, prefix, 512, compiled=False)
+    for _ in range(4):
+        rows = [[draw.randrange(300) for _ in range(draw.randrange(1, 60))] for _ in range(draw.randrange(1, 8))]
+        with torch.no_grad():
+            torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+def test_several_last_tokens_of_a_row_are_read(model):
+    prefix, rows, reads = [1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]], [3, 1, 2]
+    with torch.no_grad():
+        found = PackedForward(model, prefix, 256, compiled=False)(rows, reads)
+        whole = [trunk(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0] for row in rows]
+    expected = torch.cat([hidden[-count:] for hidden, count in zip(whole, reads, strict=True)])
+    torch.testing.assert_close(found, expected, atol=NEAR, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointed", [0.0, 0.5, 1.0])
+def test_gradients_of_a_pack_equal_those_of_whole_prompts(checkpointed):
+    model, draw = with_lora(tiny_llama()), random.Random(1)
+    prefix = [draw.randrange(300) for _ in range(150)]
+    rows = [[draw.randrange(300) for _ in range(draw.randrange(2, 60))] for _ in range(8)]
+    direction = torch.randn(len(rows), 64, generator=torch.Generator().manual_seed(0))
+
+    def gradients(hidden):
+        model.zero_grad()
+        (hidden * direction).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    forward = PackedForward(model, prefix, 512, with_gradient=True, checkpointed=checkpointed, compiled=False)
+    found, expected = gradients(forward(rows)), gradients(one_by_one(model, prefix, rows))
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
+        assert gradient.abs().max() > 0
+
+
+def test_only_the_rows_that_are_read_pass_through_the_last_layers_mlp():
+    model, shapes = tiny_llama(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1]))
+    with torch.no_grad():
+        PackedForward(model, [1, 2, 3], 1024, compiled=False)([[4, 5], [6]])
+    assert shapes[-2:] == [1024, most_rows(1024)]
+
+
+def test_models_of_another_form_are_told_apart():
+    model = tiny_llama()
+    assert fits(model)
+    assert fits(with_lora(tiny_llama()))
+    model.config.sliding_window = 64
+    assert not fits(model)
+    model.config.sliding_window, model.config.model_type = None, "gemma3_text"
+    assert not fits(model)
+
+
+def test_eight_bit_floats_come_close_and_the_head_stays():
+    model = tiny_llama(initializer_range=0.1)
+    ids = torch.randint(0, 300, (4, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(ids).logits
+        to_float8(model)
+        after = model(ids).logits
+    assert type(model.lm_head) is torch.nn.Linear
+    assert sum(isinstance(m, Float8Linear) for m in model.modules()) == 14
+    error = torch.linalg.norm(after - before) / torch.linalg.norm(before)
+    assert 0 < error < 0.15
