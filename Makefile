@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage check lint types fmt lock clean
+.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard check lint types fmt lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ test: ready ## Run all tests (PYTEST_ARGS=... for a part of them)
 coverage: ready ## Run all tests and list the lines that none of them reaches
 	@$(BIN)/pytest --cov=guardloop --cov=components --cov=launch --cov=pipeline \
 	  --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
+	@$(BIN)/python -W ignore -m bench.guard
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
 	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)

@@ -1,0 +1,23 @@
+import re
+from pathlib import Path
+
+import pytest
+from models import save_guard
+
+PAGE = Path(__file__).parents[2] / "docs" / "guard.md"
+
+
+def test_the_pages_example_runs(tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert '"embedded:guard"' in example
+    folder = save_guard(tmp_path / "guard")
+    code = example.replace('"embedded:guard"', "GuardSettings(base=FOLDER, is_guard=False)")
+    from guardloop.guard.settings import GuardSettings
+
+    exec(compile(code, str(PAGE), "exec"), {"GuardSettings": GuardSettings, "FOLDER": str(folder)})
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        flagged, margin, probability = line.split()
+        assert flagged == str(float(margin) > 0)
+        assert float(probability) == pytest.approx(0.5) or (float(probability) > 0.5) == (float(margin) > 0)
