@@ -28,29 +28,29 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import LabelTokens, label_tokens
 from guardloop.models import load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.training.adapter import fresh_adapter
-from guardloop.training.fit import answer_hidden, batches
+from guardloop.training.fit import Prefixes, answer_hidden, batches
 from guardloop.training.loss import Encoded, batch_loss
 from guardloop.training.settings import TrainingSettings
 
 GUARD = GuardSettings(base="embedded:smollm2", family="guardloop", is_guard=False)
 PROMPTS, RESPONSES = 360, 148  # as the demo mines them
-Forward = Callable[[Any, list[int], LabelTokens, Sequence[Encoded]], tuple[torch.Tensor, int]]
+Forward = Callable[[Any, Prefixes, LabelTokens, Sequence[Encoded]], tuple[torch.Tensor, int]]
 
 
-def packed(model: Any, prefix: list[int], labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+def packed(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """This engine: the template once, the head at the answers only."""
-    hidden, tokens = answer_hidden(model, prefix, labels.lead, batch)
+    hidden, tokens = answer_hidden(model, prefixes, labels.lead, batch)
     return label_logits(model, hidden), tokens
 
 
-def padded(model: Any, prefix: list[int], labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+def padded(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """Whole prompts, padded to the longest, the head at the answers only."""
     ids, last = _padded(model, labels, batch)
     hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
     return label_logits(model, hidden[torch.arange(len(batch)), last]), ids.numel()
 
 
-def usual(model: Any, prefix: list[int], labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+def usual(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """Whole prompts, padded to the longest, the head at every position, as most scripts have it."""
     ids, last = _padded(model, labels, batch)
     logits = model(input_ids=ids, use_cache=False).logits
@@ -80,14 +80,14 @@ def measure(steps: int, guard: GuardSettings, settings: TrainingSettings) -> dic
     model = load_causal_lm(locate(guard.base), guard.revision, pick_dtype(guard.dtype, device), device)
     torch.manual_seed(settings.seed)
     model = fresh_adapter(model, settings).train()
-    labels, prefix = label_tokens(renderer), renderer.shared_prefix()
+    labels, prefixes = label_tokens(renderer), [renderer.shared_prefix()]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)  # the ways take turns on one adapter, which must not move
     timings = {name: Timing() for name in WAYS}
     for number, batch in enumerate(batches(examples(renderer), settings, steps + 1)):
         for name, forward in WAYS.items():
             started = time.perf_counter()
-            logits, tokens = forward(model, prefix, labels, batch)
+            logits, tokens = forward(model, prefixes, labels, batch)
             loss = batch_loss(logits, labels, batch, 0.0) / len(batch)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip)

@@ -121,7 +121,7 @@ def _make_guard(folder: Path, watch: Watch) -> None:
     model = load_causal_lm(str(base), None, pick_dtype("auto", device), device)
     model = fresh_adapter(model, BOOTSTRAP)
     labels = label_tokens(renderer)
-    fit(model, renderer.shared_prefix(), labels, _examples(renderer), BOOTSTRAP, on_step=watch)
+    fit(model, [renderer.shared_prefix()], labels, _examples(renderer), BOOTSTRAP, on_step=watch)
     merged = model.merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

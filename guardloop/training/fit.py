@@ -1,7 +1,7 @@
 """The training loop, on accelerate: one adapter, from examples in an order that depends on the seed alone.
 
-Loss is taken at the answer's positions only. The template's keys and values are computed once per forward pass, with
-gradient, and expanded to the rows of the batch. A step's randomness depends on the seed and its number, so that a
+Loss is taken at the answer's positions only. A template's keys and values are computed once per forward pass, with
+gradient, and expanded to the rows behind it. A step's randomness depends on the seed and its number, so that a
 training that was interrupted goes on from a checkpoint as if nothing had happened.
 """
 
@@ -34,6 +34,7 @@ from guardloop.training.settings import TrainingSettings
 from guardloop.training.watch import Step, flops_per_token, memory_gib, peak_flops
 
 log = logging.getLogger("guardloop")
+Prefixes = Sequence[Sequence[int]]
 EXPLODED = 3.0  # times the loss of the first step, or of a guess among all tokens
 
 
@@ -62,54 +63,65 @@ class Fitted:
 
 
 def answer_hidden(
-    model: Any, prefix: list[int], lead: Sequence[int], batch: Sequence[Encoded]
+    model: Any, prefixes: Prefixes, lead: Sequence[int], batch: Sequence[Encoded]
 ) -> tuple[torch.Tensor, int]:
-    """Hidden states `float[N, H]` at the answer's positions, example after example, and the tokens that it took.
+    """Hidden states `float[N, H]` at the answers' positions, example after example, and the tokens that it took.
 
-    N is the sum of the examples' `positions`. Gradients flow, through the prefix too. A batch whose prompts do not
-    all start with `prefix` is computed whole, as is one with gradient checkpointing, which knows no cache.
+    N is the sum of the examples' `positions`. Each of `prefixes` (one for each role) that occurs is computed once,
+    with gradient. A prompt that starts with none of them is computed whole, as are all with gradient checkpointing,
+    which knows no cache.
     """
-    rows = [[*e.tokens, *lead, *e.answer[:-1]] for e in batch]
-    shared = all(row[: len(prefix)] == prefix for row in rows) and not trunk(model).gradient_checkpointing
-    start = len(prefix) if shared else 0
-    past = PrefixCache(model, prefix).expand(len(rows)) if start else None
-    width = max(map(len, rows)) - start
+    known = [] if trunk(model).gradient_checkpointing else sorted(prefixes, key=len, reverse=True)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(batch):
+        found = next((tuple(p) for p in known if example.tokens[: len(p)] == list(p)), ())
+        groups.setdefault(found, []).append(index)
+    parts: dict[int, torch.Tensor] = {}
+    tokens = 0
+    for prefix, indices in groups.items():
+        group = [batch[index] for index in indices]
+        rows = [[*e.tokens[len(prefix) :], *lead, *e.answer[:-1]] for e in group]
+        hidden = _hidden_behind(model, prefix, rows)
+        for place, (index, example) in enumerate(zip(indices, group, strict=True)):
+            end = len(rows[place])
+            parts[index] = hidden[place, end - example.positions : end]
+        tokens += len(prefix) + sum(map(len, rows))
+    return torch.cat([parts[index] for index in range(len(batch))]), tokens
+
+
+def _hidden_behind(model: Any, prefix: Sequence[int], rows: Prefixes) -> torch.Tensor:
+    """Hidden states `float[B, T, H]` of `rows`, each behind `prefix`."""
+    past = PrefixCache(model, list(prefix)).expand(len(rows)) if prefix else None
+    width = max(map(len, rows))
     # right padding: a causal model's real tokens never see what follows them, so no mask is needed
-    ids = torch.tensor([row[start:] + [0] * (start + width - len(row)) for row in rows], device=model.device)
-    positions = torch.arange(start, start + width, device=model.device).expand(len(rows), -1)
-    hidden = trunk(model)(
-        input_ids=ids, position_ids=positions, past_key_values=past, use_cache=past is not None
-    ).last_hidden_state
-    places = [
-        (index, len(row) - start - example.positions + offset)
-        for index, (row, example) in enumerate(zip(rows, batch, strict=True))
-        for offset in range(example.positions)
-    ]
-    picked: torch.Tensor = hidden[tuple(torch.tensor(places, device=model.device).T)]
-    return picked, start + sum(len(row) - start for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+    positions = torch.arange(len(prefix), len(prefix) + width, device=model.device).expand(len(rows), -1)
+    options = {"past_key_values": past, "use_cache": past is not None}
+    hidden: torch.Tensor = trunk(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state
+    return hidden
 
 
 class Learner(torch.nn.Module):
     """A guard that answers a batch with its summed loss: what accelerate wraps."""
 
-    def __init__(self, model: Any, prefix: list[int], labels: LabelTokens, category_weight: float) -> None:
+    def __init__(self, model: Any, prefixes: Prefixes, labels: LabelTokens, category_weight: float) -> None:
         super().__init__()
         self.model = model
-        self.prefix = prefix
+        self.prefixes = prefixes
         self.labels = labels
         self.category_weight = category_weight
         self.tokens = 0
 
     def forward(self, batch: Sequence[Encoded]) -> torch.Tensor:
         """The examples' weighted losses, summed: `float32[]`."""
-        hidden, tokens = answer_hidden(self.model, self.prefix, self.labels.lead, batch)
+        hidden, tokens = answer_hidden(self.model, self.prefixes, self.labels.lead, batch)
         self.tokens += tokens
         return batch_loss(label_logits(self.model, hidden), self.labels, batch, self.category_weight)
 
 
 def fit(
     model: Any,
-    prefix: list[int],
+    prefixes: Prefixes,
     labels: LabelTokens,
     examples: Sequence[Encoded],
     settings: TrainingSettings,
@@ -125,7 +137,7 @@ def fit(
     """
     if not examples:
         raise GuardLoopError("training: there are no examples", "screen more traffic")
-    training = Training(model, prefix, labels, settings)
+    training = Training(model, prefixes, labels, settings)
     per_epoch = math.ceil(len(examples) / settings.batch_rows)
     total = max(1, math.ceil(per_epoch * settings.epochs))
     every = settings.validate_steps or per_epoch
@@ -154,7 +166,7 @@ def fit(
 class Training:
     """A training under way: what a checkpoint holds, and how a step is taken."""
 
-    def __init__(self, model: Any, prefix: list[int], labels: LabelTokens, settings: TrainingSettings) -> None:
+    def __init__(self, model: Any, prefixes: Prefixes, labels: LabelTokens, settings: TrainingSettings) -> None:
         half = model.dtype == torch.float16 and model.device.type == "cuda"  # needs its loss scaled
         self.accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="fp16" if half else "no")
         if self.accelerator.distributed_type not in (
@@ -169,7 +181,7 @@ class Training:
         self.model = model
         self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.learner = Learner(model, prefix, labels, settings.category_weight)
+        self.learner = Learner(model, prefixes, labels, settings.category_weight)
         self.wrapped = self.accelerator.prepare_model(self.learner, device_placement=False)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = self.accelerator.prepare_optimizer(

@@ -121,7 +121,7 @@ def train(
         stores.append(Checkpoints(settings.checkpoints or str(cache_folder() / "checkpoints"), _hash([*key, seed])))
         fitted = fit(
             model,
-            renderer.shared_prefix(),
+            [renderer.shared_prefix()],
             label_tokens(renderer),
             encoded,
             settings.model_copy(update={"seed": seed}),

@@ -59,11 +59,11 @@ def gradients(model):
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-1", "llama-guard-3"])
 def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family):
     model, renderer = adapted(family), renderer_of(family)
-    labels, prefix, examples = label_tokens(renderer), renderer.shared_prefix(), encoded(renderer)
+    labels, prefixes, examples = label_tokens(renderer), [renderer.shared_prefix()], encoded(renderer)
     reference = reference_loss(model, labels, examples)
     reference.backward()
     expected = gradients(model)
-    hidden, tokens = answer_hidden(model, prefix, labels.lead, examples)
+    hidden, tokens = answer_hidden(model, prefixes, labels.lead, examples)
     loss = batch_loss(label_logits(model, hidden), labels, examples, 0.0) / sum(e.weight for e in examples)
     loss.backward()
     found = gradients(model)
@@ -73,7 +73,7 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
     for name, gradient in expected.items():
         assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
         assert gradient.abs().max() > 0
-    assert len(prefix) < tokens < sum(len(e.tokens) + len(labels.lead) for e in examples)
+    assert len(prefixes[0]) < tokens < sum(len(e.tokens) + len(labels.lead) for e in examples)
 
 
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-3"])
@@ -83,10 +83,22 @@ def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family
     reference = reference_loss(model, labels, examples)
     reference.backward()
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients(model).values()))
-    (step,) = fit(model, renderer.shared_prefix(), labels, examples, TrainingSettings(batch_rows=99, epochs=1)).steps
+    (step,) = fit(model, [renderer.shared_prefix()], labels, examples, TrainingSettings(batch_rows=99, epochs=1)).steps
     assert step.loss == pytest.approx(reference.item(), rel=1e-5)
     assert step.gradient_norm == pytest.approx(norm, rel=1e-4)
     assert (step.number, step.total, step.examples) == (1, 1, len(examples))
+
+
+def test_examples_behind_several_prefixes_keep_their_order():
+    model, renderer = adapted(), renderer_of("guardloop")
+    labels, examples = label_tokens(renderer), with_codes(renderer)
+    shared = renderer.shared_prefix()
+    found, tokens = answer_hidden(model, [shared[:3], [*shared, *examples[1].tokens[len(shared) :][:2]]], (), examples)
+    expected, whole = answer_hidden(model, [], (), examples)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert tokens < whole
+    assert len(found) == sum(e.positions for e in examples)
+    assert labels.lead == ()
 
 
 def test_only_the_label_position_reaches_the_loss():
@@ -94,7 +106,7 @@ def test_only_the_label_position_reaches_the_loss():
     labels, examples = label_tokens(renderer), encoded(renderer)
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
-    fit(model, renderer.shared_prefix(), labels, examples, TrainingSettings(batch_rows=4, epochs=1))
+    fit(model, [renderer.shared_prefix()], labels, examples, TrainingSettings(batch_rows=4, epochs=1))
     assert sorted(shapes) == [(2, 64), (4, 64), (4, 64)]
 
 
@@ -174,7 +186,7 @@ def with_codes(renderer):
 @pytest.mark.parametrize("family", ["llama-guard-1", "llama-guard-3"])
 def test_written_categories_are_learnt_at_their_own_positions(family):
     model, renderer = adapted(family), renderer_of(family)
-    labels, prefix, examples = label_tokens(renderer), renderer.shared_prefix(), with_codes(renderer)
+    labels, prefixes, examples = label_tokens(renderer), [renderer.shared_prefix()], with_codes(renderer)
     reference = reference_loss(model, labels, examples) * sum(e.weight for e in examples)
     for e in examples:
         if e.answer:
@@ -184,7 +196,7 @@ def test_written_categories_are_learnt_at_their_own_positions(family):
             reference = reference + 0.25 * e.weight * e.target * cost
     reference.backward()
     expected = gradients(model)
-    hidden, _ = answer_hidden(model, prefix, labels.lead, examples)
+    hidden, _ = answer_hidden(model, prefixes, labels.lead, examples)
     assert len(hidden) == sum(e.positions for e in examples) > len(examples)
     loss = batch_loss(label_logits(model, hidden), labels, examples, 0.25)
     loss.backward()
@@ -215,7 +227,7 @@ def test_the_loss_curve_lies_on_that_of_whole_prompts_over_fifty_steps():
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
     options = TrainingSettings(batch_rows=3, epochs=12.5, learning_rate=1e-3, micro_rows=2)
-    fitted = fit(adapted(), renderer.shared_prefix(), labels, examples, options)
+    fitted = fit(adapted(), [renderer.shared_prefix()], labels, examples, options)
     expected = reference_curve(adapted(), labels, examples, options, 50)
     assert [step.loss for step in fitted.steps] == pytest.approx(expected, rel=1e-3)
     assert expected[-1] < 0.5 * expected[0]
@@ -224,7 +236,7 @@ def test_the_loss_curve_lies_on_that_of_whole_prompts_over_fifty_steps():
 def test_only_the_adapter_is_changed():
     model, renderer = adapted(), renderer_of("guardloop")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), TrainingSettings(epochs=1))
+    fit(model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), TrainingSettings(epochs=1))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -234,7 +246,7 @@ def test_only_the_adapter_is_changed():
 def test_steps_are_told_as_they_happen():
     model, renderer = adapted(), renderer_of("guardloop")
     told, options = [], TrainingSettings(batch_rows=4, epochs=1.5, warmup=0.5)
-    args = (model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), options)
+    args = (model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), options)
     steps = fit(*args, on_step=told.append).steps
     assert steps == told
     assert [s.number for s in steps] == [1, 2, 3, 4, 5]
@@ -245,7 +257,7 @@ def test_a_loss_that_blows_up_names_its_examples():
     model, renderer = adapted(), renderer_of("guardloop")
     options = TrainingSettings(learning_rate=1e30, batch_rows=5, epochs=9, warmup=0)
     with pytest.raises(GuardLoopError, match=r"the loss is \S+ and .* at step \d+ \(examples e\d(, e\d){4}\)") as error:
-        fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), options)
+        fit(model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), options)
     assert "training.learning_rate" in error.value.remedy
 
 
@@ -255,7 +267,7 @@ def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
     with torch.no_grad():
         model.get_base_model().model.norm.weight[0] = float("nan")
     with pytest.raises(GuardLoopError, match=r"the loss is nan and .* at step 1 "):
-        fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), TrainingSettings())
+        fit(model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), TrainingSettings())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
@@ -310,7 +322,7 @@ def fitted_state(**options):
     before = options.pop("before", lambda model: None)
     before(model)
     settings = TrainingSettings(**{"batch_rows": 4, "epochs": 4, "learning_rate": 1e-3, "dropout": 0.0} | options)
-    fitted = fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), settings, **rest)
+    fitted = fit(model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), settings, **rest)
     return fitted, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -321,7 +333,7 @@ def same(one, other):
 def test_no_examples_are_refused():
     model, renderer = adapted(), renderer_of("guardloop")
     with pytest.raises(GuardLoopError, match="no examples"):
-        fit(model, renderer.shared_prefix(), label_tokens(renderer), [], TrainingSettings())
+        fit(model, [renderer.shared_prefix()], label_tokens(renderer), [], TrainingSettings())
 
 
 @pytest.mark.parametrize("micro_rows", [1, 3])
@@ -391,7 +403,7 @@ def test_the_best_adapter_within_the_limit_is_kept(values, limit, best):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     renderer = renderer_of("guardloop")
     settings = TrainingSettings(learning_rate=1e-3, dropout=0.0, **options)
-    fit(model, renderer.shared_prefix(), label_tokens(renderer), encoded(renderer), settings, on_step=keep)
+    fit(model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), settings, on_step=keep)
     assert same(found, kept[3 * best])
 
 

@@ -48,7 +48,7 @@ def run(place, stop_at=None, **options):
         return Look(step, {3: 0.5, 6: 0.9}.get(step, 0.7), 0.0)
 
     examples = [encode(row, renderer) for row in toy_examples(20)]
-    args = (model, renderer.shared_prefix(), label_tokens(renderer), examples, settings)
+    args = (model, [renderer.shared_prefix()], label_tokens(renderer), examples, settings)
     fitted = fit(*args, on_step=on_step, look=look, checkpoints=Checkpoints(str(place), "key") if place else None)
     return fitted, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, taken
 
@@ -73,6 +73,17 @@ def test_a_training_goes_on_from_its_last_checkpoint(tmp_path, stops, every):
     assert losses(fitted) == losses(expected)
     assert fitted.best == expected.best
     assert fitted.best.step == 6
+    assert same(found, adapter)
+
+
+def test_the_patience_of_a_training_is_not_renewed(tmp_path):
+    options = {"validate_steps": 1, "patience": 3}
+    expected, adapter, _ = run(None, **options)
+    assert len(expected.steps) == 4
+    with pytest.raises(Stopped):
+        run(tmp_path, 3, **options)
+    fitted, found, _ = run(tmp_path, **options)
+    assert losses(fitted) == losses(expected)
     assert same(found, adapter)
 
 

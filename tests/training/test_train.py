@@ -103,9 +103,9 @@ def observed_train(monkeypatch, *args):
     """Train, and tell which examples were fitted and which margins the threshold was set by."""
     seen = {}
 
-    def watched_fit(model, prefix, labels, examples, options, **rest):
+    def watched_fit(model, prefixes, labels, examples, options, **rest):
         seen["fitted"] = [e.id for e in examples]
-        return real_fit(model, prefix, labels, examples, options, **rest)
+        return real_fit(model, prefixes, labels, examples, options, **rest)
 
     def watched_point(examples, margins, *rest):
         seen.update(held_out=examples, margins=margins)
