@@ -159,18 +159,9 @@ def train(
     )
     if processes.is_main_process:
         save_adapter(model, trained.scale, folder)
-        described = {
-            "family": facts.get("family", guard.family),
-            "base": guard.base,
-            "base_revision": guard.revision or getattr(model.config, "_commit_hash", None),
-            "default_adapter": guard.adapter,
-            "data_hash": data_hash,
-            "threshold": trained.threshold,
-            "temperature": trained.temperature,
-            "training": {**asdict(trained), "settings": settings.plain()},
-        }
-        (folder / FACTS).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        (folder / CARD).write_text(model_card(described), "utf-8")
+        revision = guard.revision or getattr(model.config, "_commit_hash", None)
+        origin = {"family": facts.get("family", guard.family), "base": guard.base, "base_revision": revision}
+        _describe({**origin, "default_adapter": guard.adapter, "data_hash": data_hash}, trained, settings, folder)
         for store in stores:
             store.clear()
     processes.wait_for_everyone()
@@ -241,6 +232,14 @@ def _margins(model: Any, renderer: Renderer, rows: Sequence[Row], processes: Par
     mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
     found = sorted(gather_object(mine)) if count > 1 else mine
     return np.array([margin for _, margin in found], dtype=np.float32)
+
+
+def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
+    """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
+    point = {"threshold": trained.threshold, "temperature": trained.temperature}
+    facts = {**origin, **point, "training": {**asdict(trained), "settings": settings.plain()}}
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / CARD).write_text(model_card(facts), "utf-8")
 
 
 def _digest(adapter: Path | None) -> str:

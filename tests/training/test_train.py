@@ -361,6 +361,15 @@ def test_the_best_of_several_seeds_is_kept(base, tmp_path):
     assert [t.held_out_auprc for t in first.trials] == [t.held_out_auprc for t in trained.trials[:2]]
 
 
+def test_an_earlier_seed_that_was_better_is_the_one_saved(monkeypatch, base, tmp_path):
+    by_seed = iter([0.9, 0.9, 0.5, 0.5])  # each is looked at when it ends, and ranked
+    monkeypatch.setattr(module, "ranking", lambda *args: next(by_seed, 0.1))
+    trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), quick(seeds=2), tmp_path / "one")
+    assert trained.seed == 0
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+
+
 def test_the_card_tells_where_the_adapter_comes_from(base, toy):
     trained, folder, _ = toy
     card = (folder / "README.md").read_text()
