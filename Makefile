@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard check lint types fmt lock clean
+.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard bench-train check lint types fmt lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ lint: ready ## Check style, formatting, import rules and unused code
 
 types: ready ## Check types
 	@$(BIN)/mypy
+
+bench-train: ready ## Measure the training engine and write docs/benchmarks.md
+	@$(BIN)/python -m bench.train
 
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

@@ -27,14 +27,32 @@ from guardloop.guard.prompt import TEMPLATES, Renderer
 from guardloop.guard.verdict import label_tokens
 from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.progress import Stage
-from guardloop.training.fit import Encoded, Step, fit
+from guardloop.training.adapter import fresh_adapter
+from guardloop.training.fit import fit
+from guardloop.training.loss import Encoded
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.train import fresh_adapter
+from guardloop.training.watch import Step
 
 FAMILY = "guardloop"
 BOOTSTRAP = TrainingSettings(
     rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
 )
+DECISIVE = {
+    *(
+        "rank",
+        "alpha",
+        "dropout",
+        "targets",
+        "top_layers",
+        "learning_rate",
+        "schedule",
+        "warmup",
+        "epochs",
+        "batch_rows",
+    ),
+    *("weight_decay", "clip", "validation", "max_newly_blocked", "scales", "min_examples", "seed"),
+}
+"""The settings of the bootstrap that its recipe is known by; others are left at defaults that change nothing."""
 Watch = Callable[[Step], None]
 
 
@@ -134,7 +152,7 @@ def _recipe_hash(name: str) -> str:
     """Changes whenever the embedded model would come out differently."""
     digest = hashlib.sha256(name.encode())
     if name == "guard":
-        digest.update(BOOTSTRAP.model_dump_json().encode())
+        digest.update(BOOTSTRAP.model_dump_json(include=DECISIVE).encode())
         for path in [SAMPLE / "judge.jsonl", SAMPLE / "seed_prompts.jsonl", TEMPLATES / "guardloop.jinja"]:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]

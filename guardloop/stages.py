@@ -36,6 +36,7 @@ from guardloop.records import (
 from guardloop.registry.settings import RegistrySettings
 from guardloop.responses.settings import ResponderSettings
 from guardloop.settings import read_section
+from guardloop.training.processes import is_child, train_in_processes
 from guardloop.training.settings import TrainingSettings
 
 EXAMPLES, HARVEST, HARVEST_PAGE = "examples.parquet", "harvest.json", "harvest.html"
@@ -201,10 +202,14 @@ def train_guard(
 
     Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
     """
+    settings = read_section(TrainingSettings, training, "training")
+    if settings.processes > 1 and not is_child():
+        arguments = {"training_set": str(training_set), "adapter": str(adapter)}
+        sections = {"guard": guard, "training": training, "registry": registry}
+        return train_in_processes(settings.processes, arguments | sections)
     from guardloop.registry.training_log import TrainingLog  # noqa: PLC0415
     from guardloop.training.train import train  # noqa: PLC0415
 
-    settings = read_section(TrainingSettings, training, "training")
     examples = list(read_table(Path(training_set) / EXAMPLES, EXAMPLE))
     run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
     curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
@@ -212,10 +217,13 @@ def train_guard(
         stage.say("loading the default guard")
         started = time.monotonic()
 
-        def watch(step: Any) -> None:
+        def watch(seed: int, step: Any) -> None:
+            metrics = step.metrics()
+            name = "" if settings.seeds == 1 else f"seed_{seed}/"
             if curves:
-                curves.log(step.number, {"train_loss": step.loss, "gradient_norm": step.gradient_norm})
-            stage.report("step", step.number, step.total, started, f"loss {step.loss:.3f}")
+                curves.log(step.number, {f"{name}{metric}": value for metric, value in metrics.items()})
+            note = f"loss {step.loss:.3f}, {metrics['examples_per_second']:.1f} examples/s"
+            stage.report(f"{name}step", step.number, step.total, started, note)
 
         made = train(examples, read_section(GuardSettings, guard, "guard"), settings, Path(adapter), on_step=watch)
         stage.done(made.examples, f"{made.steps} steps, loss {made.first_loss:.3f} -> {made.last_loss:.3f}")
@@ -226,6 +234,7 @@ def train_guard(
         "last_loss": made.last_loss,
         "scale": made.scale,
         "threshold": made.threshold,
+        "temperature": made.temperature,
         "held_out_auprc": made.held_out_auprc or 0.0,
     }
     return {k: float(v) for k, v in figures.items()}

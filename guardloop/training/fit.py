@@ -1,121 +1,333 @@
-"""The training loop: soft cross-entropy on the label tokens, behind the template's shared keys and values.
+"""The training loop, on accelerate: one adapter, from examples in an order that depends on the seed alone.
 
-Loss is taken at the label position only. The template's keys and values are computed once per step, with gradient,
-and expanded to the rows of the batch.
+Loss is taken at the answer's positions only. A template's keys and values are computed once per forward pass, with
+gradient, and expanded to the rows behind it. A step's randomness depends on the seed and its number, so that a
+training that was interrupted goes on from a checkpoint as if nothing had happened.
 """
 
+import hashlib
+import logging
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from accelerate import Accelerator, DistributedType
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits
+from guardloop.guard.forward import PrefixCache, behind, label_logits, trunk
+from guardloop.guard.packed import fits
 from guardloop.guard.verdict import LabelTokens
+from guardloop.training.checkpoint import (
+    ADAPTER,
+    BEST,
+    OPTIMIZER,
+    Checkpoints,
+    optimizer_tensors,
+    part,
+    restore_optimizer,
+)
+from guardloop.training.loss import Encoded, batch_loss
+from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.watch import Step, flops_per_token, memory_gib, peak_flops
+
+log = logging.getLogger("guardloop")
+Prefixes = Sequence[Sequence[int]]
+EXPLODED = 3.0  # times the loss of the first step, or of a guess among all tokens
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A training example as tokens `int[T]`, ending at the label position, with the wanted P(unsafe)."""
+class Look:
+    """What the held-out examples showed of the adapter as it was after `step`."""
 
-    id: str
-    tokens: list[int]
-    target: float
-    weight: float
+    step: int
+    auprc: float | None
+    benign_fpr: float | None
+    """Flagged share of the never-blocked, at the default guard's threshold."""
+
+    def rank(self, fpr_limit: float) -> tuple[bool, float]:
+        """Higher is better: within the limit first, then by AUPRC; beyond the limit, by the FPR."""
+        within = (self.benign_fpr or 0.0) <= fpr_limit
+        return within, (self.auprc or 0.0) if within else -(self.benign_fpr or 0.0)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one optimizer step did."""
+class Fitted:
+    """How a training went."""
 
-    number: int
-    total: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    examples: int
-    tokens: int
-    seconds: float
+    steps: list[Step]
+    best: Look | None
+    """The look whose adapter was kept; None where nobody looked, and the last one is kept."""
 
 
-def label_loss(logits: torch.Tensor, labels: LabelTokens, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean soft cross-entropy over the whole vocabulary at the label position.
+def answer_hidden(
+    model: Any, prefixes: Prefixes, lead: Sequence[int], batch: Sequence[Encoded]
+) -> tuple[torch.Tensor, int]:
+    """Hidden states `float[N, H]` at the answers' positions, example after example, and the tokens that it took.
 
-    `logits: float32[B, V]`, `targets: float32[B]` (wanted P(unsafe)), `weights: float32[B]`. The softmax runs over all
-    tokens, so that the label mass stays near 1.
+    N is the sum of the examples' `positions`. Each of `prefixes` (one for each role) that occurs is computed once,
+    with gradient. A prompt that starts with none of them is computed whole, as are all with gradient checkpointing,
+    which knows no cache.
     """
-    logp = logits.log_softmax(-1)
-    losses = -(targets * logp[:, labels.unsafe] + (1 - targets) * logp[:, labels.safe])
-    return (losses * weights).sum() / weights.sum()
+    known = [] if trunk(model).gradient_checkpointing else prefixes
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(batch):
+        groups.setdefault(behind(known, example.tokens), []).append(index)
+    parts: dict[int, torch.Tensor] = {}
+    tokens = 0
+    for prefix, indices in groups.items():
+        group = [batch[index] for index in indices]
+        rows = [[*e.tokens[len(prefix) :], *lead, *e.answer[:-1]] for e in group]
+        hidden = _hidden_behind(model, prefix, rows)
+        for place, (index, example) in enumerate(zip(indices, group, strict=True)):
+            end = len(rows[place])
+            parts[index] = hidden[place, end - example.positions : end]
+        tokens += len(prefix) + sum(map(len, rows))
+    return torch.cat([parts[index] for index in range(len(batch))]), tokens
+
+
+def _hidden_behind(model: Any, prefix: Sequence[int], rows: Prefixes) -> torch.Tensor:
+    """Hidden states `float[B, T, H]` of `rows`, each behind `prefix`."""
+    past = PrefixCache(model, list(prefix)).expand(len(rows)) if prefix else None
+    width = max(map(len, rows))
+    # right padding: a causal model's real tokens never see what follows them, so no mask is needed
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+    positions = torch.arange(len(prefix), len(prefix) + width, device=model.device).expand(len(rows), -1)
+    options = {"past_key_values": past, "use_cache": past is not None}
+    hidden: torch.Tensor = trunk(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state
+    return hidden
+
+
+class Learner(torch.nn.Module):
+    """A guard that answers a batch with its summed loss: what accelerate wraps."""
+
+    def __init__(
+        self, model: Any, prefixes: Prefixes, labels: LabelTokens, category_weight: float, packs: Packs | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.prefixes = prefixes
+        self.labels = labels
+        self.category_weight = category_weight
+        self.packs = packs
+        self.tokens = 0
+
+    def forward(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        """The examples' weighted losses, summed: `float32[]`."""
+        done = self.packs.hidden(batch) if self.packs else None
+        hidden, tokens = done or answer_hidden(self.model, self.prefixes, self.labels.lead, batch)
+        self.tokens += tokens
+        return batch_loss(label_logits(self.model, hidden), self.labels, batch, self.category_weight)
 
 
 def fit(
     model: Any,
-    prefixes: Sequence[Sequence[int]],
+    prefixes: Prefixes,
     labels: LabelTokens,
     examples: Sequence[Encoded],
     settings: TrainingSettings,
     *,
     on_step: Callable[[Step], None] = lambda step: None,
-) -> list[Step]:
-    """Train the trainable parameters of `model` in place. Returns every step.
+    look: Callable[[int], Look] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Fitted:
+    """Train the trainable parameters of `model` in place, to those of the best `look`.
 
-    Raises GuardLoopError where the loss is no longer finite, naming the examples of that step.
+    Raises GuardLoopError where there are no examples, where the loss explodes or is not a number (naming the examples
+    of that step), and where memory does not suffice for one example.
     """
-    torch.manual_seed(settings.seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if not examples:
+        raise GuardLoopError("training: there are no examples", "screen more traffic")
+    training = Training(model, prefixes, labels, settings)
     per_epoch = math.ceil(len(examples) / settings.batch_rows)
     total = max(1, math.ceil(per_epoch * settings.epochs))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, total, settings))
-    steps: list[Step] = []
-    model.train()
-    for number, drawn in enumerate(batches(examples, settings, total), start=1):
-        started = time.perf_counter()
-        batch, hidden = hidden_of(model, prefixes, labels, drawn)
-        targets = torch.tensor([e.target for e in batch], device=model.device)
-        weights = torch.tensor([e.weight for e in batch], device=model.device)
-        loss = label_loss(label_logits(model, hidden), labels, targets, weights)
-        loss.backward()  # type: ignore[no-untyped-call]
-        value, norm = loss.item(), float(clip_grad_norm_(parameters, settings.clip))
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise GuardLoopError(
-                f"training: the loss is {value} at step {number} (examples {', '.join(e.id for e in batch)})",
-                "lower training.learning_rate, or look at these examples",
-            )
-        rate = float(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(e.tokens) for e in batch)
-        step = Step(number, total, value, norm, rate, len(batch), tokens, time.perf_counter() - started)
-        steps.append(step)
+    every = settings.validate_steps or per_epoch
+    if checkpoints:
+        training.resume(checkpoints)
+    for number, batch in enumerate(batches(examples, settings, total), start=1):
+        if number <= len(training.steps):
+            continue
+        if training.is_over():
+            log.info("no better adapter in %d looks: training ends after step %d", settings.patience, number - 1)
+            break
+        step = training.take(batch, number, total)
+        if look and (number % every == 0 or number == total):
+            found = look(number)
+            training.consider(found)
+            step = replace(step, held_out_auprc=found.auprc, benign_fpr=found.benign_fpr)
+        training.steps.append(step)
+        if checkpoints and settings.checkpoint_steps and number % settings.checkpoint_steps == 0 and number < total:
+            training.save(checkpoints)
         on_step(step)
+    training.keep_best()
     model.eval()
-    return steps
+    return Fitted(training.steps, training.best)
 
 
-def hidden_of(
-    model: Any, prefixes: Sequence[Sequence[int]], labels: LabelTokens, batch: Sequence[Encoded]
-) -> tuple[list[Encoded], torch.Tensor]:
-    """Hidden states `float[B, H]` at the label positions of `batch`, and the batch in the order they are in.
+class Training:
+    """A training under way: what a checkpoint holds, and how a step is taken."""
 
-    Each of `prefixes` that occurs passes through the model once, with gradient.
-    """
-    groups: dict[tuple[int, ...], list[Encoded]] = {}
-    for example in batch:
-        groups.setdefault(behind(prefixes, example.tokens), []).append(example)
-    hidden = [
-        label_hidden(model, PrefixCache(model, prefix), [[*e.tokens[len(prefix) :], *labels.lead] for e in group])
-        for prefix, group in groups.items()
-    ]
-    return [e for group in groups.values() for e in group], torch.cat(hidden)
+    def __init__(self, model: Any, prefixes: Prefixes, labels: LabelTokens, settings: TrainingSettings) -> None:
+        half = model.dtype == torch.float16 and model.device.type == "cuda"  # needs its loss scaled
+        self.accelerator = Accelerator(cpu=model.device.type == "cpu", mixed_precision="fp16" if half else "no")
+        if self.accelerator.distributed_type not in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        ):
+            raise GuardLoopError(
+                f"training: {self.accelerator.distributed_type.value} is not supported: the guard is held whole",
+                "unset ACCELERATE_USE_*, and use quantization or gradient_checkpointing where memory is short",
+            )
+        self.model = model
+        self.settings = settings
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.packs = None
+        if model.device.type == "cuda" and fits(model):
+            share = settings.gradient_checkpointing
+            self.packs = Packs(model, prefixes, labels.lead, largest=settings.pack_tokens, checkpointed=share)
+        self.learner = Learner(model, prefixes, labels, settings.category_weight, self.packs)
+        self.wrapped = self.accelerator.prepare_model(self.learner, device_placement=False)
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = self.accelerator.prepare_optimizer(
+            torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=decay), device_placement=False
+        )
+        self.processes = self.accelerator.num_processes
+        self.micro_rows = settings.micro_rows or math.ceil(settings.batch_rows / self.processes)
+        self.flops = flops_per_token(model, settings.top_layers)
+        self.peak = peak_flops(model.device)
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.steps: list[Step] = []
+        self.best: Look | None = None
+        self.best_adapter: dict[str, torch.Tensor] = {}
+        self.looks_since_best = 0
+
+    def take(self, batch: Sequence[Encoded], number: int, total: int) -> Step:
+        """One optimizer step. Where memory runs out, the same step is taken in smaller pieces."""
+        started = time.perf_counter()
+        self.model.train()
+        while (done := self._backward(batch, number)) is None:
+            smaller = self.packs.halve() if self.packs else self.micro_rows > 1
+            if not smaller or self.processes > 1:
+                raise GuardLoopError(
+                    f"training: out of memory with {self.micro_rows} examples in a forward pass of each process",
+                    "set training.micro_rows or training.pack_tokens lower, or training.gradient_checkpointing to 1, "
+                    "or guard.quantization",
+                )
+            self.micro_rows = math.ceil(self.micro_rows / 2)
+            piece = f"packs of {self.packs.largest} tokens" if self.packs else f"{self.micro_rows} examples"
+            log.warning("out of memory: from here on %s in a forward pass", piece)
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        loss, tokens = done
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters.values(), self.settings.clip))
+        self._check(loss, norm, number, batch)
+        rate = self.settings.learning_rate * rate_at(number - 1, total, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        mfu = self.flops * tokens / seconds / self.peak / self.processes if self.peak else None
+        memory = memory_gib(self.model.device)
+        return Step(number, total, loss, norm, rate, len(batch), tokens, seconds, memory, mfu)
+
+    def _backward(self, batch: Sequence[Encoded], number: int) -> tuple[float, int] | None:
+        """Gradients of the batch's weighted mean loss; the loss and the tokens computed, or None without the memory.
+
+        Each process takes its share of the rows; their gradients meet in the last piece of each.
+        """
+        rank, rows = self.accelerator.process_index, self.micro_rows
+        torch.manual_seed(_seed_of(self.settings.seed, number, rank))
+        weight = sum(e.weight for e in batch)
+        mine = list(batch[rank :: self.processes]) or [replace(batch[0], weight=0.0)]
+        pieces = self.packs.pieces(mine) if self.packs else [mine[i : i + rows] for i in range(0, len(mine), rows)]
+        self.learner.tokens, value = 0, 0.0
+        try:
+            for piece in pieces[:-1]:
+                with self.accelerator.no_sync(self.wrapped):
+                    value += self._piece(piece, weight)
+            value += self._piece(pieces[-1], weight)
+        except torch.OutOfMemoryError:
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
+        if self.processes == 1:
+            return value, self.learner.tokens
+        sums = torch.tensor([value, self.learner.tokens], dtype=torch.float64, device=self.model.device)
+        loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        return loss, int(tokens)
+
+    def _piece(self, piece: Sequence[Encoded], weight: float) -> float:
+        loss = self.wrapped(piece) / weight
+        self.accelerator.backward(loss * self.processes)  # the processes' gradients are averaged
+        return float(loss.item())
+
+    def _check(self, loss: float, norm: float, number: int, batch: Sequence[Encoded]) -> None:
+        usual = max(math.log(self.vocabulary), self.steps[0].loss if self.steps else loss)
+        overflow = self.accelerator.scaler is not None and math.isfinite(loss)  # the scaler skips such a step
+        if loss <= EXPLODED * usual and (math.isfinite(norm) or overflow):
+            return
+        raise GuardLoopError(
+            f"training: the loss is {loss:.4g} and the norm of its gradient {norm:.4g} at step {number} "
+            f"(examples {', '.join(e.id for e in batch)})",
+            "lower training.learning_rate, or look at these examples",
+        )
+
+    def consider(self, look: Look) -> None:
+        """Keep the adapter if it is the best so far; where there is nothing to rank by, the newest."""
+        limit = self.settings.fpr_limit
+        if self.best is None or look.auprc is None or look.rank(limit) > self.best.rank(limit):
+            self.best, self.looks_since_best = look, 0
+            self.best_adapter = {name: p.detach().clone() for name, p in self.parameters.items()}
+        else:
+            self.looks_since_best += 1
+
+    def is_over(self) -> bool:
+        """Whether so many looks found nothing better that it is time to stop."""
+        return 0 < self.settings.patience <= self.looks_since_best
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Put the best adapter back."""
+        for name, tensor in self.best_adapter.items():
+            self.parameters[name].copy_(tensor)
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Keep all that the next step depends on."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"{ADAPTER}{name}": p for name, p in self.parameters.items()}
+        tensors |= {f"{BEST}{name}": p for name, p in self.best_adapter.items()}
+        tensors |= {f"{OPTIMIZER}{name}": p for name, p in optimizer_tensors(self.optimizer).items()}
+        state = {
+            "steps": [asdict(step) for step in self.steps],
+            "micro_rows": self.micro_rows,
+            "best": asdict(self.best) if self.best else None,
+            "looks_since_best": self.looks_since_best,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        checkpoints.save(tensors, state)
+
+    @torch.no_grad()
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        if (found := checkpoints.load()) is None:
+            return
+        tensors, state = found
+        for name, tensor in part(tensors, ADAPTER).items():
+            self.parameters[name].copy_(tensor)
+        restore_optimizer(self.optimizer, part(tensors, OPTIMIZER))
+        self.best_adapter = {n: t.to(self.model.device) for n, t in part(tensors, BEST).items()}
+        self.best = Look(**state["best"]) if state["best"] else None
+        self.looks_since_best, self.micro_rows = state["looks_since_best"], state["micro_rows"]
+        self.steps = [Step(**step) for step in state["steps"]]
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        log.info("going on after step %d, from %s", len(self.steps), checkpoints.uri)
 
 
 def batches(examples: Sequence[Encoded], settings: TrainingSettings, total: int) -> Iterator[list[Encoded]]:
@@ -140,3 +352,7 @@ def rate_at(step: int, total: int, settings: TrainingSettings) -> float:
     if settings.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * share))
     return 1 - share if settings.schedule == "linear" else 1.0
+
+
+def _seed_of(seed: int, step: int, process: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()[:7], "big")

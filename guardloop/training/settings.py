@@ -1,8 +1,8 @@
 """Settings of the training of the improved guard."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from guardloop.settings import Section
 
@@ -13,7 +13,7 @@ class TrainingSettings(Section):
     rank: int = Field(default=16, ge=1)
     """LoRA rank."""
     alpha: int = Field(default=32, ge=1)
-    """LoRA alpha; the update is scaled by alpha / rank."""
+    """LoRA alpha; the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """LoRA dropout."""
     targets: str | list[str] = "all-linear"
@@ -29,7 +29,7 @@ class TrainingSettings(Section):
     epochs: float = Field(default=2, gt=0)
     """Passes over the training set."""
     batch_rows: int = Field(default=16, ge=1)
-    """Examples in one step."""
+    """Examples in one step, over all processes."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     clip: float = Field(default=1.0, gt=0)
@@ -39,8 +39,39 @@ class TrainingSettings(Section):
     max_newly_blocked: float = Field(default=0.02, ge=0, lt=1)
     """The threshold is set so that this share of held-out never-blocked prompts is flagged at most."""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
-    """Strengths of the adapter to try (1: as trained); the best on the held-out examples is kept."""
+    """Strengths of the adapter to try (0: the default guard, 1: as trained); the best on the held-out is kept."""
     min_examples: int = Field(default=32, ge=2)
     """Fewer examples than this are not trained on."""
     seed: int = 0
     """Seed of initialisation, order and dropout."""
+    seeds: int = Field(default=1, ge=1)
+    """Adapters to train, from as many seeds; the best on the held-out examples is kept."""
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    """The form of the adapter."""
+    category_weight: float = Field(default=0.1, ge=0)
+    """Weight of the written categories in the loss, for examples that carry trusted `codes`."""
+    micro_rows: int | None = Field(default=None, ge=1)
+    """Examples in one forward pass; by default a whole step. Halved by itself where memory runs out."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that share each step, one for each GPU of the machine."""
+    gradient_checkpointing: float = Field(default=0.0, ge=0, le=1)
+    """Share of the layers whose activations are computed again in the backward pass: slower, in less memory. Without
+    packs, any share means all layers."""
+    pack_tokens: int = Field(default=8192, ge=1024, multiple_of=512)
+    """On a GPU: tokens of the largest pack of examples in one forward pass."""
+    validate_steps: int = Field(default=0, ge=0)
+    """Steps between two looks at the held-out examples; 0: after each epoch."""
+    patience: int = Field(default=3, ge=0)
+    """Training ends early after so many looks without a better one; 0: never."""
+    fpr_limit: float = Field(default=1.0, ge=0, le=1)
+    """An adapter is preferred if it flags at most this share of held-out never-blocked prompts at the old threshold."""
+    checkpoints: str | None = None
+    """Where an interrupted training is kept: a folder or `s3://bucket/prefix`; by default below $GUARDLOOP_CACHE."""
+    checkpoint_steps: int = Field(default=50, ge=0)
+    """Steps between two checkpoints; 0: none are kept."""
+
+    @model_validator(mode="after")
+    def _dora_has_one_strength(self) -> Self:
+        if self.variant == "dora" and self.scales != [1.0]:
+            raise ValueError("scales: DoRA also trains the weights' lengths, so it has no strength other than 1")
+        return self

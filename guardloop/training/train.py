@@ -1,4 +1,4 @@
-"""From examples to an adapter: split, train, choose its strength and threshold on what was held out, save."""
+"""From examples to an adapter: split, train, choose seed, strength and threshold on what was held out, save."""
 
 import hashlib
 import json
@@ -9,23 +9,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from sklearn.metrics import average_precision_score
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard
-from guardloop.guard.forward import trunk
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
+from guardloop.guard.prompt import Renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.guard.verdict import label_tokens
-from guardloop.models import guard_facts, load_causal_lm, locate, pick_device, pick_dtype
+from guardloop.guard.verdict import UNSAFE, label_tokens
+from guardloop.models import cache_folder, guard_facts, load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row
-from guardloop.training.fit import Encoded, Step, fit
+from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
+from guardloop.training.calibrate import CONTRAST, benign_fpr, operating_point, ranking, temperature
+from guardloop.training.card import model_card
+from guardloop.training.checkpoint import Checkpoints
+from guardloop.training.fit import Fitted, Look, fit
+from guardloop.training.loss import Encoded
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.watch import Step
 
-LESSONS = ("positive", "hard_negative", "uncertain", "refused", "passed")
-CONTRAST = 0.5  # targets above count as unsafe when the held-out examples are ranked
+CARD, FACTS = "README.md", "guard.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One adapter that was tried: a seed, at one strength."""
+
+    seed: int
+    scale: float
+    held_out_auprc: float | None
+    benign_fpr: float | None
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,23 @@ class Trained:
     steps: int
     first_loss: float
     last_loss: float
+    seed: int
     scale: float
     threshold: float
+    temperature: float
     held_out_auprc_default: float | None
     held_out_auprc: float | None
-    trials: list[dict[str, float | None]]
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best adapter so far."""
+
+    trial: Trial
+    margins: np.ndarray
+    adapter: dict[str, torch.Tensor]
+    fitted: Fitted
 
 
 def train(
@@ -49,55 +76,118 @@ def train(
     guard: GuardSettings,
     settings: TrainingSettings,
     folder: Path,
-    on_step: Callable[[Step], None] = lambda step: None,
+    on_step: Callable[[int, Step], None] = lambda seed, step: None,
 ) -> Trained:
     """Train a LoRA adapter for the default guard on `examples` and save it in `folder`.
 
-    The adapter's strength and threshold are chosen on held-out examples. Raises GuardLoopError if there are too few
-    examples, or one kind only.
+    The adapter's seed, strength, threshold and temperature are chosen on held-out examples. `on_step` is told the
+    seed and the step. Where torchrun started several processes, each calls this, and the first one saves.
+    Raises GuardLoopError if there are too few examples, or one kind only.
     """
     training, held_out = split(examples, settings.validation, settings.seed)
     _check(training, settings)
     device = pick_device(guard.device)
+    processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
     own_adapter = fetch_adapter(guard.adapter)
     facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
-    torch.manual_seed(settings.seed)
     model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), device, guard.quantization)
-    model = attach_adapter(model, own_adapter, trainable=True) if own_adapter else fresh_adapter(model, settings)
+    _keep_differentiable(model)
+    model = fresh_adapter(attach_adapter(model, own_adapter) if own_adapter else model, settings)
+    if settings.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     default_threshold = guard.threshold if guard.threshold is not None else float(facts.get("threshold", 0.0))
-    trained_guard = Guard(model, renderer, threshold=default_threshold, is_guard=False)
-    default_margins = _margins(trained_guard, held_out)
-    encoded = [
-        Encoded(r["id"], renderer.render(r["prompt"], r["response"]).tokens, r["target"], r["weight"]) for r in training
-    ]
-    steps = fit(model, renderer.prefixes, label_tokens(renderer), encoded, settings, on_step=on_step)
-    trials, best = [], (-1.0, 1.0, np.zeros(0))
-    for scale in settings.scales:
-        with scaled(model, scale):
-            margins = _margins(Guard(model, renderer, is_guard=False), held_out)
-        quality = ranking(held_out, margins)
-        trials.append({"scale": scale, "held_out_auprc": quality})
-        if (quality or 0.0) > best[0]:
-            best = (quality or 0.0, scale, margins)
-    _, scale, margins = best
-    threshold = operating_point(held_out, margins, default_margins, default_threshold, settings.max_newly_blocked)
-    _save(model, scale, folder)
+    default_margins = _margins(model, renderer, held_out, processes)
+    encoded = [encode(row, renderer) for row in training]
+    data_hash = _hash([dict(row) for row in examples])
+    decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes"})
+    key = [data_hash, guard.plain(), _digest(own_adapter), decisive]
+
+    def judged(margins: np.ndarray) -> tuple[float | None, float | None]:
+        return ranking(held_out, margins), benign_fpr(held_out, margins, default_threshold)
+
+    initial, trials, best = trained_tensors(model), list[Trial](), None
+    stores = []
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        restart(model, initial, seed)
+        looks: dict[int, np.ndarray] = {}
+
+        def look(step: int, looks: dict[int, np.ndarray] = looks) -> Look:
+            looks.clear()
+            model.eval()
+            looks[step] = _margins(model, renderer, held_out, processes)
+            return Look(step, *judged(looks[step]))
+
+        stores.append(Checkpoints(settings.checkpoints or str(cache_folder() / "checkpoints"), _hash([*key, seed])))
+        fitted = fit(
+            model,
+            renderer.prefixes,
+            label_tokens(renderer),
+            encoded,
+            settings.model_copy(update={"seed": seed}),
+            on_step=lambda step, seed=seed: on_step(seed, step),  # type: ignore[misc]
+            look=look,
+            checkpoints=stores[-1],
+        )
+        for scale in settings.scales:
+            margins = looks.get(fitted.best.step) if scale == 1.0 and fitted.best else None
+            if margins is None:
+                with scaled(model, scale):
+                    margins = _margins(model, renderer, held_out, processes)
+            trials.append(Trial(seed, scale, *judged(margins)))
+            if best is None or _rank(trials[-1], settings) > _rank(best.trial, settings):
+                best = Choice(trials[-1], margins, trained_tensors(model), fitted)
+    assert best is not None  # there is a seed, and a scale
+    put_back(model, best.adapter)
+    losses = [step.loss for step in best.fitted.steps]
+    tenth = max(1, len(losses) // 10)
     trained = Trained(
         examples=len(training),
         held_out=len(held_out),
-        steps=len(steps),
-        first_loss=_mean_loss(steps[: max(1, len(steps) // 10)]),
-        last_loss=_mean_loss(steps[-max(1, len(steps) // 10) :]),
-        scale=scale,
-        threshold=threshold,
+        steps=len(losses),
+        first_loss=float(np.mean(losses[:tenth])),
+        last_loss=float(np.mean(losses[-tenth:])),
+        seed=best.trial.seed,
+        scale=best.trial.scale,
+        threshold=operating_point(
+            held_out, best.margins, default_margins, default_threshold, settings.max_newly_blocked
+        ),
+        temperature=temperature(held_out, best.margins),
         held_out_auprc_default=ranking(held_out, default_margins),
-        held_out_auprc=ranking(held_out, margins),
-        trials=trials,
+        held_out_auprc=best.trial.held_out_auprc,
+        trials=[Trial(**asdict(trial) | {"chosen": trial is best.trial}) for trial in trials],
     )
-    _write_facts(folder, facts, guard, settings, trained)
+    if processes.is_main_process:
+        save_adapter(model, trained.scale, folder)
+        revision = guard.revision or getattr(model.config, "_commit_hash", None)
+        origin = {"family": facts.get("family", guard.family), "base": guard.base, "base_revision": revision}
+        _describe({**origin, "default_adapter": guard.adapter, "data_hash": data_hash}, trained, settings, folder)
+        for store in stores:
+            store.clear()
+    processes.wait_for_everyone()
     return trained
+
+
+def encode(row: Row, renderer: Renderer) -> Encoded:
+    """A training example as tokens. Trusted categories are in an optional column `codes`, such as `S1,S9`.
+
+    The default guard's label mass on a replayed row is in an optional column `label_mass`, 1 where it is missing.
+    """
+    answer: tuple[int, ...] = ()
+    if row.get("codes") and row["target"] > CONTRAST:
+        written = renderer.answer(f"{UNSAFE}\n{row['codes']}")
+        answer = (*written[len(label_tokens(renderer).lead) :], renderer.tokenizer.eos_token_id)
+    replayed = row["kind"].startswith("replay")
+    mass = row.get("label_mass")
+    return Encoded(
+        id=row["id"],
+        tokens=renderer.render(row["prompt"], row["response"]).tokens,
+        target=row["target"],
+        weight=row["weight"],
+        answer=answer,
+        replayed_mass=(1.0 if mass is None else mass) if replayed else None,
+    )
 
 
 def split(examples: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -108,73 +198,6 @@ def split(examples: Sequence[Row], share: float, seed: int) -> tuple[list[Row], 
         return int.from_bytes(digest[:8], "big") / 2**64 < share
 
     return [r for r in examples if not held(r)], [r for r in examples if held(r)]
-
-
-def ranking(examples: Sequence[Row], margins: np.ndarray) -> float | None:
-    """Average precision of `margins` on the lessons among `examples`, by their targets; None with one class only."""
-    rows = [i for i, row in enumerate(examples) if row["kind"] in LESSONS]
-    unsafe = np.array([examples[i]["target"] > CONTRAST for i in rows], dtype=bool)
-    if unsafe.all() or not unsafe.any():
-        return None
-    return float(average_precision_score(unsafe, margins[rows]))
-
-
-def operating_point(
-    examples: Sequence[Row], margins: np.ndarray, default_margins: np.ndarray, default_threshold: float, share: float
-) -> float:
-    """The threshold above which at most `share` more of the held-out never-blocked prompts are flagged than before."""
-    never = [i for i, row in enumerate(examples) if row["kind"] in ("hard_negative", "passed")]
-    if not never:
-        return default_threshold
-    before = float((default_margins[never] > default_threshold).mean())
-    return float(np.quantile(margins[never], 1 - min(1.0, before + share), method="higher"))
-
-
-class scaled:  # noqa: N801  (reads as a verb: with scaled(model, .5))
-    """The adapter at a part of its strength, for as long as the context lasts."""
-
-    def __init__(self, model: Any, scale: float) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-        self.scale = scale
-
-    def __enter__(self) -> None:
-        self.before = [dict(layer.scaling) for layer in self.layers]
-        for layer in self.layers:
-            layer.scaling.update({name: value * self.scale for name, value in layer.scaling.items()})
-
-    def __exit__(self, *_: object) -> None:
-        for layer, scaling in zip(self.layers, self.before, strict=True):
-            layer.scaling.update(scaling)
-
-
-def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
-    """`model` with a new LoRA adapter, which changes nothing yet. Raises GuardLoopError for targets it has not got."""
-    layers = model.config.num_hidden_layers
-    first = layers - max(1, round(layers * settings.top_layers))
-    targets = settings.targets
-    if targets == "all-linear" and first:  # peft takes a choice of layers with names only
-        inner = [n for n, m in trunk(model).named_modules() if isinstance(m, torch.nn.Linear)]
-        targets = sorted({name.rpartition(".")[2] for name in inner})
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        layers_to_transform=list(range(first, layers)) if first else None,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise GuardLoopError(
-            f"training.targets: {str(error).splitlines()[0]}", "use all-linear, or names of the model's own layers"
-        ) from error
-    if isinstance(adapted.get_output_embeddings(), LoraLayer):
-        raise GuardLoopError(
-            "training.targets: the output head cannot have an adapter: margins are read from its weights",
-            "leave the head out, or use all-linear",
-        )
-    return adapted
 
 
 def _check(examples: Sequence[Row], settings: TrainingSettings) -> None:
@@ -192,35 +215,40 @@ def _check(examples: Sequence[Row], settings: TrainingSettings) -> None:
         )
 
 
-def _margins(guard: Guard, rows: Sequence[Row]) -> np.ndarray:
-    return np.array([v.margin if v.margin is not None else 0.0 for v in guard.score(rows)], dtype=np.float32)
+def _keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference on a CPU, which has no backward pass, when scoring."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
-def _mean_loss(steps: Sequence[Step]) -> float:
-    return float(np.mean([step.loss for step in steps]))
+def _rank(trial: Trial, settings: TrainingSettings) -> tuple[bool, float]:
+    return Look(0, trial.held_out_auprc, trial.benign_fpr).rank(settings.fpr_limit)
 
 
-def _save(model: Any, scale: float, folder: Path) -> None:
-    """Save the adapter with its chosen strength in its configuration."""
-    for config in model.peft_config.values():
-        config.lora_alpha = config.lora_alpha * scale
-        config.base_model_name_or_path = None
-    model.save_pretrained(folder, safe_serialization=True)
-    (folder / "README.md").unlink(missing_ok=True)
-    # guard.json names the base; peft writes a path of this machine, which means nothing elsewhere
-    path = folder / "adapter_config.json"
-    facts = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": None}
-    path.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+def _margins(model: Any, renderer: Renderer, rows: Sequence[Row], processes: PartialState) -> np.ndarray:
+    """Margins of `rows`, `float32[N]`, in order; each process scores its share."""
+    rank, count = processes.process_index, processes.num_processes
+    verdicts = Guard(model, renderer, is_guard=False).score(rows[rank::count])
+    mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
+    found = sorted(gather_object(mine)) if count > 1 else mine
+    return np.array([margin for _, margin in found], dtype=np.float32)
 
 
-def _write_facts(
-    folder: Path, default_facts: dict[str, Any], guard: GuardSettings, settings: TrainingSettings, trained: Trained
-) -> None:
-    facts = {
-        "family": default_facts.get("family", guard.family),
-        "base": guard.base,
-        "base_revision": guard.revision,
-        "threshold": trained.threshold,
-        "training": {**asdict(trained), "settings": settings.plain()},
-    }
-    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
+    """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
+    point = {"threshold": trained.threshold, "temperature": trained.temperature}
+    facts = {**origin, **point, "training": {**asdict(trained), "settings": settings.plain()}}
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / CARD).write_text(model_card(facts), "utf-8")
+
+
+def _digest(adapter: Path | None) -> str:
+    if adapter is None:
+        return ""
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,11 +1,13 @@
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from models import agent, tiny_llama, user, with_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -13,9 +15,15 @@ from safetensors.torch import load_file
 from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
+from guardloop.records import EXAMPLE, write_table
+from guardloop.registry.connection import Connection
+from guardloop.registry.settings import RegistrySettings
+from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training import train as module
+from guardloop.training.adapter import TRAINED, fresh_adapter, scaled
+from guardloop.training.calibrate import operating_point, ranking, temperature
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.train import operating_point, ranking, scaled, split, train
+from guardloop.training.train import split, train
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 NOUNS = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker", "answer", "policy"]
@@ -58,7 +66,7 @@ def toy(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     steps = []
     options = quick(epochs=6, rank=16, dropout=0.0, learning_rate=5e-3)
-    trained = train(toy_examples(120), guard_settings(base), options, folder, steps.append)
+    trained = train(toy_examples(120), guard_settings(base), options, folder, lambda seed, step: steps.append(step))
     return trained, folder, steps
 
 
@@ -86,7 +94,8 @@ def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy)
     assert facts["threshold"] == trained.threshold
     assert facts["training"]["examples"] + facts["training"]["held_out"] == len(toy_examples(120))
     assert facts["training"]["settings"]["rank"] == 16
-    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "guard.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "guard.json", "README.md"}
+    assert {p.name for p in folder.iterdir()} == files
     assert str(base) not in (folder / "adapter_config.json").read_text()
 
 
@@ -94,9 +103,9 @@ def observed_train(monkeypatch, *args):
     """Train, and tell which examples were fitted and which margins the threshold was set by."""
     seen = {}
 
-    def watched_fit(model, prefix, labels, examples, options, **rest):
+    def watched_fit(model, prefixes, labels, examples, options, **rest):
         seen["fitted"] = [e.id for e in examples]
-        return real_fit(model, prefix, labels, examples, options, **rest)
+        return real_fit(model, prefixes, labels, examples, options, **rest)
 
     def watched_point(examples, margins, *rest):
         seen.update(held_out=examples, margins=margins)
@@ -121,25 +130,54 @@ def test_the_chosen_strength_is_saved_with_the_adapter(monkeypatch, base, tmp_pa
 
 
 def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, tmp_path):
-    by_scale = iter([None, 0.2, 0.9, 0.4, None])  # the default is ranked at the end
+    by_scale = iter([0.1, 0.2, 0.9, 0.4, None])  # the look at the end is at full strength; the default comes last
     monkeypatch.setattr(module, "ranking", lambda *args: next(by_scale, 0.9))
-    options = quick(scales=[0.25, 0.5, 0.75, 1.0])
+    options = quick(scales=[0.25, 0.5, 0.75])
     trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
-    assert trained.scale == 0.75
-    assert [t["held_out_auprc"] for t in trained.trials] == [None, 0.2, 0.9, 0.4]
+    assert trained.scale == 0.5
+    assert [t.held_out_auprc for t in trained.trials] == [0.2, 0.9, 0.4]
+    assert [t.chosen for t in trained.trials] == [False, True, False]
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
 
 
-def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, tmp_path):
+@pytest.mark.parametrize(("scale", "options"), [(0.5, {}), (1.0, {"variant": "rslora", "top_layers": 0.5, "rank": 3})])
+def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, tmp_path, scale, options):
     _, first, _ = toy
     default = guard_settings(base, adapter=str(first))
-    trained, seen = observed_train(
-        monkeypatch, toy_examples(), default, quick(scales=[0.5], learning_rate=1e-3), tmp_path / "two"
-    )
+    second = quick(scales=[scale], learning_rate=1e-3, **options)
+    trained, seen = observed_train(monkeypatch, toy_examples(), default, second, tmp_path / "two")
     assert trained.held_out_auprc_default > 0.9
     loaded = Guard.load(guard_settings(base), tmp_path / "two")
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    before = margins(Guard.load(guard_settings(base), first), seen["held_out"])
+    assert np.abs(before - seen["margins"]).max() > 0.01
+
+
+def product(folder):
+    """What the adapter in `folder` adds to each weight."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    names = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith("lora_A.weight")]
+    strength = config["lora_alpha"] / config["r"]
+    return {n: strength * weights[f"{n}.lora_B.weight"] @ weights[f"{n}.lora_A.weight"] for n in names}
+
+
+def test_the_strength_of_a_second_round_lies_between_both_guards(base, toy, tmp_path):
+    _, first, _ = toy
+    default = guard_settings(base, adapter=str(first))
+    for scale in (1.0, 0.25, 1e-6):
+        train(toy_examples(), default, quick(scales=[scale], learning_rate=1e-3), tmp_path / str(scale))
+    old, (full, quarter, none) = product(first), (product(tmp_path / str(scale)) for scale in (1.0, 0.25, 1e-6))
+    for name, weight in old.items():
+        torch.testing.assert_close(none[name], weight, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(quarter[name], weight + 0.25 * (full[name] - weight), atol=1e-5, rtol=1e-4)
+        assert (full[name] - weight).abs().max() > 1e-4
+
+
+def test_a_second_round_that_cannot_be_joined_is_refused(base, toy, tmp_path):
+    with pytest.raises(GuardLoopError, match="DoRA cannot be joined"):
+        train(toy_examples(), guard_settings(base, adapter=str(toy[1])), quick(variant="dora"), tmp_path / "two")
 
 
 def test_what_is_held_out_is_not_fitted(monkeypatch, base, tmp_path):
@@ -207,9 +245,12 @@ def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_p
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
 
 
-@pytest.mark.parametrize("wrong", [{"scales": []}, {"scales": [0.0]}, {"scales": [-1.0]}, {"warmup": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scales": []}, {"scales": [0.0]}, {"scales": [-1.0]}, {"warmup": 1.0}, {"variant": "dora", "scales": [0.5]}],
+)
 def test_settings_that_cannot_work_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(ValueError, match=list(wrong)[-1]):
         TrainingSettings(**wrong)
 
 
@@ -289,11 +330,12 @@ def test_ranking_leaves_replay_out():
 @given(scale=st.floats(0.05, 2))
 @settings(PROPERTY, max_examples=10)
 def test_a_scaled_adapter_is_itself_again_afterwards(scale):
-    model = with_lora(tiny_llama())
+    model = fresh_adapter(with_lora(tiny_llama()), TrainingSettings(rank=4, alpha=12))
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     before = [dict(layer.scaling) for layer in layers]
     with scaled(model, scale):
-        assert all(layer.scaling["default"] == pytest.approx(2 * scale) for layer in layers)
+        assert all(layer.scaling[TRAINED] == pytest.approx(3 * scale) for layer in layers)
+        assert all(layer.scaling["default"] == 2 for layer in layers)
     assert [dict(layer.scaling) for layer in layers] == before
 
 
@@ -306,3 +348,91 @@ def test_the_saved_weights_are_finite_and_of_the_adapter_only(toy):
 def test_what_was_learnt_of_prompts_leaves_both_roles_scored(base, toy):
     guard = Guard.load(guard_settings(base), toy[1])
     assert np.isfinite(margins(guard, [*user("a bomb", "a cake"), *agent(("hello", "a cake"))])).all()
+
+
+def test_the_best_of_several_seeds_is_kept(base, tmp_path):
+    options = quick(seeds=2, scales=[0.5, 1.0], seed=4)
+    trained = train(toy_examples(), guard_settings(base), options, tmp_path / "both")
+    assert [(t.seed, t.scale) for t in trained.trials] == [(4, 0.5), (4, 1.0), (5, 0.5), (5, 1.0)]
+    (chosen,) = [t for t in trained.trials if t.chosen]
+    assert chosen.held_out_auprc == max(t.held_out_auprc for t in trained.trials) == trained.held_out_auprc
+    assert (trained.seed, trained.scale) == (chosen.seed, chosen.scale)
+    first = train(toy_examples(), guard_settings(base), quick(scales=[0.5, 1.0], seed=4), tmp_path / "one")
+    assert [t.held_out_auprc for t in first.trials] == [t.held_out_auprc for t in trained.trials[:2]]
+
+
+def test_an_earlier_seed_that_was_better_is_the_one_saved(monkeypatch, base, tmp_path):
+    by_seed = iter([0.9, 0.9, 0.5, 0.5])  # each is looked at when it ends, and ranked
+    monkeypatch.setattr(module, "ranking", lambda *args: next(by_seed, 0.1))
+    trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), quick(seeds=2), tmp_path / "one")
+    assert trained.seed == 0
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+
+
+def test_the_card_tells_where_the_adapter_comes_from(base, toy):
+    trained, folder, _ = toy
+    card = (folder / "README.md").read_text()
+    facts = json.loads((folder / "guard.json").read_text())
+    assert card.startswith("---\nlibrary_name: peft\ntags:")
+    assert facts["data_hash"] in card
+    assert f"| {trained.seed} | 1.0 | {trained.held_out_auprc:.3f} |" in card
+    assert "| learning_rate | 0.005 |" in card
+    assert f"`{base}`" in card
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_other_forms_of_adapters_are_saved_as_they_were_trained(monkeypatch, base, tmp_path, variant):
+    options = quick(variant=variant)
+    _, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
+    loaded = Guard.load(guard_settings(base), tmp_path / "one")
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_is_trained_and_scored_alike(monkeypatch, base, tmp_path, quantization):
+    guard = guard_settings(base, quantization=quantization)
+    options = quick(epochs=4, learning_rate=5e-3, dropout=0.0)
+    trained, seen = observed_train(monkeypatch, toy_examples(), guard, options, tmp_path / "one")
+    assert trained.last_loss < 0.5 * trained.first_loss
+    loaded = Guard.load(guard, tmp_path / "one")
+    # on CPUs with AVX512-BF16, bitsandbytes scores 4-bit weights in bfloat16 where no gradient is wanted
+    rounding = 0.1 if quantization == "nf4" else 1e-3
+    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=rounding)
+
+
+def test_gradient_checkpointing_changes_nothing(base, tmp_path):
+    for name, on in (("off", False), ("on", True)):
+        options = quick(gradient_checkpointing=on, dropout=0.0)
+        train(toy_examples(20), guard_settings(base), options, tmp_path / name)
+    off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
+    for name, weight in off.items():
+        torch.testing.assert_close(on[name], weight, atol=1e-4, rtol=1e-3)
+
+
+@given(true=st.floats(0.2, 5), seed=st.integers(0, 9))
+@PROPERTY
+def test_the_temperature_is_the_one_that_made_the_targets(true, seed):
+    found = np.random.default_rng(seed).normal(0, 3, 50)
+    examples = [{"target": 1 / (1 + np.exp(-m / true)), "weight": 1.0} for m in found]
+    assert temperature(examples, found) == pytest.approx(true, rel=1e-2)
+    assert temperature([], np.zeros(0)) == 1
+
+
+def test_a_stage_is_watched_in_mlflow_and_on_the_terminal(base, tmp_path, monkeypatch):
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    events = tmp_path / "events.jsonl"
+    monkeypatch.setenv("GUARDLOOP_RUN_ID", "run-1")
+    monkeypatch.setenv("GUARDLOOP_EVENTS", str(events))
+    write_table(toy_examples(), EXAMPLE, tmp_path / EXAMPLES)
+    registry = RegistrySettings(tracking_uri=database)
+    training = quick(seeds=2).plain()
+    figures = train_guard(tmp_path, tmp_path / "one", guard_settings(base).plain(), training, registry.plain())
+    (run,) = MlflowClient(database).search_runs([Connection(database).run(registry, "run-1").info.experiment_id])
+    watched = {"train_loss", "gradient_norm", "learning_rate", "examples_per_second", "tokens_per_second"}
+    watched |= {"memory_gib", "held_out_auprc", "benign_fpr"}
+    assert set(run.data.metrics) == {f"seed_{seed}/{name}" for seed in (0, 1) for name in watched}
+    assert len(MlflowClient(database).get_metric_history(run.info.run_id, "seed_1/train_loss")) == figures["steps"]
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    assert any(re.search(r"loss [\d.]+, [\d.]+ examples/s", event.get("note", "")) for event in told)
