@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
+from bench import train_gpu
 from bench.write import write_section
 from guardloop.config import load_settings
 from guardloop.data.settings import SourceSettings
@@ -154,7 +155,9 @@ def main() -> None:
     machine = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads, {dtype}"
     console.print(f"Training on {machine} ...")
     sections = ["### Training on a CPU", table(measure(steps, guard, settings), settings, machine)]
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        sections.append(train_gpu.table())
+    else:
         console.print("No GPU here: the rows for one are skipped.")
     markdown = "\n\n".join(sections)
     console.print(Markdown(markdown))
