@@ -113,10 +113,8 @@ class VllmResponder:
         os.environ[SEEDED_RUNNER] = "1"
         try:
             return self._vllm.LLM(**options)
-        except ValueError as error:
-            if SEEDED_RUNNER not in str(error):
-                raise
-            log.warning("vLLM's newer runner cannot run this model; the older one is slower with seeds: %s", error)
+        except (ValueError, RuntimeError):
+            log.warning("vLLM did not start with its newer runner; trying the older one, which is slower with seeds")
             os.environ[SEEDED_RUNNER] = "0"
             return self._vllm.LLM(**options)
         finally:
