@@ -29,7 +29,8 @@ from rich.table import Table
 from bench.write import write_section
 from guardloop.errors import GuardLoopError
 from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
-from guardloop.records import SCREENED, Row, write_table
+from guardloop.progress import Stage
+from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
 from guardloop.responses.chat import ChatRenderer
 from guardloop.responses.responder import Request, sample_seed
 from guardloop.responses.settings import ResponderSettings
@@ -71,15 +72,20 @@ def cpu(prompts: int, samples: int, new_tokens: int, rounds: int) -> list[Result
     ways: dict[str, Callable[[int], int]] = {plain_way: plain, "GuardLoop, kind: transformers": stage}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     rates: dict[str, list[float]] = {way: [] for way in ways}
+    per_processor: dict[str, list[float]] = {way: [] for way in ways}
     for round_ in range(rounds):
         for way, run in ways.items():
-            started = time.perf_counter()
+            started, processor = time.perf_counter(), time.process_time()
             made = run(round_)
             seconds[way].append(time.perf_counter() - started)
             rates[way].append(made / seconds[way][-1])
-    ratio = median(ours / theirs for theirs, ours in zip(rates[plain_way], rates[list(ways)[1]], strict=True))
+            per_processor[way].append(made / (time.process_time() - processor))
+            print(f"{way}: {made} tokens in {seconds[way][-1]:.1f} s", file=sys.stderr, flush=True)  # noqa: T201
     rows = [_result(way, median(rates[way]), prompts * samples / median(seconds[way]), seconds[way]) for way in ways]
-    rows[1]["note"] = f"{ratio:.2f} times the first"
+    rows[1]["note"] = (
+        f"{_ratio(*rates.values()):.2f} times the first; {_ratio(*per_processor.values()):.2f} times per second of "
+        "processor time, which others on the machine do not change"
+    )
     return rows
 
 
@@ -142,7 +148,6 @@ def gpu_vllm(folder: Path) -> list[Result]:
 
 def gpu_stage(folder: Path) -> list[Result]:
     """The stage from the screened table to the table of responses, with the engine loaded before; and that engine."""
-    from guardloop import stages  # noqa: PLC0415
     from guardloop.responses import resume  # noqa: PLC0415
     from guardloop.responses.vllm import VllmResponder  # noqa: PLC0415
 
@@ -158,11 +163,13 @@ def gpu_stage(folder: Path) -> list[Result]:
             write_table(screened(plain_texts(GPU_PROMPTS, round_)), SCREENED, table)
             with patch.object(resume, "build_responder", lambda _: engine), patch.object(engine, "close", lambda: None):
                 started = time.perf_counter()
-                figures = stages.generate_responses(table, Path(place, "responses"), settings.plain())
+                write_table(resume.answered(table, settings, Stage("bench")), RESPONSE, Path(place, "responses"))
                 seconds.append(time.perf_counter() - started)
-        if figures["errors"] or figures["responses"] != GPU_PROMPTS:
-            raise GuardLoopError(f"the stage made {figures}", f"{GPU_PROMPTS} responses without errors were wanted")
-        rates.append(figures["tokens"] / seconds[-1])
+            rows_made = list(read_table(Path(place, "responses")))
+        good = [row["tokens"] for row in rows_made if row["finish_reason"] != "error"]
+        if len(good) != GPU_PROMPTS:
+            raise GuardLoopError(f"{len(good)} good responses", f"{GPU_PROMPTS} were wanted")
+        rates.append(sum(good) / seconds[-1])
     engine.close()
     name = f"GuardLoop, the stage with kind: vllm, {GPU_PROMPTS} x {GPU_NEW_TOKENS}, a seed per response"
     return [*rows, _result(name, median(rates), GPU_PROMPTS / median(seconds), seconds)]
@@ -270,6 +277,10 @@ def screened(texts: list[str]) -> list[Row]:
         {"id": f"p{number}", "prompt": text, "source": "bench", "group": f"p{number}", **verdict}
         for number, text in enumerate(texts)
     ]
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> float:
+    return median(our / their for their, our in zip(theirs, ours, strict=True))
 
 
 def _result(way: str, tokens_per_second: float, responses_per_second: float, seconds: list[float]) -> Result:
