@@ -15,10 +15,10 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile ui test coverage check lint types fmt lock clean
+.PHONY: help setup ready run compile ui test coverage check lint types bench-generate fmt lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Set up .venv from the locks, with the build of torch that fits this machine
 	@scripts/setup.sh
@@ -53,6 +53,9 @@ lint: ready ## Check style, formatting, import rules and unused code
 
 types: ready ## Check types
 	@$(BIN)/mypy
+
+bench-generate: ready ## Measure how fast responses are generated, and write docs/benchmarks.md
+	@$(BIN)/python -m bench.generate
 
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .
