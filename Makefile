@@ -15,10 +15,10 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard bench-train check lint types fmt lock clean
+.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard bench-train bench-generate check lint types fmt lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Set up .venv from the locks, with the build of torch that fits this machine
 	@scripts/setup.sh
@@ -69,6 +69,9 @@ types: ready ## Check types
 
 bench-train: ready ## Measure the training engine and write docs/benchmarks.md
 	@$(BIN)/python -m bench.train
+
+bench-generate: ready ## Measure how fast responses are generated, and write docs/benchmarks.md
+	@$(BIN)/python -m bench.generate
 
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

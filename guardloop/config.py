@@ -1,6 +1,7 @@
 """One configuration: eight sections, read from a YAML file and validated before anything runs."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -99,5 +100,5 @@ def describe_fields(model: type[Section] = Settings, prefix: str = "") -> Iterat
             yield from describe_fields(annotation, f"{prefix}{name}.")
             continue
         kind = getattr(annotation, "__name__", "") if isinstance(annotation, type) else str(annotation)
-        kind = kind.replace("typing.", "").replace("guardloop.data.settings.", "")
+        kind = re.sub(r"typing\.|guardloop\.\w+\.settings\.", "", kind)
         yield f"{prefix}{name}", kind, repr(field.default), " ".join((field.description or "").split())

@@ -127,33 +127,31 @@ def screen(
 def generate_responses(
     screened: str | Path, responses: str | Path, responder: Sections, shard: int = 0
 ) -> dict[str, float]:
-    """Sample k responses to every prompt of a screened table that was not flagged."""
-    from guardloop.responses.respond import respond  # noqa: PLC0415
-    from guardloop.responses.responder import build_responder  # noqa: PLC0415
+    """Sample k responses of each responder to every prompt of a screened table that was not flagged.
+
+    Killed and run again on the same table with the same settings, it goes on where it was.
+    """
+    from guardloop.responses.resume import answered  # noqa: PLC0415
 
     settings = read_section(ResponderSettings, responder, "responder")
     counts = {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
     facts = read_facts(screened)
     with Stage("generate_responses", shard if facts.get("shards", 1) > 1 else None) as stage:
-        passed = sum(not row["flagged"] and row["margin"] is not None for row in read_table(screened))
-        total = passed * settings.samples
 
-        def answered() -> Iterator[Row]:
-            if not passed:
-                return
-            stage.say(f"loading {settings.model}")
-            rows = (r for r in read_table(screened) if not r["flagged"] and r["margin"] is not None)
-            engine = build_responder(settings)
-            for row in stage.track(respond(rows, engine, settings), total, "generating"):
+        def counted() -> Iterator[Row]:
+            for row in answered(screened, settings, stage):
                 counts["responses"] += 1
                 counts["refusals"] += row["refusal"]
                 counts["errors"] += row["finish_reason"] == "error"
                 counts["tokens"] += row["tokens"]
                 yield row
 
-        described = {"data": facts.get("data", {}), "responder": settings.model, "revision": settings.revision or ""}
-        write_table(answered(), RESPONSE, responses, lambda: {**described, **counts})
-        outcome = f"{settings.samples} responses to each of {passed} passed prompts, {counts['refusals']} refusals"
+        everyone = [{"responder": one.tag, "revision": one.revision or ""} for one in settings.each()]
+        described = {"data": facts.get("data", {}), "responders": everyone}
+        write_table(counted(), RESPONSE, responses, lambda: {**described, **counts})
+        samples = sum(one.samples for one in settings.each())
+        prompts = counts["responses"] // samples
+        outcome = f"{samples} responses to each of {prompts} passed prompts, {counts['refusals']} refusals"
         stage.done(counts["responses"], outcome)
     return {k: float(v) for k, v in counts.items()}
 
@@ -366,7 +364,7 @@ def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
         configuration=os.environ.get("GUARDLOOP_CONFIGURATION", ""),
         dataset=Source(name=data.get("dataset", ""), revision=data.get("revision", "")),
         guard=Source(name=facts.get("guard", ""), revision=facts.get("revision", "")),
-        responders=[Source(name=judged["responder"], revision=judged["revision"])] if judged.get("responder") else [],
+        responders=[Source(name=r["responder"], revision=r["revision"]) for r in judged.get("responders", [])],
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),
         counts=StageCounts(

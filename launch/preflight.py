@@ -26,9 +26,10 @@ def check(settings: Settings, home: Path) -> None:
         family_of("auto", settings.guard.base)
     if settings.guard.policy:
         read_policy(settings.guard.policy)
-    key = settings.responder.api_key_env
-    if key and not os.environ.get(key):
-        raise GuardLoopError(f"responder.api_key_env: {key} is not set", f"export {key} with the endpoint's key")
+    for one in settings.responder.each():
+        key = one.api_key_env
+        if key and not os.environ.get(key):
+            raise GuardLoopError(f"responder.api_key_env: {key} is not set", f"export {key} with the endpoint's key")
     _check_disk(home)
 
 

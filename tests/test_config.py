@@ -1,7 +1,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -35,7 +35,7 @@ def walk(model: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[tup
     for name, field in model.model_fields.items():
         yield path, model, name
         if inner := nested(field.annotation):
-            yield from walk(inner, (*path, name))
+            yield from walk(inner, (*path, name, "0") if get_origin(field.annotation) is list else (*path, name))
 
 
 FIELDS = [*walk(Settings), *walk(PlatformSettings, ("platform",))]
@@ -44,7 +44,7 @@ PLACES = [(path, name) for path, model, name in walk(Settings)]
 
 def under(path: tuple[str, ...], values: Any) -> Any:
     for name in reversed(path):
-        values = {name: values}
+        values = [values] if name == "0" else {name: values}
     return values
 
 
@@ -112,8 +112,9 @@ def test_the_list_of_settings_is_complete():
         for path, model, name in walk(Settings)
         if not nested(model.model_fields[name].annotation)
     }
-    agent = {name for name in leaves if name.startswith("dataset.agent.")}  # a source like the two others, or none
-    assert set(rows) == (leaves - agent) | {"dataset.agent"}
+    # a source like the two others, or none; and more responders like the first
+    again = {name for name in leaves if name.startswith(("dataset.agent.", "responder.others."))}
+    assert set(rows) == (leaves - again) | {"dataset.agent", "responder.others"}
     assert all(kind and default and meaning for _, kind, default, meaning in rows.values())
 
 

@@ -14,6 +14,10 @@ SLOT = "\ue000prompt\ue001"  # private-use characters stand in for the prompt
 PROBES = ("How are you?", "été 9", "(x)")
 PLAIN = f"User: {SLOT}\nAssistant:"
 PLAIN_STOP = "\nUser:"
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
+)
+"""What a template, which is a program of its own, can fail with."""
 
 
 class PromptError(ValueError):
@@ -35,7 +39,7 @@ class ChatRenderer:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         try:
             self._pieces = self._template(SLOT).split(SLOT)
-        except (jinja2.TemplateError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise GuardLoopError(
                 f"responder: the chat template refused a prompt: {error}",
                 "leave responder.system_prompt out, or choose another model",
@@ -55,7 +59,9 @@ class ChatRenderer:
             raise PromptError("the prompt is empty")
         try:
             tokens = self._split(prompt) if self._exact else self._native(self._without_special(prompt))
-        except (jinja2.TemplateError, TypeError) as error:
+        except PromptError:
+            raise
+        except TEMPLATE_ERRORS as error:
             raise PromptError(f"the chat template refused the prompt: {error}") from error
         if len(tokens) > self.max_prompt_tokens:
             raise PromptError(f"the prompt has more than max_prompt_tokens={self.max_prompt_tokens} tokens")

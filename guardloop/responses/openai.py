@@ -1,20 +1,24 @@
 """The openai engine: any endpoint that speaks the chat completions of the OpenAI API.
 
-The endpoint renders and tokenises the prompt itself, so `max_prompt_tokens` does not apply: what it refuses becomes
-a row's error. Whether the seed is honoured is up to it.
+The endpoint renders and tokenises the prompt itself, so a prompt's tokens are counted with another tokenizer, or
+estimated; what the endpoint refuses becomes a row's error. Whether it honours the seed is up to it.
 """
 
+import math
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2 as httpx
 import tenacity
 
 from guardloop.errors import GuardLoopError
+from guardloop.responses.chat import ChatRenderer, PromptError
 from guardloop.responses.responder import FinishReason, Reply, Request, failure
 from guardloop.responses.settings import ResponderSettings
 
@@ -22,7 +26,9 @@ ATTEMPTS = 6
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 CONNECT_SECONDS = 10.0
 LARGEST_ANSWER = 8 * 2**20  # bytes
-AGAIN = frozenset({408, 409, 425, 429})
+BYTES_PER_TOKEN = 4  # of English text, about
+TOO_MANY = 429
+AGAIN = frozenset({408, 409, 425, TOO_MANY})
 
 
 class TryAgainError(Exception):
@@ -41,7 +47,7 @@ class OpenAIResponder:
     """Generates at an endpoint, with `concurrency` requests at a time."""
 
     def __init__(self, settings: ResponderSettings) -> None:
-        self.name = settings.model
+        self.name = settings.tag
         self.settings = settings
         headers = {}
         if settings.api_key_env:
@@ -57,6 +63,7 @@ class OpenAIResponder:
             timeout=httpx.Timeout(settings.timeout_seconds, connect=min(CONNECT_SECONDS, settings.timeout_seconds)),
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
+        self._chat = _counter(settings)
         self._pace = Pace(settings.requests_per_minute)
         self._stop = threading.Event()
         self._reached = False
@@ -68,6 +75,11 @@ class OpenAIResponder:
         pending: set[Future[Reply]] = set()
         try:
             for request in requests:
+                try:
+                    self._check_prompt(request.prompt)
+                except PromptError as error:
+                    yield failure(request, str(error))
+                    continue
                 pending.add(pool.submit(self._answer, request))
                 if len(pending) >= 2 * self.settings.concurrency:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -79,14 +91,12 @@ class OpenAIResponder:
             self._stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def _answer(self, request: Request) -> Reply:
         """The reply to one request. Raises GuardLoopError for what is wrong with all requests."""
-        if not request.prompt.strip():
-            return failure(request, "the prompt is empty")
-        try:
-            request.prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            return failure(request, "the prompt is not valid Unicode")
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TryAgainError),
             stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_when_event_set(self._stop),
@@ -106,6 +116,20 @@ class OpenAIResponder:
                 ) from None
             return failure(request, str(error))
 
+    def _check_prompt(self, prompt: str) -> None:
+        """Raises PromptError for a prompt that cannot be sent, or has too many tokens as far as can be told here."""
+        if not prompt.strip():
+            raise PromptError("the prompt is empty")
+        try:
+            size = len(prompt.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise PromptError("the prompt is not valid Unicode") from None
+        most = self.settings.max_prompt_tokens
+        if self._chat:
+            self._chat.encode(prompt)
+        elif size > most * BYTES_PER_TOKEN:
+            raise PromptError(f"the prompt has {size} bytes, likely more than max_prompt_tokens={most} tokens")
+
     def _ask(self, request: Request) -> Reply:
         """One attempt. Raises TryAgainError, RefusedError or GuardLoopError."""
         settings = self.settings
@@ -123,10 +147,13 @@ class OpenAIResponder:
             status, headers, content = self._post(body)
         except httpx.TimeoutException:
             raise TryAgainError(f"no answer within {settings.timeout_seconds:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise TryAgainError(f"connection failed: {error}") from None
         if status in AGAIN or status >= 500:
-            raise TryAgainError(f"the endpoint answered {status}", _retry_after(headers.get("retry-after")))
+            asked = _retry_after(headers.get("retry-after"))
+            if status == TOO_MANY and asked is not None:
+                self._pace.hold(min(asked, LONGEST_WAIT_SECONDS))  # the limit is not this one request's
+            raise TryAgainError(f"the endpoint answered {status}", asked)
         self._check_access(status, content)
         self._reached = True
         if status != 200:
@@ -170,7 +197,7 @@ class OpenAIResponder:
 
 
 class Pace:
-    """Spreads requests evenly, so that no minute has more than allowed."""
+    """Spreads requests evenly, so that no minute has more than allowed, and holds all of them where asked to."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
@@ -179,31 +206,52 @@ class Pace:
 
     def wait(self, stop: threading.Event) -> None:
         """Wait for the caller's turn, or until `stop` is set."""
-        if not self._interval:
-            return
         with self._lock:
             turn = max(self._next, time.monotonic())
             self._next = turn + self._interval
-        stop.wait(max(0.0, turn - time.monotonic()))
+        if (seconds := turn - time.monotonic()) > 0:
+            stop.wait(seconds)
+
+    def hold(self, seconds: float) -> None:
+        """Let nobody go on for `seconds`."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+def _counter(settings: ResponderSettings) -> ChatRenderer | None:
+    """What counts a prompt's tokens, where the settings name a tokenizer."""
+    if not settings.tokenizer:
+        return None
+    from guardloop.models import load_tokenizer, locate  # noqa: PLC0415  (transformers, which is not needed without)
+
+    tokenizer = load_tokenizer(locate(settings.tokenizer))
+    return ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens)
 
 
 def _read_answer(request: Request, content: bytes) -> Reply:
     try:
         answer = httpx.Response(200, content=content).json()
         choice = answer["choices"][0]
-        text = choice["message"].get("content") or ""
+        text = choice["message"].get("content") or choice["message"].get("refusal") or ""
         tokens = int((answer.get("usage") or {}).get("completion_tokens") or 0)
         reason: FinishReason = "length" if choice.get("finish_reason") == "length" else "stop"
         return Reply(request.id, request.sample, str(text).strip(), reason, tokens)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
         raise RefusedError("the endpoint's answer is not a chat completion") from None
 
 
 def _retry_after(value: str | None) -> float | None:
-    try:
-        return max(0.0, float(value)) if value else None
-    except ValueError:  # the header may also hold a date
+    """Seconds that a Retry-After header asks for: it holds a number or a date."""
+    if not value:
         return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _wait_seconds(state: tenacity.RetryCallState) -> float:

@@ -16,6 +16,11 @@ Progress = Callable[[int, int], None]
 EARLY_ROWS = 400  # from this many rows on, too large a share of errors stops the run before its end
 
 
+def passed(row: Row) -> bool:
+    """Whether the guard let this screened prompt through; one that it could not judge did not pass."""
+    return not row["flagged"] and row["margin"] is not None
+
+
 def respond(
     rows: Iterable[Row],
     responder: Responder,
@@ -24,7 +29,7 @@ def respond(
     progress: Progress = lambda responses, tokens: None,
     answered: int = 0,
 ) -> Iterator[Row]:
-    """Responses (records.RESPONSE) to the screened rows (records.SCREENED) that passed; flagged rows are left out.
+    """Responses (records.RESPONSE) to screened rows (records.SCREENED); those that did not pass are left out.
 
     `settings.samples` rows per prompt, in the order in which they are done. What cannot be answered gets an empty
     response with finish_reason error. `answered` is the number of good responses of an earlier, broken run. Raises
@@ -37,7 +42,7 @@ def respond(
     def requests() -> Iterator[Request]:
         nonlocal asked
         for row in rows:
-            if row["flagged"] or row["margin"] is None:
+            if not passed(row):
                 continue
             id = row["id"]
             if id in waiting:
@@ -73,8 +78,8 @@ def _response(row: Row, reply: Reply, name: str) -> Row:
     """The screened row as a response row: the verdict on the prompt becomes `prompt_margin`."""
     return {
         **{column: row.get(column) for column in CONVERSATION.names},
-        "prompt": row["prompt"].encode("utf-8", "replace").decode("utf-8"),
-        "response": reply.text,
+        "prompt": _storable(row["prompt"]),
+        "response": _storable(reply.text),
         "prompt_margin": row["margin"],
         "sample": reply.sample,
         "responder": name,
@@ -82,6 +87,11 @@ def _response(row: Row, reply: Reply, name: str) -> Row:
         "tokens": reply.tokens,
         "refusal": is_refusal(reply.text),
     }
+
+
+def _storable(text: str) -> str:
+    """`text` without halves of characters, which JSON can hold, and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _too_many(errors: Counter[str], total: int, settings: ResponderSettings) -> GuardLoopError:

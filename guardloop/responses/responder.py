@@ -34,9 +34,10 @@ class Reply:
 
 
 class Responder(Protocol):
-    """An engine that answers prompts."""
+    """An engine that answers prompts, until it is closed."""
 
     name: str
+    """What its responses are tagged with."""
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """One reply per request, in any order. Reads ahead a bounded number of requests.
@@ -44,6 +45,10 @@ class Responder(Protocol):
         What is wrong with one request becomes a reply with finish_reason error; what is wrong with all of them
         raises GuardLoopError.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds: memory, processes, connections."""
         ...
 
 

@@ -5,84 +5,93 @@ parts of their own, which the next run throws away, so that what failed is tried
 """
 
 import logging
+import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
-from guardloop.errors import GuardLoopError
-from guardloop.records import RESPONSE, Row, count_rows, read_tables, write_table
-from guardloop.responses.respond import Progress, respond
-from guardloop.responses.responder import Responder
+from guardloop.progress import Stage
+from guardloop.records import RESPONSE, Row, count_rows, read_table, read_tables, write_table
+from guardloop.responses.respond import Progress, passed, respond
+from guardloop.responses.responder import Responder, build_responder
 from guardloop.responses.settings import ResponderSettings
+from guardloop.responses.work import Work, key_of
 
 log = logging.getLogger("guardloop")
 PART_SECONDS = 20.0  # a kill costs at most this much work
 PART_ROWS = 4096
 
 
-def generate_responses(
-    rows: Iterable[Row],
-    responder: Responder,
-    settings: ResponderSettings,
-    folder: str | Path,
-    output: str | Path,
-    *,
-    progress: Progress = lambda responses, tokens: None,
-    part_seconds: float = PART_SECONDS,
-) -> int:
-    """Write the responses to the screened `rows` that passed to the Parquet file `output`; returns their number.
+def answered(table: str | Path, settings: ResponderSettings, stage: Stage) -> Iterator[Row]:
+    """Responses (records.RESPONSE) of every responder to the prompts of the screened `table` that passed.
 
-    Can be killed at any moment and run again with the same `folder`, which must belong to these rows and settings
-    alone: prompts that were finished are not answered again. `progress` counts what this run generates. Raises
-    GuardLoopError as `respond` does, and when another process works in the folder.
+    First all that is missing is generated, then all is read back: also what earlier runs on the same table with the
+    same settings kept, up to the moment at which they were killed. Raises GuardLoopError as `respond` and `Work` do.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        with lock.acquire(timeout=0):
-            parts = Parts(folder, settings.samples, part_seconds)
-            if parts.answered:
-                log.info("%d responses are there already; going on from there", parts.answered)
-            parts.write(respond(parts.remaining(rows), responder, settings, progress=progress, answered=parts.answered))
-            return parts.assemble(output)
-    except Timeout:
-        raise GuardLoopError(
-            f"another process is generating responses in {folder}", "wait until it has ended, or stop it"
-        ) from None
+    prompts = sum(passed(row) for row in read_table(table))
+    if not prompts:
+        return
+    with ExitStack() as stack:
+        everyone = []
+        for one in settings.each():
+            work = stack.enter_context(Work(key_of(table, one)))
+            everyone.append((one, Parts(work.folder, one.samples, work.keep)))
+        there = sum(parts.answered for _, parts in everyone)
+        if there:
+            stage.say(f"{there} responses are there already; going on from there")
+        total = prompts * sum(one.samples for one, _ in everyone) - there
+        started, done = time.monotonic(), 0
+
+        def progress(_made: int, _tokens: int) -> None:
+            nonlocal done
+            done += 1
+            stage.report("generating", done, total, started)
+
+        for one, parts in everyone:
+            parts.fill(read_table(table), partial(_load, one, stage), one, progress)
+        for _, parts in everyone:
+            yield from parts.rows()
 
 
 class Parts:
-    """The parts of one run in `folder`: `part-*` of finished prompts, `error-*` of prompts to be tried again."""
+    """The parts of one responder's work in `folder`: `part-*` of finished prompts, `error-*` of those to try again.
 
-    def __init__(
-        self, folder: Path, samples: int, part_seconds: float = PART_SECONDS, part_rows: int = PART_ROWS
-    ) -> None:
+    `keep` is called with each finished part.
+    """
+
+    def __init__(self, folder: Path, samples: int, keep: Callable[[Path], None] = lambda part: None) -> None:
         self.folder = folder
         self.samples = samples
-        self.part_seconds = part_seconds
-        self.part_rows = part_rows
+        self._keep = keep
         for leftover in [*folder.glob("error-*"), *folder.glob("*.partial")]:
             leftover.unlink()
-        kept = [path for path in self._paths() if _is_whole(path)]
+        kept, self._done = _distinct([path for path in self._paths() if _is_whole(path)])
         self.answered = sum(count_rows(path) for path in kept)
         self._next = 1 + max((int(path.stem.split("-")[1]) for path in kept), default=-1)
-        ids = [_hashes(path) for path in kept]
-        self._done = np.unique(np.concatenate(ids)) if ids else np.empty(0, np.int64)  # 8 bytes per prompt
 
-    def remaining(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The rows whose prompts are not finished."""
-        for row in rows:
-            key = _hash(row["id"])
-            place = np.searchsorted(self._done, key)
-            if place == len(self._done) or self._done[place] != key:
-                yield row
+    def fill(
+        self,
+        rows: Iterable[Row],
+        load: Callable[[], Responder],
+        settings: ResponderSettings,
+        progress: Progress = lambda responses, tokens: None,
+    ) -> None:
+        """Answer those of the screened `rows` that passed and are not finished; `load` is called if there are any."""
+        missing = (row for row in rows if passed(row) and not self._finished(row["id"]))
+        first = next(missing, None)
+        if first is not None:
+            with closing(load()) as responder:
+                self.write(
+                    respond(chain([first], missing), responder, settings, progress=progress, answered=self.answered)
+                )
 
     def write(self, responses: Iterable[Row]) -> None:
         """Keep `responses` as they come, a prompt as soon as all of its samples are there."""
@@ -98,30 +107,40 @@ class Parts:
                 del open_prompts[response["id"]]
                 failed = any(sample["finish_reason"] == "error" for sample in samples)
                 (bad if failed else good).extend(samples)
-                full = len(good) + len(bad) >= self.part_rows
-                if full or time.monotonic() - written >= self.part_seconds:
+                if len(good) + len(bad) >= PART_ROWS or time.monotonic() - written >= PART_SECONDS:
                     self._flush(good, bad)
                     written = time.monotonic()
         finally:  # what is done is kept, also when the run is stopped by an error
             self._flush(good, bad)
 
-    def assemble(self, output: str | Path) -> int:
-        """Write all parts into the file `output`, all or nothing; returns the number of rows."""
-        return write_table(self.rows(), RESPONSE, output)
-
     def rows(self) -> Iterator[Row]:
         """All responses that are there, of this run and of earlier ones."""
         return read_tables([*self._paths(), *self._paths("error")], RESPONSE)
+
+    def _finished(self, id: str) -> bool:
+        key = _hash(id)
+        place = np.searchsorted(self._done, key)
+        return bool(place < len(self._done) and self._done[place] == key)
 
     def _paths(self, kind: str = "part") -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*.parquet"))
 
     def _flush(self, good: list[Row], bad: list[Row]) -> None:
-        for kind, rows in (("part", good), ("error", bad)):
-            if rows:
-                write_table(rows, RESPONSE, self.folder / f"{kind}-{self._next:06d}.parquet")
-                rows.clear()
+        # The random end keeps two pods that do the same work from overwriting each other's parts in the store.
+        name = f"{self._next:06d}-{secrets.token_hex(4)}.parquet"
+        if good:
+            write_table(good, RESPONSE, self.folder / f"part-{name}")
+            self._keep(self.folder / f"part-{name}")
+        if bad:
+            write_table(bad, RESPONSE, self.folder / f"error-{name}")
+        good.clear()
+        bad.clear()
         self._next += 1
+
+
+def _load(settings: ResponderSettings, stage: Stage) -> Responder:
+    stage.say(f"loading {settings.model}")
+    return build_responder(settings)
 
 
 def _is_whole(path: Path) -> bool:
@@ -133,6 +152,25 @@ def _is_whole(path: Path) -> bool:
         path.unlink()
         return False
     return True
+
+
+def _distinct(paths: list[Path]) -> tuple[list[Path], npt.NDArray[np.int64]]:
+    """The parts without those that repeat a prompt of an earlier part, and the sorted hashes of their prompts' ids.
+
+    Two pods may have done the same work at the same time. Eight bytes per prompt are held.
+    """
+    hashes = [_hashes(path) for path in paths]
+    if not hashes:
+        return [], np.empty(0, np.int64)
+    every = np.concatenate(hashes)
+    part = np.repeat(np.arange(len(paths)), [len(ids) for ids in hashes])
+    order = np.argsort(every, kind="stable")
+    again = set(part[order][1:][every[order][1:] == every[order][:-1]].tolist())
+    for index in again:
+        log.warning("%s repeats prompts of another part; it is not used", paths[index])
+        paths[index].unlink()
+    kept = [index for index in range(len(paths)) if index not in again]
+    return [paths[i] for i in kept], np.sort(np.concatenate([hashes[i] for i in kept]))
 
 
 def _hash(id: str) -> int:

@@ -1,18 +1,20 @@
-"""Settings of the responder: which model answers the passed prompts, how often, and at what cost."""
+"""Settings of the responders: which models answer the passed prompts, how often, and at what cost."""
 
-from typing import Literal
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from guardloop.settings import Section
 
-ENDPOINT_ONLY = ("base_url", "api_key_env", "requests_per_minute")
+ENDPOINT_ONLY = ("base_url", "api_key_env", "requests_per_minute", "tokenizer")
 
 
-class ResponderSettings(Section):
-    """The model behind the guard: it answers each passed prompt several times."""
+class OneResponder(Section):
+    """One model that answers each passed prompt several times."""
 
+    name: str | None = None
+    """How its responses are tagged; by default the model's id."""
     kind: Literal["transformers", "vllm", "openai"] = "transformers"
     """Engine: `transformers` for a CPU, `vllm` for a GPU, `openai` for any OpenAI-compatible endpoint."""
     model: str = "embedded:smollm2"
@@ -29,8 +31,8 @@ class ResponderSettings(Section):
     """Sample among the likeliest tokens that together have this probability."""
     system_prompt: str | None = None
     """The system's message before each prompt; by default the chat template's own."""
-    batch_rows: int = Field(default=64, ge=1)
-    """Upper bound of responses that are generated at the same time (transformers, vllm)."""
+    batch_rows: int | None = Field(default=None, ge=1)
+    """Upper bound of responses made at the same time; by default 64 with transformers, and vLLM's own with vllm."""
     batch_tokens: int = Field(default=16384, ge=256)
     """Upper bound of tokens kept in the cache at the same time, prompts included (transformers)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -38,11 +40,9 @@ class ResponderSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the responder runs; `auto` takes a GPU when there is one (transformers)."""
     max_prompt_tokens: int = Field(default=2048, ge=16)
-    """A prompt with more tokens, chat template included, is recorded as an error (transformers, vllm)."""
-    seed: int = 0
-    """Seed of the sampling. Each response has its own, made of this, the prompt's id and the sample's number."""
-    max_error_share: float = Field(default=0.05, ge=0, le=1)
-    """The run stops when a larger share of responses could not be generated."""
+    """A prompt with more tokens, chat template included, is recorded as an error."""
+    tokenizer: str | None = None
+    """Model whose tokenizer counts a prompt's tokens; by default four bytes of text are taken for one (openai)."""
     base_url: str | None = None
     """Address of the endpoint, up to and with /v1 (openai)."""
     api_key_env: str | None = None
@@ -53,6 +53,11 @@ class ResponderSettings(Section):
     """A request that takes longer is tried again (openai)."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Upper bound of requests per minute, retries included; by default none (openai)."""
+
+    @property
+    def tag(self) -> str:
+        """What its responses are tagged with."""
+        return self.name or self.model
 
     @field_validator("base_url")
     @classmethod
@@ -74,7 +79,7 @@ class ResponderSettings(Section):
         return value
 
     @model_validator(mode="after")
-    def _fits_kind(self) -> "ResponderSettings":
+    def _fits_kind(self) -> Self:
         if self.kind == "openai":
             if self.base_url is None:
                 raise ValueError("kind openai needs base_url, such as http://localhost:8000/v1")
@@ -82,4 +87,28 @@ class ResponderSettings(Section):
                 raise ValueError("kind openai needs model, the model's name at the endpoint")
         elif given := [name for name in ENDPOINT_ONLY if getattr(self, name) is not None]:
             raise ValueError(f"{', '.join(given)}: only for kind openai; leave out, or set kind: openai")
+        return self
+
+
+class ResponderSettings(OneResponder):
+    """The model behind the guard, or several whose responses are mixed, and what holds for all of them."""
+
+    others: list[OneResponder] = []
+    """More responders, each with all of its own settings; every one of them answers every passed prompt."""
+    seed: int = 0
+    """Seed of the sampling. Each response has its own, made of this, the prompt's id and the sample's number."""
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when a larger share of one responder's responses could not be generated."""
+
+    def each(self) -> list["ResponderSettings"]:
+        """The settings of each responder by itself, the first one's first."""
+        shared = {"seed": self.seed, "max_error_share": self.max_error_share}
+        own = (one.model_dump(include=set(OneResponder.model_fields)) for one in (self, *self.others))
+        return [ResponderSettings.model_validate({**one, **shared}) for one in own]
+
+    @model_validator(mode="after")
+    def _tags_differ(self) -> Self:
+        tags = [self.tag, *(other.tag for other in self.others)]
+        if twice := sorted({tag for tag in tags if tags.count(tag) > 1}):
+            raise ValueError(f"two responders are called {twice[0]}; give one of them another name")
         return self

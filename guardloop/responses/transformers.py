@@ -6,7 +6,9 @@ so in float32 a response does not depend on the rows beside it; in bfloat16 the 
 can, now and then, tip a token.
 """
 
+import gc
 import inspect
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,10 +29,13 @@ from guardloop.responses.sampling import choose_tokens, uniforms
 from guardloop.responses.settings import ResponderSettings
 from guardloop.responses.slots import Slots, width_for
 
+log = logging.getLogger("guardloop")
+BATCH_ROWS = 64
 WINDOW_BATCHES = 8  # batches of requests that are read ahead and sorted by length
 REFILL_SHARE = 0.25  # share of places that must be free before new prompts are read in, so that they come in batches
 PREFILL_TOKENS = 4096
 STOP_TOKENS = 8  # the stop text lies within this many last tokens
+ENGINE_ERRORS = (RuntimeError, ValueError, IndexError)  # also a GPU that is out of memory
 NEEDED = ("position_ids", "attention_mask", "past_key_values", "logits_to_keep")
 
 
@@ -47,7 +52,7 @@ class Row:
     """One response in the making. `next_token` is its next input: the prompt's last token, then what was made."""
 
     request: Request
-    prompt_tokens: int
+    prompt: list[int]
     next_token: int
     random: npt.NDArray[np.float32]
     tokens: list[int] = field(default_factory=list)
@@ -55,7 +60,7 @@ class Row:
     @property
     def position(self) -> int:
         """Where the next input goes."""
-        return self.prompt_tokens - 1 + len(self.tokens)
+        return len(self.prompt) - 1 + len(self.tokens)
 
 
 class TransformersResponder:
@@ -76,10 +81,11 @@ class TransformersResponder:
         return self
 
     def _setup(self, settings: ResponderSettings, model: Any, tokenizer: Any) -> None:
-        self.name = settings.model
+        self.name = settings.tag
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
+        self.batch_rows = settings.batch_rows or BATCH_ROWS
         self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens)
         self.ends = _end_tokens(model, tokenizer)
         _check_supported(model, settings)
@@ -87,7 +93,7 @@ class TransformersResponder:
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """One reply per request, as they are done. Reads ahead WINDOW_BATCHES batches."""
         source, queue = iter(requests), deque[Group]()
-        slots, rows = Slots(), list[Row]()
+        slots, rows, admitted = Slots(), list[Row](), list[Group]()
         more = True
         while more or queue or rows:
             if more and not queue:
@@ -95,16 +101,43 @@ class TransformersResponder:
                 more = bool(groups or errors)
                 queue.extend(groups)
                 yield from errors
-            if len(rows) <= self.settings.batch_rows * (1 - REFILL_SHARE):
-                while queue and (admitted := self._next_prompts(rows, queue)):
-                    self._prefill(slots, rows, admitted)
-            if rows:
-                yield from self._step(slots, rows)
+            try:
+                if len(rows) <= self.batch_rows * (1 - REFILL_SHARE):
+                    while queue and (admitted := self._next_prompts(rows, queue)):
+                        self._prefill(slots, rows, admitted)
+                        admitted = []
+                replies = self._step(slots, rows) if rows else []
+            except ENGINE_ERRORS as error:
+                log.warning("a batch failed; its prompts are answered one by one: %s", _first_line(error))
+                suspects = _groups(rows, admitted)
+                slots, rows, admitted = Slots(), [], []
+                replies = [reply for group in suspects for reply in self._alone(group)]
+            yield from replies
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _alone(self, group: Group) -> Iterator[Reply]:
+        """Answer one prompt in a batch of its own; what it then fails with is its own error."""
+        slots, rows = Slots(), list[Row]()
+        left = {request.sample: request for request in group.requests}
+        try:
+            self._prefill(slots, rows, [group])
+            while rows:
+                for reply in self._step(slots, rows):
+                    del left[reply.sample]
+                    yield reply
+        except ENGINE_ERRORS as error:
+            yield from (failure(request, f"the model failed on it: {_first_line(error)}") for request in left.values())
 
     def _read(self, source: Iterator[Request]) -> tuple[list[Group], list[Reply]]:
         """The next window: prompts, shortest first so that rows of like length run together, and unusable requests."""
         groups, errors = list[Group](), list[Reply]()
-        window = list(islice(source, WINDOW_BATCHES * self.settings.batch_rows))
+        window = list(islice(source, WINDOW_BATCHES * self.batch_rows))
         for (_, prompt), same in groupby(window, key=lambda request: (request.id, request.prompt)):
             samples = list(same)
             try:
@@ -112,7 +145,7 @@ class TransformersResponder:
             except PromptError as error:
                 errors += [failure(request, str(error)) for request in samples]
                 continue
-            size = max(1, min(self.settings.batch_rows, self.settings.batch_tokens // self._width(len(tokens))))
+            size = max(1, min(self.batch_rows, self.settings.batch_tokens // self._width(len(tokens))))
             groups += [Group(tokens, samples[i : i + size]) for i in range(0, len(samples), size)]
         return sorted(groups, key=lambda group: len(group.tokens)), errors
 
@@ -123,11 +156,11 @@ class TransformersResponder:
         """Take the prompts that fit beside the active rows and into one prefill; none if there is no room."""
         admitted = list[Group]()
         count = len(rows)
-        longest = max((row.prompt_tokens for row in rows), default=0)
+        longest = max((len(row.prompt) for row in rows), default=0)
         while queue:
             count += len(queue[0].requests)
             longest = max(longest, len(queue[0].tokens))
-            fits = count <= self.settings.batch_rows and count * self._width(longest) <= self.settings.batch_tokens
+            fits = count <= self.batch_rows and count * self._width(longest) <= self.settings.batch_tokens
             if not fits and (rows or admitted):
                 break
             if admitted and (len(admitted) + 1) * len(queue[0].tokens) > PREFILL_TOKENS:
@@ -145,11 +178,11 @@ class TransformersResponder:
         cache = DynamicCache()
         self.model.base_model(input_ids=padded.to(self.model.device), past_key_values=cache, use_cache=True)
         rows += [
-            Row(r, len(g.tokens), g.tokens[-1], uniforms(r.seed, self.settings.max_new_tokens))
+            Row(r, g.tokens, g.tokens[-1], uniforms(r.seed, self.settings.max_new_tokens))
             for g in groups
             for r in g.requests
         ]
-        longest = max(row.prompt_tokens for row in rows) + self.settings.max_new_tokens
+        longest = max(len(row.prompt) for row in rows) + self.settings.max_new_tokens
         slots.admit(cache, lengths, [len(group.requests) for group in groups], longest)
 
     @torch.inference_mode()
@@ -194,6 +227,17 @@ class TransformersResponder:
         if self.chat.stop:
             text = text.split(self.chat.stop)[0]
         return Reply(row.request.id, row.request.sample, text.strip(), reason, len(row.tokens))
+
+
+def _groups(rows: list[Row], admitted: list[Group]) -> list[Group]:
+    """What is left to do of the active rows, and of the prompts that were about to join them."""
+    groups = [Group(row.prompt, [row.request]) for row in rows]
+    started = {row.request for row in rows}
+    return groups + [group for group in admitted if group.requests[0] not in started]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

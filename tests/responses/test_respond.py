@@ -29,6 +29,9 @@ class Script:
                 yield from self._answers(held)
         yield from self._answers(held)
 
+    def close(self) -> None:
+        pass
+
     def _answers(self, held: list[Request]) -> Iterator[Reply]:
         while held:
             r = held.pop()

@@ -81,3 +81,13 @@ def test_a_template_that_refuses_one_prompt_is_told() -> None:
     )
     with pytest.raises(PromptError, match="template refused"):
         ChatRenderer(build_tokenizer(picky)).encode("a bomb")
+
+
+def test_a_template_that_breaks_on_one_prompt_is_told() -> None:
+    picky = "{% if messages[0].content == 'odd' %}{{ 1 // 0 }}{% endif %}" + TEMPLATE.replace(
+        "m.content", "m.content | upper"
+    )
+    chat = ChatRenderer(build_tokenizer(picky))
+    assert chat.encode("even")
+    with pytest.raises(PromptError, match="template refused"):
+        chat.encode("odd")

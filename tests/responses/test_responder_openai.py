@@ -3,14 +3,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_responder import ask
+from tiny_responder import ask, screened
 
 from guardloop.errors import GuardLoopError
+from guardloop.records import RESPONSE, read_table, write_table
 from guardloop.responses import openai
 from guardloop.responses.openai import OpenAIResponder
+from guardloop.responses.respond import respond
 from guardloop.responses.responder import Reply, build_responder
 from guardloop.responses.settings import ResponderSettings
 
@@ -149,10 +152,26 @@ def test_retry_after_is_kept(serve: Callable[[Script], Endpoint]) -> None:
     assert endpoint.times[1] - endpoint.times[0] >= 0.4
 
 
-def test_a_date_as_retry_after_is_no_problem(serve: Callable[[Script], Endpoint]) -> None:
-    date = {"Retry-After": "Wed, 21 Oct 2099 07:28:00 GMT"}
-    endpoint = serve(lambda body, n: (503, date, b"") if n == 1 else echo(body, n))
-    assert [r.text for r in replies(endpoint, ["a"])] == ["a!"]
+def test_retry_after_may_be_a_date(serve: Callable[[Script], Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai, "LONGEST_WAIT_SECONDS", 0.3)
+    for value, least in (("Wed, 21 Oct 2099 07:28:00 GMT", 0.3), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", 0)):
+        endpoint = serve(lambda body, n, v=value: (503, {"Retry-After": v}, b"") if n == 1 else echo(body, n))
+        assert [r.text for r in replies(endpoint, ["a"])] == ["a!"]
+        assert least <= endpoint.times[1] - endpoint.times[0] < least + 5
+
+
+def test_too_many_requests_hold_all_of_them(serve: Callable[[Script], Endpoint]) -> None:
+    refused = threading.Event()
+
+    def script(body: dict[str, Any], attempt: int) -> tuple[int, dict[str, str], Any]:
+        if not refused.is_set():
+            refused.set()
+            return 429, {"Retry-After": "0.5"}, b""
+        return echo(body, attempt)
+
+    endpoint = serve(script)
+    assert all(r.finish_reason == "stop" for r in replies(endpoint, ["a"] * 8, concurrency=1))
+    assert min(t - endpoint.times[0] for t in endpoint.times[1:]) >= 0.5
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -255,3 +274,62 @@ def test_can_be_left_in_the_middle(serve: Callable[[Script], Endpoint]) -> None:
     started = time.monotonic()
     stream.close()
     assert time.monotonic() - started < 1
+
+
+BROKEN = {
+    "500": (500, {}, b"oops"),
+    "503": (503, {"Retry-After": "0"}, b""),
+    "gzip": (200, {"Content-Encoding": "gzip"}, b"not gzip"),
+    "html": (200, {}, b"<html>"),
+    "cut off": (200, {}, b'{"choices": [{"message": {"con'),
+    "deep": (200, {}, b"[" * 100_000),
+    "empty": (200, {}, b""),
+    "no choice": (200, {}, {"choices": []}),
+    "null": (200, {}, None),
+    "odd usage": (200, {}, {"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": "many"}}),
+    "400": (400, {}, {"error": {"message": "context length exceeded"}}),
+    "413": (413, {}, b""),
+    "422": (422, {}, b""),
+}
+
+
+def test_whatever_an_endpoint_does_to_one_prompt_the_others_are_answered(serve: Callable[[Script], Endpoint]) -> None:
+    endpoint = serve(lambda body, n: BROKEN.get(body["messages"][-1]["content"]) or echo(body, n))
+    good = [f"good {i}" for i in range(8)]
+    rows = screened([*good, *BROKEN, ""])
+    settings = settings_for(endpoint.url, max_error_share=0.9)
+    made = {row["id"]: row for row in respond(rows, OpenAIResponder(settings), settings)}
+    failed = {id for id, row in made.items() if row["finish_reason"] == "error"}
+    assert failed == {row["id"] for row in rows[len(good) :]}
+    assert [made[f"p{i}"]["response"] for i in range(8)] == [f"{text}!" for text in good]
+    with pytest.raises(GuardLoopError, match=r"14 of 22 responses could not be generated"):
+        strict = settings_for(endpoint.url, max_error_share=0.5)
+        list(respond(rows, OpenAIResponder(strict), strict))
+
+
+def test_an_answer_that_is_no_unicode_is_kept_as_far_as_it_is(
+    serve: Callable[[Script], Endpoint], tmp_path: Path
+) -> None:
+    half = b'{"choices": [{"message": {"content": "half \\ud83d a pair"}, "finish_reason": "stop"}]}'
+    settings = settings_for(serve(lambda body, n: (200, {}, half)).url)
+    made = respond(screened(["a"]), OpenAIResponder(settings), settings)
+    assert write_table(made, RESPONSE, tmp_path / "r.parquet") == 1
+    assert next(read_table(tmp_path / "r.parquet"))["response"] == "half ? a pair"
+
+
+def test_a_refusal_in_a_field_of_its_own_is_read(serve: Callable[[Script], Endpoint]) -> None:
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I'm sorry, I can't help with that."}}]}
+    settings = settings_for(serve(lambda body, n: (200, {}, refusal)).url)
+    (row,) = respond(screened(["a"]), OpenAIResponder(settings), settings)
+    assert row["refusal"]
+
+
+def test_long_prompts_are_not_sent(serve: Callable[[Script], Endpoint], tiny_folder: Path) -> None:
+    endpoint = serve(echo)
+    prompts = ["sea " * 200, "sea"]
+    estimated = replies(endpoint, prompts, max_prompt_tokens=100)
+    counted = replies(endpoint, prompts, max_prompt_tokens=100, tokenizer=str(tiny_folder))
+    assert [r.finish_reason for r in estimated] == [r.finish_reason for r in counted] == ["error", "stop"]
+    assert estimated[0].error == "the prompt has 800 bytes, likely more than max_prompt_tokens=100 tokens"
+    assert counted[0].error == "the prompt has more than max_prompt_tokens=100 tokens"
+    assert len(endpoint.bodies) == 2

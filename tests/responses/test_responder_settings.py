@@ -47,3 +47,21 @@ def test_seeds_differ_and_stay() -> None:
 def test_a_missing_folder_is_told() -> None:
     with pytest.raises(GuardLoopError, match="no model folder"):
         build_responder(tiny_settings(model="./nowhere"))
+
+
+def test_several_responders_have_settings_of_their_own() -> None:
+    both = read_section(
+        ResponderSettings, {"samples": 2, "seed": 3, "others": [{**ENDPOINT, "samples": 1}]}, "responder"
+    )
+    assert [(one.tag, one.samples, one.seed, one.others) for one in both.each()] == [
+        ("embedded:smollm2", 2, 3, []),
+        ("m", 1, 3, []),
+    ]
+    assert read_section(ResponderSettings, both.plain(), "responder") == both
+    for others, told in (
+        ([{"modell": "m"}], r"responder.others.0.modell: unknown setting; did you mean `model`"),
+        ([{}], "two responders are called embedded:smollm2"),
+        ([{"kind": "openai", "model": "m"}], r"responder.others.0: kind openai needs base_url"),
+    ):
+        with pytest.raises(GuardLoopError, match=told):
+            read_section(ResponderSettings, {"others": others}, "responder")

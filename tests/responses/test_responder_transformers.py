@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -196,3 +197,60 @@ def test_bfloat16_generates(tiny_folder: Any) -> None:
     replies = list(build_responder(settings, load=str(tiny_folder)).generate(ask(PROMPTS[:6], settings)))
     assert {r.finish_reason for r in replies} <= {"stop", "length"}
     assert sum(bool(r.text) for r in replies) >= 10
+
+
+def failing(model: Any, tokenizer: Any, word: str, calls: list[int]) -> Any:
+    """The model's forward pass, which fails wherever `word` is in the batch, and counts its batches."""
+    plain, marks = model.forward, set(tokenizer(word)["input_ids"])
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs["input_ids"]
+        calls.append(len(tokens))
+        if any(marks <= set(row) for row in tokens.tolist()):
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        return plain(*args, **kwargs)
+
+    return forward
+
+
+def test_a_prompt_that_the_model_fails_on_does_not_cost_the_others(
+    responder: Callable[..., TransformersResponder], model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = responder(samples=2)
+    prompts = [*PROMPTS[:15], "zq~zq", *PROMPTS[15:30]]
+    whole = answers(ours.generate(ask(prompts, ours.settings)))
+    calls: list[int] = []
+    base = failing(model.base_model, tokenizer, "zq~zq", calls)
+    monkeypatch.setattr(model.base_model, "forward", base)
+    got = list(ours.generate(ask(prompts, ours.settings)))
+    assert [(r.id, r.error) for r in got if r.error] == [
+        ("p15", "the model failed on it: CUDA error: an illegal memory access")
+    ] * 2
+    assert answers(iter(r for r in got if not r.error)) == {row for row in whole if row[0] != "p15"}
+    assert max(calls) > 1  # the rest still runs in batches
+
+
+def test_batches_that_do_not_fit_are_answered_one_by_one(
+    responder: Callable[..., TransformersResponder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = responder(samples=1)
+    expected = answers(ours.generate(ask(PROMPTS, ours.settings)))
+    step = TransformersResponder._step
+
+    def small(self: TransformersResponder, slots: Slots, rows: list[Any]) -> list[Reply]:
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, slots, rows)
+
+    monkeypatch.setattr(TransformersResponder, "_step", small)
+    assert answers(ours.generate(ask(PROMPTS, ours.settings))) == expected
+
+
+def test_a_closed_responder_holds_no_model(tokenizer: Any) -> None:
+    model = build_model(len(tokenizer))
+    alive = weakref.ref(model)
+    ours = TransformersResponder.of(tiny_settings(), model, tokenizer)
+    del model
+    assert alive() is not None
+    ours.close()
+    assert alive() is None

@@ -1,43 +1,69 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from services import S3Server
 from test_respond import Script
 from tiny_responder import PROMPTS, screened, tiny_settings
 
+from guardloop import stages
 from guardloop.errors import GuardLoopError
-from guardloop.records import RESPONSE, Row, read_table
-from guardloop.responses.responder import Reply, Request
-from guardloop.responses.resume import generate_responses
+from guardloop.progress import Stage
+from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
+from guardloop.responses import resume, work
+from guardloop.responses.responder import Reply, Request, Responder
+from guardloop.responses.resume import Parts, answered
+from guardloop.responses.settings import ResponderSettings
 from guardloop.responses.transformers import TransformersResponder
+from guardloop.responses.work import Work, key_of
 
-KILLS = 20
-
-
-def contents(path: Path) -> list[tuple[Any, ...]]:
-    return sorted(tuple(row[name] for name in ("id", "sample", *RESPONSE.names[1:])) for row in _comparable(path))
+KILLS, KILLS_WITHOUT_DISK = 60, 12
 
 
-def _comparable(path: Path) -> Iterator[Row]:
-    for row in read_table(path, RESPONSE):
-        yield {name: "" if value is None else value for name, value in row.items()}
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where unfinished work is kept; a part is written for every prompt that is done."""
+    monkeypatch.setenv(work.PLACE, str(tmp_path / "work"))
+    monkeypatch.setattr(resume, "PART_SECONDS", 0.0)
+    return tmp_path / "work"
 
 
-def finished(folder: Path) -> set[str]:
-    return {row["id"] for part in folder.glob("part-*.parquet") for row in read_table(part)}
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the stage's function on `rows` with `responder` in place of the engines; the responses that came out."""
+
+    def run(rows: list[Row], responder: Any, settings: ResponderSettings) -> list[tuple[Any, ...]]:
+        table = tmp_path / "screened.parquet"
+        write_table(rows, SCREENED, table)
+        monkeypatch.setattr(resume, "build_responder", lambda one: responder)
+        write_table(answered(table, settings, Stage("test")), RESPONSE, tmp_path / "out.parquet")
+        return contents(tmp_path / "out.parquet")
+
+    return run
+
+
+def contents(*paths: Path) -> list[tuple[Any, ...]]:
+    rows = (row for path in paths for row in read_table(path, RESPONSE))
+    return sorted(tuple("" if row[name] is None else row[name] for name in RESPONSE.names) for row in rows)
+
+
+def finished(place: Path) -> set[str]:
+    return {row["id"] for part in place.glob("*/part-*.parquet") for row in read_table(part)}
 
 
 class Logged:
     """A responder that notes in a file which prompts it was asked for."""
 
-    def __init__(self, responder: TransformersResponder, log: Path) -> None:
+    def __init__(self, responder: Responder, log: Path) -> None:
         self.responder, self.name, self.log = responder, responder.name, log
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
@@ -51,97 +77,266 @@ class Logged:
 
             yield from self.responder.generate(noted())
 
+    def close(self) -> None:
+        pass
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_survives_being_killed_at_any_moment(tmp_path: Path, model: Any, tokenizer: Any) -> None:
-    torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
-    settings = tiny_settings(samples=2, batch_rows=4, max_new_tokens=8, max_error_share=0.2)
-    rows = screened([*PROMPTS, "", *PROMPTS, "sea " * 500, *PROMPTS])
-    responder = TransformersResponder.of(settings, model, tokenizer)
-    started = time.monotonic()
-    generate_responses(rows, responder, settings, tmp_path / "whole", tmp_path / "whole.parquet", part_seconds=0)
-    seconds = time.monotonic() - started
 
-    folder, output, log = tmp_path / "work", tmp_path / "out.parquet", tmp_path / "asked"
-    fork = multiprocessing.get_context("fork")
-    dice, kills, sizes = random.Random(0), 0, []
-    while True:
-        log.write_text("")
-        before = finished(folder)
-        child = fork.Process(
-            target=generate_responses,
-            args=(rows, Logged(responder, log), settings, folder, output),
-            kwargs={"part_seconds": 0},
-        )
+class Killer:
+    """The stage as a process of its own, on a real tiny model, killed at random moments."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
+        torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
+        self.settings = tiny_settings(samples=2, batch_rows=4, max_new_tokens=6, max_error_share=0.2)
+        self.rows = screened([*PROMPTS, "", *PROMPTS[:20], "sea " * 500])
+        self.table, self.log = folder / "screened.parquet", folder / "asked"
+        write_table(self.rows, SCREENED, self.table)
+        engine = TransformersResponder.of(self.settings, model, tokenizer)
+        self.log.touch()
+        monkeypatch.setattr(resume, "build_responder", lambda one: Logged(engine, self.log))
+        self.whole = folder / "whole.parquet"
+        started = time.monotonic()
+        self.run(self.whole)
+        self.seconds = time.monotonic() - started
+
+    def run(self, output: Path) -> None:
+        stages.generate_responses(self.table, output, self.settings.plain())
+
+    def kill_within(self, seconds: float, output: Path) -> int:
+        """Run it for at most `seconds`; returns its exit code."""
+        child = multiprocessing.get_context("fork").Process(target=self.run, args=(output,))
         child.start()
-        if kills < KILLS:
-            child.join(dice.uniform(0, seconds / 6))
-            if child.is_alive():
-                assert child.pid is not None
-                os.kill(child.pid, signal.SIGKILL)
+        child.join(seconds)
+        if child.is_alive():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
         child.join(60)
-        assert not before & set(log.read_text().split())
-        sizes.append(len(before))
-        if child.exitcode == 0 and kills >= KILLS:
-            break
-        kills += child.exitcode == -signal.SIGKILL
-        if child.exitcode == 0:  # it was done before it could be killed: kill the rest of a new, half-done one
-            for part in sorted(folder.glob("part-*.parquet"))[::2]:
+        assert child.exitcode is not None
+        return child.exitcode
+
+
+@pytest.fixture
+def killer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path, model: Any, tokenizer: Any) -> Killer:
+    killer = Killer(tmp_path, monkeypatch, model, tokenizer)
+    shutil.rmtree(place)
+    return killer
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_survives_being_killed_at_any_moment(killer: Killer, place: Path, tmp_path: Path) -> None:
+    dice, kills, resumed = random.Random(0), 0, 0
+    output = tmp_path / "out.parquet"
+    while kills < KILLS:
+        before = finished(place)
+        resumed += bool(before)
+        killer.log.write_text("")
+        code = killer.kill_within(dice.uniform(0, killer.seconds * 0.7), output)
+        assert not before & set(killer.log.read_text().split())  # what is finished is not answered again
+        assert code in (0, -signal.SIGKILL)
+        kills += code == -signal.SIGKILL
+        if code == 0:  # done before it could be killed: right, and then half of it is taken away
+            assert contents(output) == contents(killer.whole)
+            output.unlink()
+            for part in sorted(place.glob("*/part-*.parquet"))[::2]:
                 part.unlink()
-    assert sizes[-1] > 0
-    assert len(contents(output)) == len(rows) * 2
-    assert contents(output) == contents(tmp_path / "whole.parquet")
+    assert killer.kill_within(60, output) == 0
+    assert len(contents(output)) == len(killer.rows) * 2
+    assert contents(output) == contents(killer.whole)
+    assert resumed > KILLS / 2
 
 
-def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_pod_that_loses_its_disk_goes_on_from_the_store(
+    killer: Killer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, dice, kills, sent = tmp_path / "out.parquet", random.Random(0), 0, 0
+    with S3Server(tmp_path / "s3") as s3:
+        for name, value in s3.client_environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(work.PLACE, "s3://guardloop/work/")
+        monkeypatch.setattr(resume, "PART_SECONDS", 0.1)
+        bucket = s3.files / "guardloop" / "work"
+        while kills < KILLS_WITHOUT_DISK:
+            before = {part: part.stat().st_mtime_ns for part in bucket.glob("*/part-*.parquet")}
+            there = finished(bucket)
+            killer.log.write_text("")
+            code = killer.kill_within(dice.uniform(killer.seconds * 0.3, killer.seconds * 1.5), output)
+            assert code in (0, -signal.SIGKILL)
+            assert not there & set(killer.log.read_text().split())
+            assert all(part.stat().st_mtime_ns == at for part, at in before.items())
+            kills, sent = kills + 1, max(sent, len(there))
+            if code == 0:
+                assert contents(output) == contents(killer.whole)
+                output.unlink()
+                for part in list(bucket.glob("*/part-*.parquet"))[::2]:
+                    part.unlink()
+        assert killer.kill_within(60, output) == 0
+        assert contents(output) == contents(killer.whole)
+        assert sent
+
+
+def test_what_failed_is_tried_again(answer: Callable[..., Any]) -> None:
     rows, settings = screened(PROMPTS), tiny_settings(max_error_share=0.5)
-    work, output = tmp_path / "work", tmp_path / "out.parquet"
     first, second, third = Script(("p1", "p2")), Script(("p2",)), Script(("p2",))
     for responder, asked in ((first, set(range(40))), (second, {1, 2}), (third, {2})):
-        assert generate_responses(rows, responder, settings, work, output, part_seconds=0) == 120
+        made = answer(rows, responder, settings)
+        assert len(made) == 120
         assert {r.id for r in responder.asked} == {f"p{i}" for i in asked}
-    assert [row["id"] for row in read_table(output) if row["finish_reason"] == "error"] == ["p2"] * 3
+    assert [row[0] for row in made if row[RESPONSE.names.index("finish_reason")] == "error"] == ["p2"] * 3
 
 
-def test_what_is_done_is_kept_when_too_much_fails(tmp_path: Path) -> None:
-    rows, settings = screened(PROMPTS), tiny_settings(max_error_share=0.2)
-    work, output = tmp_path / "work", tmp_path / "out.parquet"
+def test_what_is_done_is_kept_when_too_much_fails(answer: Callable[..., Any], tmp_path: Path) -> None:
+    rows = screened(PROMPTS)
     with pytest.raises(GuardLoopError, match="is kept"):
-        generate_responses(rows, Script(tuple(f"p{i}" for i in range(20))), settings, work, output)
-    assert not output.exists()
+        answer(rows, Script(tuple(f"p{i}" for i in range(20))), tiny_settings(max_error_share=0.2))
+    assert not (tmp_path / "out.parquet").exists()
     again = Script()
-    assert generate_responses(rows, again, settings, work, output) == 120
+    assert len(answer(rows, again, tiny_settings(max_error_share=0.3))) == 120  # as the message suggests
     assert {r.id for r in again.asked} == {f"p{i}" for i in range(20)}
 
 
-def test_broken_parts_are_answered_again(tmp_path: Path) -> None:
+def test_finished_work_needs_no_engine(answer: Callable[..., Any]) -> None:
     rows, settings = screened(PROMPTS), tiny_settings()
-    work, output = tmp_path / "work", tmp_path / "out.parquet"
-    generate_responses(rows, Script(), settings, work, output, part_seconds=0)
-    parts = sorted(work.glob("part-*.parquet"))
+    made = answer(rows, Script(), settings)
+    assert answer(rows, None, settings) == made  # as when a pod's outputs could not be uploaded
+
+
+def test_other_rows_or_settings_are_other_work(answer: Callable[..., Any]) -> None:
+    rows, settings = screened(PROMPTS), tiny_settings()
+    answer(rows, Script(), settings)
+    for other_rows, other in (
+        (rows, tiny_settings(seed=1)),
+        (rows, tiny_settings(temperature=0.5)),
+        (screened(PROMPTS, margin=-2.0), settings),
+    ):
+        responder = Script()
+        answer(other_rows, responder, other)
+        assert len(responder.asked) == 120
+    unused = Script()
+    answer(rows, unused, tiny_settings(batch_rows=2, max_error_share=0.9))
+    assert not unused.asked
+
+
+def test_a_model_that_took_anothers_place_is_other_work(tmp_path: Path, place: Path) -> None:
+    table, folder = tmp_path / "table", tmp_path / "model"
+    table.write_bytes(b"rows")
+    folder.mkdir()
+    settings = tiny_settings(model=str(folder))
+    keys = set()
+    for weights in (b"a", b"bc"):
+        (folder / "model.safetensors").write_bytes(weights)
+        keys.add(key_of(table, settings))
+    assert len(keys) == 2
+
+
+def test_broken_parts_are_answered_again(answer: Callable[..., Any], place: Path) -> None:
+    rows, settings = screened(PROMPTS), tiny_settings()
+    expected = answer(rows, Script(), settings)
+    parts = sorted(place.glob("*/part-*.parquet"))
     assert len(parts) > 10
     parts[3].write_bytes(parts[3].read_bytes()[:100])
     parts[5].write_bytes(b"")
-    (work / "part-000099.parquet.partial").write_bytes(b"half")
-    expected, again = contents(output), Script()
-    output.unlink()
-    generate_responses(rows, again, settings, work, output)
+    (parts[0].parent / "part-000099-00.parquet.partial").write_bytes(b"half")
+    again = Script()
+    assert answer(rows, again, settings) == expected
     assert 2 <= len({r.id for r in again.asked}) <= 8
-    assert contents(output) == expected
-    assert not list(work.glob("*.partial"))
+    assert not list(place.glob("*/*.partial"))
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_parts_of_two_pods_are_not_counted_twice(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder, prompts in ((first, PROMPTS[:10]), (second, PROMPTS[:20])):
+        folder.mkdir()
+        Parts(folder, 3).fill(screened(prompts), Script, tiny_settings())
+    for part in second.glob("part-*"):
+        shutil.copy(part, first)
+    both, again = Parts(first, 3), Script()
+    both.fill(screened(PROMPTS), lambda: again, tiny_settings())
+    assert Counter((row["id"], row["sample"]) for row in both.rows()) == Counter(
+        (f"p{i}", sample) for i in range(40) for sample in range(3)
+    )
+    assert len({r.id for r in again.asked}) < 40
+
+
+def test_two_processes_do_not_share_a_folder(
+    answer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "LOCK_SECONDS", 0.0)
+    settings = tiny_settings()
+
     class Nested(Script):
         def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
             with pytest.raises(GuardLoopError, match="another process"):
-                generate_responses([], Script(), settings, tmp_path / "work", tmp_path / "other.parquet")
+                list(answered(tmp_path / "screened.parquet", settings, Stage("test")))
             yield from super().generate(requests)
 
-    settings = tiny_settings()
-    assert generate_responses(screened(["a"]), Nested(), settings, tmp_path / "work", tmp_path / "out.parquet") == 3
+    assert len(answer(screened(["a"]), Nested(), settings)) == 3
 
 
-def test_nothing_passed_gives_an_empty_table(tmp_path: Path) -> None:
-    assert generate_responses([], Script(), tiny_settings(), tmp_path / "work", tmp_path / "out.parquet") == 0
-    assert list(read_table(tmp_path / "out.parquet", RESPONSE)) == []
+def test_old_work_is_forgotten(place: Path) -> None:
+    for name, days in (("old", 8), ("new", 6)):
+        (place / name).mkdir(parents=True)
+        (place / name / "part-000000-00.parquet").write_bytes(b"x")
+        os.utime(place / name, (0, time.time() - days * 86400))
+    with Work("another"):
+        assert sorted(p.name for p in place.iterdir()) == ["another", "new"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(work.PLACE, str(tmp_path / "file"))
+    with pytest.raises(GuardLoopError, match=work.PLACE), Work("key"):
+        pass
+
+
+def test_a_store_that_goes_away_is_no_reason_to_stop(
+    answer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with S3Server(tmp_path / "s3") as s3:
+        for name, value in s3.client_environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(work.PLACE, "s3://guardloop/work")
+
+        class Breaker(Script):
+            def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+                for number, reply in enumerate(super().generate(requests)):
+                    if number == 6:
+                        s3.stop()
+                    yield reply
+
+        assert len(answer(screened(PROMPTS[:6]), Breaker(), tiny_settings())) == 18
+        assert "not in the store yet" in caplog.text
+        with pytest.raises(GuardLoopError, match="does not answer"):  # at the start it is
+            answer(screened(PROMPTS[:6]), Breaker(), tiny_settings())
+
+
+def test_a_slow_store_makes_the_engine_wait(
+    answer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    unsent = most = 0
+    keep = Work.keep
+
+    def counted(self: Work, file: Path) -> None:
+        nonlocal unsent, most
+        self._store = "s3://somewhere"
+        unsent += 1
+        keep(self, file)
+        most = max(most, unsent)
+
+    def slow(self: Work, file: Path) -> None:
+        nonlocal unsent
+        time.sleep(0.01)
+        unsent -= 1
+
+    monkeypatch.setattr(Work, "keep", counted)
+    monkeypatch.setattr(Work, "_send", slow)
+    assert len(answer(screened(PROMPTS), Script(), tiny_settings())) == 120
+    assert unsent == 0  # all is sent when the work ends
+    assert 1 < most <= work.MOST_UNSENT + 1
+
+
+def test_nothing_passed_gives_an_empty_table(answer: Callable[..., Any], place: Path) -> None:
+    assert answer(screened(PROMPTS, flagged=True), None, tiny_settings()) == []
+    assert not place.exists()
