@@ -30,9 +30,7 @@ def rows() -> Iterator[Row]:
     yield _padded("nf4, batch 16, padded, checkpointing, loss on the answer", examples, 16, nf4=True)
     yield _padded("bf16, batch 8, padded, loss on the answer", examples, 8, nf4=False)
     yield _engine("this engine, bf16, packs of 8k", before, examples, nf4=False, share=0.0)
-    yield _engine(
-        "this engine, nf4, packs of 8k, 60% checkpointed", before, examples, nf4=True, share=0.6
-    )
+    yield _engine("this engine, nf4, packs of 8k, 60% checkpointed", before, examples, nf4=True, share=0.6)
     yield _engine("this engine, nf4, packs of 8k, all checkpointed", before, examples, nf4=True, share=1.0)
 
 
