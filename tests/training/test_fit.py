@@ -261,6 +261,18 @@ def test_a_loss_that_blows_up_names_its_examples():
     assert "training.learning_rate" in error.value.remedy
 
 
+def test_a_loss_that_explodes_without_overflow_stops_at_once():
+    model, renderer = adapted(), renderer_of("guardloop")
+
+    @torch.no_grad()
+    def spoil(step):
+        model.get_output_embeddings().weight.mul_(50)
+
+    args = (model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), TrainingSettings())
+    with pytest.raises(GuardLoopError, match=r"the loss is \d.* at step 2 \(examples e"):
+        fit(*args, on_step=spoil)
+
+
 def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
     model, renderer = adapted(), renderer_of("guardloop")
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
