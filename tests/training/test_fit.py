@@ -262,15 +262,14 @@ def test_a_loss_that_blows_up_names_its_examples():
 
 
 def test_a_loss_that_explodes_without_overflow_stops_at_once():
-    model, renderer = adapted(), renderer_of("guardloop")
+    models = []
 
     @torch.no_grad()
     def spoil(step):
-        model.get_output_embeddings().weight.mul_(50)
+        models[0].get_output_embeddings().weight.mul_(50)
 
-    args = (model, [renderer.shared_prefix()], label_tokens(renderer), encoded(renderer), TrainingSettings())
     with pytest.raises(GuardLoopError, match=r"the loss is \d.* at step 2 \(examples e"):
-        fit(*args, on_step=spoil)
+        fitted_state(before=models.append, rest={"on_step": spoil})
 
 
 def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
