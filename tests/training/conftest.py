@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import save_guard
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Checkpoints that are kept by default are kept for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GUARDLOOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -298,6 +298,17 @@ def test_a_loss_that_blows_up_names_its_examples():
     assert "training.learning_rate" in error.value.remedy
 
 
+def test_a_loss_that_explodes_without_overflow_stops_at_once():
+    models = []
+
+    @torch.no_grad()
+    def spoil(step):
+        models[0].get_output_embeddings().weight.mul_(50)
+
+    with pytest.raises(GuardLoopError, match=r"the loss is \d.* at step 2 \(examples e"):
+        fitted_state(before=models.append, rest={"on_step": spoil})
+
+
 def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
     model, renderer = adapted(), renderer_of("guardloop")
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
