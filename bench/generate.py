@@ -357,9 +357,9 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="the ways that need a GPU, and no others")
     parser.add_argument("--save", type=Path, help="write the GPU's figures, or the CPU's without one, as JSON")
     parser.add_argument("--read", type=Path, help="take the GPU's figures from a JSON file")
-    parser.add_argument("--prompts", type=int, default=48, help="of the CPU part")
+    parser.add_argument("--prompts", type=int, default=32, help="of the CPU part")
     parser.add_argument("--samples", type=int, default=4, help="responses per prompt (CPU)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="at most, per response (CPU)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="at most, per response (CPU)")
     parser.add_argument("--rounds", type=int, default=3, help="of the CPU part")
     options = parser.parse_args()
     if options.gpu and not torch.cuda.is_available():

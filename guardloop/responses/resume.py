@@ -71,7 +71,7 @@ class Parts:
         self.folder = folder
         self.samples = samples
         self._keep = keep
-        for leftover in [*folder.glob("error-*"), *folder.glob("*.partial")]:
+        for leftover in {*folder.glob("error-*"), *folder.glob("*.partial")}:
             leftover.unlink()
         kept, self._done = _distinct([path for path in self._paths() if _is_whole(path)])
         self.answered = sum(count_rows(path) for path in kept)

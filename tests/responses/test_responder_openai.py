@@ -166,12 +166,13 @@ def test_too_many_requests_hold_all_of_them(serve: Callable[[Script], Endpoint])
     def script(body: dict[str, Any], attempt: int) -> tuple[int, dict[str, str], Any]:
         if not refused.is_set():
             refused.set()
-            return 429, {"Retry-After": "0.5"}, b""
+            return 429, {"Retry-After": "1"}, b""
+        time.sleep(0.2)
         return echo(body, attempt)
 
     endpoint = serve(script)
-    assert all(r.finish_reason == "stop" for r in replies(endpoint, ["a"] * 8, concurrency=1))
-    assert min(t - endpoint.times[0] for t in endpoint.times[1:]) >= 0.5
+    assert all(r.finish_reason == "stop" for r in replies(endpoint, ["a"] * 6, concurrency=2))
+    assert sum(t - endpoint.times[0] < 0.9 for t in endpoint.times) <= 2  # what was under way already
 
 
 @pytest.mark.parametrize("status", [401, 403])

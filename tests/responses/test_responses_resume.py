@@ -237,7 +237,8 @@ def test_broken_parts_are_answered_again(answer: Callable[..., Any], place: Path
     assert len(parts) > 10
     parts[3].write_bytes(parts[3].read_bytes()[:100])
     parts[5].write_bytes(b"")
-    (parts[0].parent / "part-000099-00.parquet.partial").write_bytes(b"half")
+    for half in ("part-000099-00", "error-000099-00"):
+        (parts[0].parent / f"{half}.parquet.partial").write_bytes(b"half")
     again = Script()
     assert answer(rows, again, settings) == expected
     assert 2 <= len({r.id for r in again.asked}) <= 8
