@@ -110,7 +110,7 @@ def check(
     from guardloop.guard.engine import Guard, fetch_adapter  # torch loads for seconds; wrong input is told before
 
     _use_local_registry()
-    guard = Guard.load(settings, fetch_adapter(adapter))
+    guard = Guard.load(settings, fetch_adapter(adapter, settings.tracking_uri))
     for row, verdict in zip(rows, guard.score(rows), strict=True):
         word = "unreadable" if verdict.margin is None else "unsafe" if verdict.flagged else "safe"
         if as_json:

@@ -62,6 +62,15 @@ RESPONSE = pa.schema(
 JUDGED = pa.schema([*RESPONSE, *VERDICT_FIELDS])
 """A response with the frozen judge's verdict on it."""
 
+
+def judged_schema(table: str | Path | pa.Schema) -> pa.Schema:
+    """The columns of a table of conversations, or of a schema, with the verdict's added."""
+    if not isinstance(table, pa.Schema):
+        with _reading(table):
+            table = pq.read_schema(table)
+    return pa.schema([*table, *VERDICT_FIELDS])
+
+
 EXAMPLE = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

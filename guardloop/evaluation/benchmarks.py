@@ -118,7 +118,10 @@ def measure_benchmark(
         samples = bootstrap(statistic, table.group, table.unsafe, evaluation.resamples, evaluation.seed)
         metrics = [
             _one_class(
-                "recall" if settings.kind == "unsafe" else "fpr", statistic(np.ones((1, len(table)))), samples, evaluation
+                "recall" if settings.kind == "unsafe" else "fpr",
+                statistic(np.ones((1, len(table)))),
+                samples,
+                evaluation,
             )
         ]
     return BenchmarkResult(
@@ -131,9 +134,7 @@ def measure_benchmark(
     )
 
 
-def _one_class(
-    metric: str, point: dict[str, Any], samples: dict[str, Any], evaluation: EvaluationSettings
-) -> Compared:
+def _one_class(metric: str, point: dict[str, Any], samples: dict[str, Any], evaluation: EvaluationSettings) -> Compared:
     def named(values: dict[str, Any]) -> dict[str, Any]:
         return {f"{guard}/{metric}": value for guard, value in values.items()}
 
@@ -150,4 +151,3 @@ def _check(found: Benchmark, where: str) -> None:
         raise GuardLoopError(
             f"{where}: every row is labelled {only}", "check its label column and unsafe_labels, or name its kind"
         )
-

@@ -65,9 +65,7 @@ def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Fl
     return Compared(metric=metric, default=of(before), improved=of(after), gain=gain)
 
 
-def _statistic(
-    table: Table, default: GuardRun, improved: GuardRun, bins: int
-) -> Callable[[Floats], dict[str, Floats]]:
+def _statistic(table: Table, default: GuardRun, improved: GuardRun, bins: int) -> Callable[[Floats], dict[str, Floats]]:
     """Every metric of both guards, named "default/auprc" and so on, as a function of weights[B, N]."""
     guards = {}
     for name, margins, run in (("default", table.default, default), ("improved", table.improved, improved)):

@@ -58,7 +58,7 @@ def train(
     _check(training, settings)
     device = pick_device(guard.device)
     base = locate(guard.base)
-    own_adapter = fetch_adapter(guard.adapter)
+    own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
     facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
     torch.manual_seed(settings.seed)
