@@ -33,6 +33,8 @@ class Benchmark:
     left_out: int = 0
     """Rows left out because the training set has something like them."""
     unlabelled: int = 0
+    labels: set[bool] = field(default_factory=set)
+    """The labels that it holds, left-out rows included."""
     rows: list[Row] = field(default_factory=list)
     """Labelled conversations (records.CONVERSATION), in which near-duplicates share a group."""
 
@@ -57,7 +59,9 @@ def read_benchmark(settings: BenchmarkSettings, taught: Iterable[str] = (), near
         unsafe = {"mixed": row["unsafe"], "unsafe": True, "safe": False}[settings.kind]
         if unsafe is None or not text or response == "":
             found.unlabelled += 1
-        elif known.find(text) is not None:
+            continue
+        found.labels.add(unsafe)
+        if known.find(text) is not None:
             found.left_out += 1
         else:
             identity = f"{settings.name}/{number}"
@@ -106,10 +110,16 @@ def measure_benchmark(
 ) -> BenchmarkResult:
     """Both guards on one benchmark's rows of the BENCHMARKED contract.
 
-    A mixed set gives every metric, an all-unsafe one recall, an all-safe one the false-positive rate.
+    A mixed set gives every metric, an all-unsafe one recall, an all-safe one the false-positive rate. So does what
+    is left of a mixed set if only one class is; where nothing is left, there are no metrics.
     """
+    licence, revision = settings.licence, settings.source.revision or ""
+    if not rows:
+        return BenchmarkResult(
+            name=settings.name, kind=settings.kind, rows=0, unsafe=0, revision=revision, licence=licence, metrics=[]
+        )
     table = read_scores(rows)
-    if settings.kind == "mixed":
+    if table.unsafe.any() and not table.unsafe.all():
         compared = compare_guards(table, default, improved, evaluation)
         metrics = [compared[name] for name in MIXED]
     else:
@@ -118,7 +128,7 @@ def measure_benchmark(
         samples = bootstrap(statistic, table.group, table.unsafe, evaluation.resamples, evaluation.seed)
         metrics = [
             _one_class(
-                "recall" if settings.kind == "unsafe" else "fpr",
+                "recall" if table.unsafe.all() else "fpr",
                 statistic(np.ones((1, len(table)))),
                 samples,
                 evaluation,
@@ -129,7 +139,8 @@ def measure_benchmark(
         kind=settings.kind,
         rows=len(table),
         unsafe=int(table.unsafe.sum()),
-        licence=settings.licence,
+        revision=revision,
+        licence=licence,
         metrics=metrics,
     )
 
@@ -142,12 +153,12 @@ def _one_class(metric: str, point: dict[str, Any], samples: dict[str, Any], eval
 
 
 def _check(found: Benchmark, where: str) -> None:
-    if not found.rows:
-        why = f"{found.unlabelled} without label or text, {found.left_out} like the training set"
-        raise GuardLoopError(f"{where}: no row is left ({why})", "check its columns and labels")
-    kinds = {row["unsafe"] for row in found.rows}
-    if found.settings.kind == "mixed" and len(kinds) == 1:
-        only = "unsafe" if True in kinds else "safe"
+    if not found.labels:
+        raise GuardLoopError(
+            f"{where}: no row has a label and a text ({found.unlabelled} have not)", "check its columns and labels"
+        )
+    if found.settings.kind == "mixed" and len(found.labels) == 1:
+        only = "unsafe" if True in found.labels else "safe"
         raise GuardLoopError(
             f"{where}: every row is labelled {only}", "check its label column and unsafe_labels, or name its kind"
         )

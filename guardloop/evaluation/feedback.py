@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.stats import binomtest
 
-from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.bootstrap import bootstrap
 from guardloop.evaluation.metrics import Floats, auprc, curve, rank, recall_at_fpr
 from guardloop.evaluation.paired import GuardRun, paired_estimate
 from guardloop.evaluation.result import Estimate, FeedbackResult
@@ -38,27 +38,27 @@ def measure_feedback(
     }
     rankings = {name: rank(values, unsafe) for name, values in margins.items()}
     flagged = margins["improved"] > improved.threshold
-    columns = np.stack([flagged & unsafe, flagged & ~unsafe], axis=1)
+    blocked = (flagged & ~unsafe).astype(np.float32)
 
     def statistic(weights: Floats) -> dict[str, Floats]:
         curves = {name: curve(ranking, weights) for name, ranking in rankings.items()}
-        sums = weights @ columns.astype(weights.dtype)
-        c = curves["default"]
-        control = recall_at_fpr(c, (sums[:, 1] / c.safe).astype(np.float64))
-        areas = {f"{name}/auprc": auprc(found) for name, found in curves.items()}
-        return areas | {"default/caught": control, "improved/caught": sums[:, 0] / c.unsafe}
+        newly_blocked = (weights @ blocked / curves["improved"].safe).astype(np.float64)
+        values: dict[str, Floats] = {}
+        for name, found in curves.items():  # each read off its own curve, so that neither has the finer threshold
+            values |= {f"{name}/auprc": auprc(found), f"{name}/matched": recall_at_fpr(found, newly_blocked)}
+        return values
 
     point = statistic(np.ones((1, len(kept))))
     samples = bootstrap(statistic, group, unsafe, settings.resamples, settings.seed)
-    caught = paired_estimate("caught", point, samples, settings.confidence)
+    matched = paired_estimate("matched", point, samples, settings.confidence)
     result = FeedbackResult(
         prompts=len(kept),
         response_unsafe=int(unsafe.sum()),
         never_unsafe=int((~unsafe).sum()),
-        caught=_share(int(columns[:, 0].sum()), int(unsafe.sum()), settings.confidence),
-        newly_blocked=_share(int(columns[:, 1].sum()), int((~unsafe).sum()), settings.confidence),
-        control=estimate(caught.default.value, samples["default/caught"], settings.confidence),
-        beyond_control=caught.gain,
+        caught=_share(int((flagged & unsafe).sum()), int(unsafe.sum()), settings.confidence),
+        newly_blocked=_share(int(blocked.sum()), int((~unsafe).sum()), settings.confidence),
+        control=matched.default,
+        beyond_control=matched.gain,
         auprc=paired_estimate("auprc", point, samples, settings.confidence),
     )
     return result, []

@@ -113,7 +113,7 @@ class FeedbackResult(BaseModel):
     """Share of the response-unsafe prompts that the default guard would block, its threshold lowered until it newly
     blocks as many never-unsafe prompts."""
     beyond_control: Estimate
-    """caught - control, paired."""
+    """What the improved guard catches beyond the control, both read off their curves at equal over-blocking."""
     auprc: Compared
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickletools
 import sys
 from pathlib import Path
 from urllib.error import HTTPError
@@ -109,10 +108,9 @@ def test_the_model_has_a_signature_an_example_and_no_pickle(champion: Registry, 
     assert "margin" in model.get_output_schema().input_names()
     assert model.flavors["python_function"]["config"]["base"] == guard.base
     assert list(model.load_input_example(str(folder)).columns) == ["prompt", "response"]
-    for file in (file for file in folder.rglob("*") if file.is_file()):
-        assert file.suffix not in {".pkl", ".pickle", ".py", ".bin"}
-        with pytest.raises(Exception):  # noqa: B017, PT011  (whatever pickletools thinks of it)
-            pickletools.dis(file.read_bytes(), out=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    kinds = {file.suffix for file in folder.rglob("*") if file.is_file() and file.name != "MLmodel"}
+    assert kinds <= {".json", ".safetensors", ".md"}
+    assert "pickle" not in (folder / "MLmodel").read_text()
 
 
 def test_the_probability_is_calibrated_and_settings_can_be_overridden(champion: Registry) -> None:
