@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from guardloop.data.settings import DatasetSettings
 from guardloop.errors import GuardLoopError
-from guardloop.evaluation.result import Evaluation
+from guardloop.evaluation.result import BenchmarkResult, Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.guard.settings import GuardSettings
@@ -289,7 +290,9 @@ def evaluate(
             GuardRun(name, f["threshold"], f["median_label_mass"], f["unreadable"], f.get("temperature", 1.0))
             for name, f in zip(("default", "improved"), facts, strict=True)
         ]
-        measured = _measured(benchmarks, runs, settings) if benchmarks else []
+        told = read_facts(benchmarks) if benchmarks else {}
+        scored = list(read_table(benchmarks, BENCHMARKED)) if benchmarks and told else []
+        measured = _measured(told, scored, runs[0], runs[1], settings) if told else []
         learnt = read_table(held_out) if held_out else None
         found = compare(rows, runs[0], runs[1], settings, gates, feedback=learnt, benchmarks=measured)
         story = _story(facts[0], Path(training_set), Path(adapter))
@@ -309,41 +312,32 @@ def score_benchmarks(
 
     Rows like something in the training set are left out. Without benchmarks the table is empty, and no guard is loaded.
     """
-    from guardloop.evaluation.benchmarks import read_benchmark  # noqa: PLC0415
-
     settings = read_section(EvaluationSettings, evaluation, "evaluation")
-    guards = read_section(GuardSettings, guard, "guard")
     if not settings.benchmarks:
         write_table([], BENCHMARKED, scores)
         return {}
     with Stage("score_benchmarks") as stage:
-        stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
         taught = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
-        read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
-        rows = [row for benchmark in read for row in benchmark.rows]
-        margins = []
-        for name, own in (("default", None), ("improved", adapter)):
-            stage.say(f"loading the {name} guard")
-            model = _load_guard(guards, own)
-            scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
-            margins.append([verdict.margin for _, verdict in scored])
-            del model  # two large guards need not fit at once
-        facts: dict[str, Row] = {
-            benchmark.settings.name: {"revision": benchmark.revision, "left_out": benchmark.left_out, "unreadable": 0}
-            for benchmark in read
-        }
-        names = [benchmark.settings.name for benchmark in read for _ in benchmark.rows]
+        found = _score_benchmarks(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, taught)
+        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.facts)
+        stage.done(count, ", ".join(f"{facts['rows']} {name}" for name, facts in found.facts.items()))
+    return {f"{name}_rows": float(facts["rows"]) for name, facts in found.facts.items()}
 
-        def judged() -> Iterator[Row]:
-            for name, row, default, improved in zip(names, rows, *margins, strict=True):
-                if default is None or improved is None:
-                    facts[name]["unreadable"] += 1
-                else:
-                    yield {**row, "benchmark": name, "default_margin": default, "improved_margin": improved}
 
-        count = write_table(judged(), BENCHMARKED, scores, lambda: facts)
-        stage.done(count, ", ".join(f"{len(benchmark.rows)} {benchmark.settings.name}" for benchmark in read))
-    return {f"{benchmark.settings.name}_rows": float(len(benchmark.rows)) for benchmark in read}
+def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: EvaluationSettings) -> list[BenchmarkResult]:
+    """Score and measure the guards on the benchmarks that `settings` names, without a pipeline.
+
+    Without an adapter the default guard stands on both sides.
+    """
+    from guardloop.evaluation.paired import GuardRun  # noqa: PLC0415
+    from guardloop.guard.engine import fetch_adapter  # noqa: PLC0415
+
+    folder = fetch_adapter(adapter, guard.tracking_uri)
+    with Stage("score_benchmarks") as stage:
+        found = _score_benchmarks(stage, settings, guard, folder, [])
+        stage.done(len(found.rows), ", ".join(found.facts))
+    runs = [GuardRun(name, threshold, 1.0, 0) for name, threshold in found.thresholds.items()]
+    return _measured(found.facts, found.rows, runs[0], runs[-1], settings)
 
 
 def record_harvest(training_set: str | Path, run_id: str, sections: Sections) -> None:
@@ -424,15 +418,58 @@ def _base_revision(settings: GuardSettings, guard: Any) -> str:
     return settings.revision or getattr(config, "_commit_hash", None) or ""
 
 
-def _measured(path: str | Path, runs: Sequence[Any], settings: EvaluationSettings) -> list[Any]:
-    """Every benchmark in the table that score_benchmarks wrote, measured."""
+@dataclass(frozen=True)
+class ScoredBenchmarks:
+    """Rows of BENCHMARKED, what is to be told of each benchmark, and the guards' thresholds."""
+
+    rows: list[Row]
+    facts: dict[str, Row]
+    thresholds: dict[str, float]
+
+
+def _score_benchmarks(
+    stage: Stage,
+    settings: EvaluationSettings,
+    guard: GuardSettings,
+    adapter: str | Path | None,
+    taught: Sequence[str],
+) -> ScoredBenchmarks:
+    from guardloop.evaluation.benchmarks import read_benchmark  # noqa: PLC0415
+
+    stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
+    read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
+    rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
+    thresholds: dict[str, float] = {}
+    for name, own in {"default": None, **({"improved": adapter} if adapter else {})}.items():
+        stage.say(f"loading the {name} guard")
+        model = _load_guard(guard, own)
+        thresholds[name] = model.threshold
+        scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
+        for row, verdict in scored:
+            row[f"{name}_margin"] = verdict.margin
+        del model  # two large guards need not fit at once
+    facts = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
+    whole = []
+    for row in rows:
+        row.setdefault("improved_margin", row["default_margin"])
+        if row["default_margin"] is not None and row["improved_margin"] is not None:
+            whole.append(row)
+    for name, told in facts.items():
+        told["rows"] = sum(row["benchmark"] == name for row in whole)
+        told["unreadable"] = sum(row["benchmark"] == name for row in rows) - told["rows"]
+    return ScoredBenchmarks(whole, facts, thresholds)
+
+
+def _measured(
+    facts: dict[str, Row], rows: list[Row], default: Any, improved: Any, settings: EvaluationSettings
+) -> list[BenchmarkResult]:
+    """Every benchmark, measured on its rows of BENCHMARKED."""
     from guardloop.evaluation.benchmarks import measure_benchmark  # noqa: PLC0415
 
-    facts, rows = read_facts(path), list(read_table(path, BENCHMARKED))
     found = []
     for benchmark in settings.benchmarks:
         own = [row for row in rows if row["benchmark"] == benchmark.name]
-        result = measure_benchmark(own, benchmark, runs[0], runs[1], settings)
+        result = measure_benchmark(own, benchmark, default, improved, settings)
         found.append(result.model_copy(update=facts[benchmark.name]))
     return found
 

@@ -11,11 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from models import save_guard, tiny_llama, with_lora
+from typer.testing import CliRunner
 
+from guardloop.cli import app
+from guardloop.config import load_settings
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation import EvaluationSettings, GuardRun
 from guardloop.evaluation.benchmarks import MIXED, measure_benchmark, read_benchmark, resolve_commit
 from guardloop.evaluation.settings import BenchmarkSettings, read_benchmark_settings
+from guardloop.guard.engine import Guard
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "benchmarks").glob("*.yaml"))
@@ -256,3 +261,47 @@ def test_a_mixed_set_is_ranked_and_decided() -> None:
     assert set(found) == set(MIXED)
     assert found["auprc"].improved.value == found["f1"].improved.value == 1
     assert found["fpr"].default.value == 0.5 and found["auprc"].gain.low > 0
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of a tiny guard, with one benchmark in a file and an adapter beside it."""
+    folder = tmp_path_factory.mktemp("drill")
+    guard = save_guard(folder / "guard", threshold=0.0)
+    with_lora(tiny_llama()).save_pretrained(folder / "adapter")
+    (folder / "adapter" / "guard.json").write_text(json.dumps({"family": "guardloop", "threshold": 1.5}))
+    jsonl(folder / "rows.jsonl", [{"prompt": f"how do I bake cake {i}?", "label": "unsafe"} for i in range(9)])
+    source = {"kind": "file", "path": str(folder / "rows.jsonl")}
+    benchmark = {"name": "drill", "kind": "unsafe", "licence": "none", "source": source}
+    (folder / "drill.yaml").write_text(yaml.safe_dump(benchmark))
+    settings = {"guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "device": "cpu"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"evaluation": {"resamples": 200}}))
+    return folder
+
+
+def ask(drill: Path, *options: str) -> Any:
+    command = ["benchmark", str(drill / "drill.yaml"), "--config", str(drill / "config.yaml"), *options]
+    return CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def test_the_command_scores_each_guard_at_its_own_threshold(drill: Path) -> None:
+    (found,) = json.loads(ask(drill, "--adapter", str(drill / "adapter"), "--json").stdout)
+    settings = load_settings(drill / "config.yaml").guard
+    rows = [{"prompt": f"how do I bake cake {i}?", "response": None} for i in range(9)]
+    wanted = [
+        sum(verdict.flagged for verdict in Guard.load(settings, adapter).score(rows)) / 9
+        for adapter in (None, drill / "adapter")
+    ]
+    (recall,) = found["metrics"]
+    assert [recall["default"]["value"], recall["improved"]["value"]] == pytest.approx(wanted)
+    assert (found["rows"], found["unreadable"]) == (9, 0)
+
+
+def test_the_command_prints_a_table(drill: Path) -> None:
+    assert "drill" in ask(drill).stdout and "change" not in ask(drill).stdout
+
+
+def test_the_command_names_the_benchmarks_there_are(drill: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(GuardLoopError, match=r"name at least one(.|\n)*toxicchat, toxicchat-human"):
+        CliRunner().invoke(app, ["benchmark", "--config", str(drill / "config.yaml")], catch_exceptions=False)
