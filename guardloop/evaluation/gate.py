@@ -159,8 +159,8 @@ def _enough(label: str, count: int, least: int) -> Check:
 def _published(published: Published, evidence: Evidence) -> Check:
     """Does the default guard reach what was published of it? If not, it is perhaps prompted or read wrongly."""
     measured = _default_estimate(published, evidence)
-    name = f"published_{published.metric}" + (f"_{published.on}" if published.on != "test" else "")
-    place = "the test set" if published.on == "test" else published.on
+    name = f"published_{published.metric}" + (f"_{published.dataset}" if published.dataset != "test" else "")
+    place = "the test set" if published.dataset == "test" else published.dataset
     words = WORDS.get(published.metric, published.metric)
     question = f"Does the default guard's {words.removeprefix('the ')} on {place} agree with the published figure?"
     told = f"{published.value:.3f} is published ({published.source})"
@@ -171,7 +171,7 @@ def _published(published: Published, evidence: Evidence) -> Check:
             value=0,
             limit=published.value,
             outcome="not proven",
-            explanation=f"{told}, and it was not measured here: add {published.on} to evaluation.benchmarks.",
+            explanation=f"{told}, and it was not measured here: add {published.dataset} to evaluation.benchmarks.",
             blocks=published.miss == "fail",
         )
     off = abs(measured.value - published.value)
@@ -192,10 +192,10 @@ def _published(published: Published, evidence: Evidence) -> Check:
 
 
 def _default_estimate(published: Published, evidence: Evidence) -> Estimate | None:
-    if published.on == "test":
+    if published.dataset == "test":
         found: Estimate = getattr(evidence.default, published.metric)
         return found
-    metrics = next((b.metrics for b in evidence.benchmarks if b.name == published.on), [])
+    metrics = next((b.metrics for b in evidence.benchmarks if b.name == published.dataset), [])
     return next((m.default for m in metrics if m.metric == published.metric), None)
 
 

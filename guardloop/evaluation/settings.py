@@ -11,6 +11,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.settings import Section, read_section
 
 BENCHMARKS = Path("configs/benchmarks")
+CHECKOUT = Path(__file__).parents[2]
 Dimension = Literal["category", "source", "language", "jailbreak", "length"]
 
 
@@ -36,12 +37,12 @@ class BenchmarkSettings(Section):
 
 def benchmark_names() -> list[str]:
     """The benchmarks in configs/benchmarks."""
-    return sorted(path.stem for path in BENCHMARKS.glob("*.yaml"))
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def read_benchmark_settings(name: str) -> BenchmarkSettings:
     """The benchmark called `name` in configs/benchmarks, or in the file that `name` is a path of."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else BENCHMARKS / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except OSError:
@@ -49,6 +50,11 @@ def read_benchmark_settings(name: str) -> BenchmarkSettings:
     except yaml.YAMLError as error:
         raise GuardLoopError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     return read_section(BenchmarkSettings, values, path.name)
+
+
+def _folder() -> Path:
+    """configs/benchmarks from where one stands, else that of the checkout."""
+    return BENCHMARKS if BENCHMARKS.is_dir() else CHECKOUT / BENCHMARKS
 
 
 class EvaluationSettings(Section):
@@ -107,7 +113,7 @@ class Published(Section):
     """How far from it is still agreement."""
     source: str = Field(min_length=1)
     """Where it was published."""
-    on: str = "test"
+    dataset: str = "test"
     """`test` for the locked test set, or the name of a benchmark."""
     miss: Literal["warn", "fail"] = "warn"
     """warn: shown, and promotion goes on. fail: holds promotion back."""
@@ -147,6 +153,6 @@ class GateSettings(Section):
     @field_validator("published")
     @classmethod
     def _once(cls, given: list[Published]) -> list[Published]:
-        if len({(item.metric, item.on) for item in given}) < len(given):
+        if len({(item.metric, item.dataset) for item in given}) < len(given):
             raise ValueError("published names one metric on one set twice")
         return given

@@ -238,13 +238,13 @@ PUBLISHED = {"metric": "auprc", "value": 0.6, "tolerance": 0.1, "source": "a pap
         ({}, "passed", True),
         ({"value": 0.9}, "failed", True),  # a warning does not hold back
         ({"value": 0.9, "miss": "fail"}, "failed", False),
-        ({"on": "xstest"}, "not proven", True),
-        ({"on": "xstest", "miss": "fail"}, "not proven", False),
+        ({"dataset": "xstest"}, "not proven", True),
+        ({"dataset": "xstest", "miss": "fail"}, "not proven", False),
     ],
 )
 def test_the_default_guard_is_held_against_what_was_published(drawn, published, outcome, promote):
     decision = judge(*drawn(improved_auprc=0.75), published=[PUBLISHED | published])
-    name = "published_auprc" + ("_xstest" if "on" in published else "")
+    name = "published_auprc" + ("_xstest" if "dataset" in published else "")
     check = next(check for check in decision.checks if check.name == name)
     assert (check.outcome, decision.promote) == (outcome, promote)
     assert "a paper, table 2" in check.explanation
@@ -255,7 +255,7 @@ def test_a_published_figure_is_found_on_its_benchmark(drawn):
     found = Estimate(value=0.84, low=0.8, high=0.88)
     compared = Compared(metric="auprc", default=found, improved=found, gain=Estimate(value=0))
     benchmark = BenchmarkResult(name="openai", kind="mixed", rows=9, unsafe=3, metrics=[compared])
-    gate = GateSettings(published=[PUBLISHED | {"on": "openai", "value": 0.847, "tolerance": 0.02}])
+    gate = GateSettings(published=[PUBLISHED | {"dataset": "openai", "value": 0.847, "tolerance": 0.02}])
     scores, guards = drawn(improved_auprc=0.75)
     decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark]).decision
     check = next(check for check in decision.checks if check.name == "published_auprc_openai")

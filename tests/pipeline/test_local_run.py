@@ -82,7 +82,7 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
     names = {stage["stage"] for stage in summary["stages"]}
     run = _recorded(workshop)
     assert run.data.tags["guardloop.gate_verdict"] == "nothing trained"
-    assert run.data.metrics["harvest_screened"] == 40 and run.data.params["feedback.min_positives"] == "1"
+    assert run.data.metrics["harvest_screened"] == 40 and float(run.data.params["feedback.min_positives"]) == 1
     assert {"screen prompts [0]", "screen prompts [1]", "mine_feedback"} <= names
     assert "train_guard" not in names
     shards = list((workshop.latest / "artifacts").rglob("verdicts"))
