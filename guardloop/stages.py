@@ -413,7 +413,11 @@ def _temperature(settings: GuardSettings, adapter: str | Path | None) -> float:
 
 
 def _base_revision(settings: GuardSettings, guard: Any) -> str:
-    """The commit of the guard's base: as it was pinned, else as the hub gave it."""
+    """The commit of the guard's base: as it was pinned, else as the hub gave it; an embedded model's recipe."""
+    from guardloop.models import EMBEDDED, locate  # noqa: PLC0415
+
+    if settings.base.startswith(EMBEDDED) and guard is not None:
+        return Path(locate(settings.base)).name.rpartition("-")[2]
     config = getattr(getattr(guard, "model", None), "config", None)
     return settings.revision or getattr(config, "_commit_hash", None) or ""
 
