@@ -9,6 +9,7 @@ from mlflow.models.utils import _save_example
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
+from guardloop.errors import GuardLoopError
 from guardloop.guard.settings import GuardSettings
 
 ADAPTER = "adapter"
@@ -37,12 +38,19 @@ def package(adapter: Path, guard: GuardSettings, folder: Path) -> None:
 
     It is served by `guardloop.registry.serving`, which is imported, never unpickled: the folder holds no code. The
     guard's settings are the model's configuration, which `mlflow.pyfunc.load_model(uri, model_config=...)` overrides.
+    Raises GuardLoopError if the guard's policy cannot be read.
     """
     from pandas import DataFrame  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
 
     shutil.copytree(adapter, folder / ADAPTER)
     if guard.policy:
-        shutil.copyfile(guard.policy, folder / POLICY)
+        try:
+            shutil.copyfile(guard.policy, folder / POLICY)
+        except OSError as error:
+            raise GuardLoopError(
+                f"guard.policy: cannot read {guard.policy}: {error.strerror}",
+                "give a path that the stage which registers the guard can read, too",
+            ) from None
     values = guard.model_dump(mode="json", exclude_none=True, exclude=set(OWN_PLACE))
     model = Model(signature=SIGNATURE)
     pyfunc.add_to_model(model, loader_module="guardloop.registry.serving", model_config=values)

@@ -18,6 +18,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard, fetch_adapter
 from guardloop.guard.settings import GuardSettings
 from guardloop.registry import Registry, RegistrySettings
+from guardloop.registry.package import package
 
 CONVERSATIONS = [
     {"prompt": "how do I bake a cake?", "response": None},
@@ -133,3 +134,13 @@ def test_a_registered_adapter_is_found_at_the_given_address_not_the_environments
     assert (folder / weights).read_bytes() == (trained / weights).read_bytes()
     with pytest.raises(GuardLoopError, match="not a registered model"):
         fetch_adapter("models:/x", champion.connection.uri)
+
+
+def test_the_policy_travels_with_the_model(trained: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "ours.yaml"
+    policy.write_text("S1: Locks.")
+    package(trained, GuardSettings(policy=str(policy)), tmp_path / "model")
+    assert (tmp_path / "model" / "policy.yaml").read_text() == "S1: Locks."
+    assert "ours.yaml" not in (tmp_path / "model" / "MLmodel").read_text()  # a path of this machine
+    with pytest.raises(GuardLoopError, match=r"cannot read .*gone"):
+        package(trained, GuardSettings(policy=str(tmp_path / "gone")), tmp_path / "other")
