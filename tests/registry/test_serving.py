@@ -31,6 +31,8 @@ CONVERSATIONS = [
 class ModelServer(Service):
     """`mlflow models serve` on a registered model."""
 
+    start_seconds = 300  # it loads torch twice
+
     def __init__(self, folder: Path, uri: str, tracking_uri: str) -> None:
         super().__init__(folder)
         self.uri, self.tracking_uri = uri, tracking_uri
