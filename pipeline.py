@@ -61,11 +61,18 @@ def compare(
     """From an adapter to a decision: the part that `evaluate` and `full` share."""
     default = stage.screen(conversations=test_set, guard=guard, what="screen test (default)")
     improved = stage.screen_improved(
-        conversations=test_set, guard=guard, adapter=adapter, what="screen test (improved)"
+        conversations=test_set,
+        training_set=training_set,
+        guard=guard,
+        adapter=adapter,
+        what="screen test (improved)",
     )
+    benchmarked = stage.score_benchmarks(training_set=training_set, adapter=adapter, guard=guard, evaluation=evaluation)
     compared = stage.evaluate(
         default_scores=default.outputs["verdicts"],
         improved_scores=improved.outputs["verdicts"],
+        held_out=improved.outputs["held_out"],
+        benchmarks=benchmarked.outputs["scores"],
         training_set=training_set,
         adapter=adapter,
         evaluation=evaluation,
@@ -145,6 +152,16 @@ def full(
             responder=responder,
             feedback=feedback,
             training=training,
+        )
+    with dsl.If(processed.outputs["Output"] == False, name="harvest is too small"):  # noqa: E712
+        stage.record_harvest(
+            training_set=processed.outputs["training_set"],
+            run_id=run_id,
+            registry=registry,
+            guard=guard,
+            dataset=dataset,
+            responder=responder,
+            feedback=feedback,
         )
 
 

@@ -47,16 +47,35 @@ def screen(
 @stage("screen")
 def screen_improved(
     conversations: Input[Dataset],
+    training_set: Input[Dataset],
     guard: dict,
     adapter: Input[Model],
     verdicts: Output[Dataset],
+    held_out: Output[Dataset],
     metrics: Output[Metrics],
     what: str = "screen",
 ):
-    """Score conversations with the improved guard: the same stage, with the adapter attached."""
-    from guardloop.stages import screen
+    """Score the test set and the held-out feedback with the improved guard: the adapter on the default one."""
+    from guardloop.stages import screen_improved
 
-    for name, value in screen(conversations.path, verdicts.path, guard, adapter=adapter.path, what=what).items():
+    tables = conversations.path, training_set.path, verdicts.path, held_out.path
+    for name, value in screen_improved(*tables, guard, adapter.path, what).items():
+        metrics.log_metric(name, value)
+
+
+@stage("screen")
+def score_benchmarks(
+    training_set: Input[Dataset],
+    adapter: Input[Model],
+    guard: dict,
+    evaluation: dict,
+    scores: Output[Dataset],
+    metrics: Output[Metrics],
+):
+    """Score both guards on the public benchmarks that the evaluation names; an empty table where it names none."""
+    from guardloop.stages import score_benchmarks
+
+    for name, value in score_benchmarks(training_set.path, adapter.path, guard, evaluation, scores.path).items():
         metrics.log_metric(name, value)
 
 
@@ -112,6 +131,8 @@ def train_guard(
 def evaluate(
     default_scores: Input[Dataset],
     improved_scores: Input[Dataset],
+    held_out: Input[Dataset],
+    benchmarks: Input[Dataset],
     training_set: Input[Dataset],
     adapter: Input[Model],
     evaluation: dict,
@@ -126,9 +147,8 @@ def evaluate(
     """Compare both guards on the locked test set. Returns whether the gate says to promote."""
     from guardloop.stages import REPORT, SCORE_TABLE, SUMMARY, copy_file, curves_of, evaluate
 
-    found = evaluate(
-        default_scores.path, improved_scores.path, training_set.path, adapter.path, evaluated.path, evaluation, gate
-    )
+    tables = default_scores.path, improved_scores.path, training_set.path, adapter.path, evaluated.path
+    found = evaluate(*tables, evaluation, gate, held_out=held_out.path, benchmarks=benchmarks.path)
     copy_file(f"{evaluated.path}/{REPORT}", report.path)
     copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
     for name, gain in found.gains.items():
@@ -169,6 +189,23 @@ def register_model(
         "registry": registry,
     }
     return register_model(adapter.path, evaluated.path, training_set.path, run_id, sections)
+
+
+@stage("register-model")
+def record_harvest(
+    training_set: Input[Dataset],
+    run_id: str,
+    registry: dict,
+    guard: dict,
+    dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
+    responder: dict = {},  # noqa: B006
+    feedback: dict = {},  # noqa: B006
+):
+    """Record in MLflow a run whose harvest is too small to train on."""
+    from guardloop.stages import record_harvest
+
+    sections = {"dataset": dataset, "guard": guard, "responder": responder, "feedback": feedback, "registry": registry}
+    record_harvest(training_set.path, run_id, sections)
 
 
 @stage("register-model")

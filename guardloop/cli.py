@@ -120,7 +120,7 @@ def check(
     from guardloop.guard.loading import fetch_adapter
 
     _use_local_registry()
-    guard = Guard.load(settings, fetch_adapter(adapter))
+    guard = Guard.load(settings, fetch_adapter(adapter, settings.tracking_uri))
     for row, verdict in zip(rows, guard.score(rows), strict=True):
         word = "unreadable" if verdict.margin is None else "unsafe" if verdict.flagged else "safe"
         if as_json:
@@ -130,6 +130,42 @@ def check(
             margin = "" if verdict.margin is None else f"{verdict.margin:+.2f}"
             found = f"{verdict.categories}  " if verdict.categories else ""
             console.print(f"[{colour}]{word:<10}[/] {margin:>7}  {found}{escape(row['prompt'][:100])}")
+
+
+@app.command()
+def benchmark(
+    names: Annotated[list[str] | None, typer.Argument(help="Names in configs/benchmarks, or files.")] = None,
+    config: ConfigOption = DEMO,
+    adapter: Annotated[str | None, typer.Option(help="The improved guard: a folder, s3:// or models:/...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Score the default guard, and with --adapter the improved one, on public benchmarks."""
+    from guardloop.evaluation.settings import EvaluationSettings, benchmark_names
+    from guardloop.stages import benchmark_guards
+
+    settings = load_settings(config)
+    values = settings.evaluation.plain() | ({"benchmarks": names} if names else {})
+    evaluation = read_section(EvaluationSettings, values, "evaluation")
+    if not evaluation.benchmarks:
+        raise GuardLoopError("benchmark: name at least one", f"benchmarks: {', '.join(benchmark_names())}")
+    _use_local_registry()
+    found = benchmark_guards(settings.guard, adapter, evaluation)
+    if as_json:
+        typer.echo(json.dumps([result.model_dump(mode="json") for result in found], indent=2))
+        return
+    table = Table("benchmark", "rows", "unsafe", "metric", "default", box=None, pad_edge=False, header_style="bold")
+    for column in ("improved", "change") if adapter else ():
+        table.add_column(column)
+    for result in found:
+        for both in result.metrics:
+            counts = (f"{result.rows:,}", f"{result.unsafe:,}")
+            told = [both.default, both.improved, both.gain] if adapter else [both.default]
+            table.add_row(result.name, *counts, both.metric, *(_interval(estimate) for estimate in told))
+    console.print(table)
+
+
+def _interval(estimate: Any) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 @app.command()

@@ -33,6 +33,14 @@ class Settings(Section):
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
 
+    @model_validator(mode="after")
+    def _one_registry(self) -> "Settings":
+        """The default guard is looked up where adapters are registered."""
+        if self.guard.tracking_uri is None and self.registry.tracking_uri is not None:
+            guard = self.guard.model_copy(update={"tracking_uri": self.registry.tracking_uri})
+            return self.model_copy(update={"guard": guard})
+        return self
+
     def sections(self) -> dict[str, dict[str, Any]]:
         """Each section as JSON-ready values: the pipeline's parameters.
 

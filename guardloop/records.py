@@ -64,6 +64,15 @@ RESPONSE = pa.schema(
 JUDGED = pa.schema([*RESPONSE, *VERDICT_FIELDS])
 """A response with the frozen judge's verdict on it."""
 
+
+def judged_schema(table: str | Path | pa.Schema) -> pa.Schema:
+    """The columns of a table of conversations, or of a schema, with the verdict's added."""
+    if not isinstance(table, pa.Schema):
+        with _reading(table):
+            table = pq.read_schema(table)
+    return pa.schema([*table, *VERDICT_FIELDS])
+
+
 EXAMPLE = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -78,6 +87,17 @@ EXAMPLE = pa.schema(
 )
 """What the improved guard is taught."""
 
+FEEDBACK = pa.schema(
+    [
+        *CONVERSATION,
+        pa.field("prompt_margin", pa.float32(), nullable=False),  # the default guard's; it let the prompt pass
+        pa.field("responses", pa.int32(), nullable=False),  # that the judge could judge
+        pa.field("blocked", pa.int32(), nullable=False),
+        pa.field("response_unsafe", pa.bool_()),  # true: enough were blocked; false: none was; null: in between
+    ]
+)
+"""A prompt that was held out of the training set, with what became of it."""
+
 SCORES = pa.schema(
     [
         *CONVERSATION,
@@ -86,6 +106,9 @@ SCORES = pa.schema(
     ]
 )
 """A labelled test conversation with both guards' margins."""
+
+BENCHMARKED = pa.schema([pa.field("benchmark", pa.string(), nullable=False), *SCORES])
+"""A labelled row of a public benchmark with both guards' margins."""
 
 
 def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, facts: Callable[[], Row] = dict) -> int:

@@ -48,7 +48,7 @@ def _explain(model: type[Section], problem: Any, where: str) -> str:
 def _valid_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Keys of the (nested) model that `path` leads to."""
     current: type[BaseModel] = model
-    for part in path:
+    for part in (part for part in path if not isinstance(part, int)):  # numbers are places in a list
         field = current.model_fields.get(str(part))
         if field is None:
             break

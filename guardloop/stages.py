@@ -4,29 +4,33 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from guardloop.data.settings import DatasetSettings
 from guardloop.errors import GuardLoopError
-from guardloop.evaluation.result import Evaluation
+from guardloop.evaluation.result import BenchmarkResult, Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.guard.settings import GuardSettings
 from guardloop.progress import Stage
 from guardloop.records import (
+    BENCHMARKED,
     CONVERSATION,
     EXAMPLE,
-    JUDGED,
+    FEEDBACK,
     RESPONSE,
     SCORES,
     SCREENED,
     Row,
     count_rows,
+    judged_schema,
     read_facts,
     read_table,
     read_tables,
@@ -39,7 +43,8 @@ from guardloop.settings import read_section
 from guardloop.training.processes import is_child, train_in_processes
 from guardloop.training.settings import TrainingSettings
 
-EXAMPLES, HARVEST, HARVEST_PAGE = "examples.parquet", "harvest.json", "harvest.html"
+EXAMPLES, HELD_OUT = "examples.parquet", "held_out.parquet"
+HARVEST, HARVEST_PAGE = "harvest.json", "harvest.html"
 BLOCKED_INPUTS = "blocked_inputs.jsonl"
 EVALUATION, REPORT, SUMMARY, SCORE_TABLE = "evaluation.json", "report.html", "summary.md", "scores.parquet"
 Sections = Mapping[str, Any]
@@ -75,13 +80,15 @@ def screen(
     shard: int = 0,
     shards: int = 1,
     what: str = "screen",
+    load: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
     """Score a table of conversations, or shard `shard` of `shards` of it, with the guard, or with `adapter` on it.
 
-    The table's own columns stay; the verdict's are added. Returns figures for the run's metrics.
+    The table's own columns stay; the verdict's are added. `load` gives the guard where the caller has it already.
+    Returns figures for the run's metrics.
     """
     settings = read_section(GuardSettings, guard, "guard")
-    schema = JUDGED if "sample" in _columns(conversations) else SCREENED
+    schema = judged_schema(conversations)
     masses: list[float] = []
     counts = {"rows": 0, "flagged": 0, "truncated": 0, "unreadable": 0}
     with Stage(what, shard if shards > 1 else None) as stage:
@@ -91,10 +98,8 @@ def screen(
         def judged() -> Iterator[Row]:
             if not total:
                 return
-            from guardloop.guard.engine import Guard  # noqa: PLC0415  (torch loads for seconds; an empty shard is free)
-
             stage.say("loading the guard")
-            loaded["guard"] = model = Guard.load(settings, adapter)
+            loaded["guard"] = model = load() if load else _load_guard(settings, adapter)
             rows, again = _shard(conversations, shard, shards), _shard(conversations, shard, shards)
             for row, verdict in stage.track(zip(rows, model.score(again), strict=True), total, "scoring"):
                 counts["rows"] += 1
@@ -110,9 +115,10 @@ def screen(
             return {
                 "data": read_facts(conversations),
                 "guard": settings.base,
-                "revision": settings.revision or "",
+                "revision": _base_revision(settings, model),
                 "adapter": settings.adapter or "",
                 "threshold": model.threshold if model else settings.threshold or 0.0,
+                "temperature": _temperature(settings, adapter) if model else 1.0,
                 "shards": shards,
                 "median_label_mass": median(masses) if masses else 1.0,
                 **counts,
@@ -122,6 +128,26 @@ def screen(
         share = counts["flagged"] / max(1, counts["rows"])
         stage.done(counts["rows"], f"{counts['flagged']} flagged ({share:.0%})")
     return {**{k: float(v) for k, v in counts.items()}, "flagged_share": share}
+
+
+def screen_improved(
+    conversations: str | Path,
+    training_set: str | Path,
+    verdicts: str | Path,
+    held_out: str | Path,
+    guard: Sections,
+    adapter: str | Path,
+    what: str = "screen",
+) -> dict[str, float]:
+    """Score the test set, and the feedback that was held out of `training_set`, with the improved guard."""
+    settings = read_section(GuardSettings, guard, "guard")
+    load = cache(lambda: _load_guard(settings, adapter))
+    kept = Path(training_set) / HELD_OUT
+    if kept.is_file():
+        screen(kept, held_out, guard, adapter=adapter, what="screen held-out feedback", load=load)
+    else:  # a training set from elsewhere
+        write_table([], judged_schema(FEEDBACK), held_out)
+    return screen(conversations, verdicts, guard, adapter=adapter, what=what, load=load)
 
 
 def generate_responses(
@@ -179,11 +205,13 @@ def mine_feedback(
             responses=found.responses,
             refusals=found.refusals,
             blocked=found.blocked,
+            held_out=len(found.held_out),
             counts=found.counts,
             examples=[HarvestExample(**row) for row in found.shown],
         )
         facts = {"screened": read_facts(screened[0]), "judged": read_facts(judged[0])} if screened and judged else {}
         write_table(found.examples, EXAMPLE, folder / EXAMPLES, lambda: facts)
+        write_table(found.held_out, FEEDBACK, folder / HELD_OUT, lambda: facts)
         write_jsonl(found.blocked_inputs, folder / BLOCKED_INPUTS)
         (folder / HARVEST).write_text(story.model_dump_json(indent=2), "utf-8")
         (folder / HARVEST_PAGE).write_text(render_harvest(story), "utf-8")
@@ -246,10 +274,16 @@ def evaluate(
     folder: str | Path,
     evaluation: Sections,
     gate: Sections,
+    *,
+    held_out: str | Path | None = None,
+    benchmarks: str | Path | None = None,
 ) -> Evaluation:
-    """Compare both guards on the locked test set and decide. Writes evaluation.json, report.html and summary.md."""
-    from guardloop.evaluation.compare import GuardRun  # noqa: PLC0415
+    """Compare both guards on the locked test set and decide. Writes evaluation.json, report.html and summary.md.
+
+    `held_out` is the held-out feedback as the improved guard scored it; `benchmarks` what score_benchmarks wrote.
+    """
     from guardloop.evaluation.compare import evaluate as compare  # noqa: PLC0415
+    from guardloop.evaluation.paired import GuardRun  # noqa: PLC0415
     from guardloop.report import render_html, render_markdown  # noqa: PLC0415
 
     settings = read_section(EvaluationSettings, evaluation, "evaluation")
@@ -260,10 +294,14 @@ def evaluate(
         facts = [read_facts(default_scores), read_facts(improved_scores)]
         rows = list(_paired(default_scores, improved_scores))
         runs = [
-            GuardRun(name, f["threshold"], f["median_label_mass"], f["unreadable"])
+            GuardRun(name, f["threshold"], f["median_label_mass"], f["unreadable"], f.get("temperature", 1.0))
             for name, f in zip(("default", "improved"), facts, strict=True)
         ]
-        found = compare(rows, runs[0], runs[1], settings, gates)
+        told = read_facts(benchmarks) if benchmarks else {}
+        scored = list(read_table(benchmarks, BENCHMARKED)) if benchmarks and told else []
+        measured = _measured(told, scored, runs[0], runs[1], settings) if told else []
+        learnt = read_table(held_out) if held_out else None
+        found = compare(rows, runs[0], runs[1], settings, gates, feedback=learnt, benchmarks=measured)
         story = _story(facts[0], Path(training_set), Path(adapter))
         folder.mkdir(parents=True, exist_ok=True)
         write_table(rows, SCORES, folder / SCORE_TABLE)
@@ -274,33 +312,72 @@ def evaluate(
     return found
 
 
+def score_benchmarks(
+    training_set: str | Path, adapter: str | Path | None, guard: Sections, evaluation: Sections, scores: str | Path
+) -> dict[str, float]:
+    """Score both guards on the public benchmarks that `evaluation` names, and write a table of BENCHMARKED.
+
+    Rows like something in the training set are left out. Without benchmarks the table is empty, and no guard is loaded.
+    """
+    settings = read_section(EvaluationSettings, evaluation, "evaluation")
+    if not settings.benchmarks:
+        write_table([], BENCHMARKED, scores)
+        return {}
+    with Stage("score_benchmarks") as stage:
+        taught = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
+        found = _score_benchmarks(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, taught)
+        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.facts)
+        stage.done(count, ", ".join(f"{facts['rows']} {name}" for name, facts in found.facts.items()))
+    return {f"{name}_rows": float(facts["rows"]) for name, facts in found.facts.items()}
+
+
+def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: EvaluationSettings) -> list[BenchmarkResult]:
+    """Score and measure the guards on the benchmarks that `settings` names, without a pipeline.
+
+    Without an adapter the default guard stands on both sides.
+    """
+    from guardloop.evaluation.paired import GuardRun  # noqa: PLC0415
+    from guardloop.guard.loading import fetch_adapter  # noqa: PLC0415
+
+    folder = fetch_adapter(adapter, guard.tracking_uri)
+    with Stage("score_benchmarks") as stage:
+        found = _score_benchmarks(stage, settings, guard, folder, [])
+        stage.done(len(found.rows), ", ".join(found.facts))
+    runs = [GuardRun(name, threshold, 1.0, 0) for name, threshold in found.thresholds.items()]
+    return _measured(found.facts, found.rows, runs[0], runs[-1], settings)
+
+
+def record_harvest(training_set: str | Path, run_id: str, sections: Sections) -> None:
+    """Record in MLflow a run that ended early, since its harvest was too small to train on."""
+    from guardloop.registry import Registry  # noqa: PLC0415
+
+    settings = read_section(RegistrySettings, sections["registry"], "registry")
+    with Stage("record_harvest") as stage:
+        training_set = Path(training_set)
+        origin, data = _origin(training_set, run_id, sections)
+        Registry(settings).record_run(
+            origin, sections, files=_harvest_files(training_set), data=data, figures=_figures(training_set)
+        )
+        stage.done(1, "recorded a run that trained nothing")
+
+
 def register_model(
     adapter: str | Path, evaluated: str | Path, training_set: str | Path, run_id: str, sections: Sections
 ) -> int:
     """Record the run in MLflow and register the adapter as the `candidate`. Returns its version."""
-    from guardloop.registry import DataSource, Origin, Registry  # noqa: PLC0415
+    from guardloop.registry import Registry  # noqa: PLC0415
 
     settings = read_section(RegistrySettings, sections["registry"], "registry")
     with Stage("register_model") as stage:
         stage.say("recording the run")
         evaluated, training_set, adapter = Path(evaluated), Path(training_set), Path(adapter)
         evaluation = Evaluation.model_validate_json((evaluated / EVALUATION).read_text("utf-8"))
-        facts = read_facts(training_set / EXAMPLES).get("screened", {})
-        data = facts.get("data", {})
-        origin = Origin(
-            run_id=run_id,
-            git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
-            data_hash=data.get("hash", ""),
-            base_model=facts.get("guard", ""),
-            base_revision=facts.get("revision", ""),
-        )
+        origin, data = _origin(training_set, run_id, sections)
         registry = Registry(settings)
-        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)}
-        files |= {name: training_set / name for name in (BLOCKED_INPUTS, HARVEST, HARVEST_PAGE)}
-        roles = ("traffic", "test") if data else ()
-        sources = [DataSource(name=f"{data['dataset']} {role}", digest=data["hash"], role=role) for role in roles]
-        registry.record_run(origin, sections, evaluation, files=files, data=sources, figures=_figures(training_set))
-        version = registry.register_adapter(adapter, origin, evaluation)
+        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _harvest_files(training_set)
+        registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
+        guard = read_section(GuardSettings, sections["guard"], "guard")
+        version = registry.register_adapter(adapter, origin, evaluation, guard)
         stage.done(1, f"{settings.model} version {version} is the candidate")
     return version
 
@@ -326,10 +403,111 @@ def curves_of(scores: str | Path, guard: str) -> tuple[list[float], list[float],
     return fpr[1::step].tolist(), recall[1::step].tolist(), thresholds[1::step].tolist()
 
 
-def _columns(path: str | Path) -> list[str]:
-    import pyarrow.parquet as pq  # noqa: PLC0415
+def _load_guard(settings: GuardSettings, adapter: str | Path | None) -> Any:
+    from guardloop.guard.engine import Guard  # noqa: PLC0415  (torch loads for seconds; an empty shard is free)
 
-    return list(pq.read_schema(path).names)
+    return Guard.load(settings, adapter)
+
+
+def _temperature(settings: GuardSettings, adapter: str | Path | None) -> float:
+    """The temperature in the guard's guard.json, fitted on held-out data; 1 where there is none."""
+    from guardloop.guard.loading import fetch_adapter  # noqa: PLC0415
+    from guardloop.models import guard_facts, locate  # noqa: PLC0415
+
+    folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
+    facts = {**guard_facts(locate(settings.base)), **(guard_facts(folder) if folder else {})}
+    return float(facts.get("temperature", 1.0))
+
+
+def _base_revision(settings: GuardSettings, guard: Any) -> str:
+    """The commit of the guard's base: as it was pinned, else as the hub gave it; an embedded model's recipe."""
+    from guardloop.models import EMBEDDED, locate  # noqa: PLC0415
+
+    if settings.base.startswith(EMBEDDED) and guard is not None:
+        return Path(locate(settings.base)).name.rpartition("-")[2]
+    config = getattr(getattr(guard, "model", None), "config", None)
+    return settings.revision or getattr(config, "_commit_hash", None) or ""
+
+
+@dataclass(frozen=True)
+class ScoredBenchmarks:
+    """Rows of BENCHMARKED, what is to be told of each benchmark, and the guards' thresholds."""
+
+    rows: list[Row]
+    facts: dict[str, Row]
+    thresholds: dict[str, float]
+
+
+def _score_benchmarks(
+    stage: Stage,
+    settings: EvaluationSettings,
+    guard: GuardSettings,
+    adapter: str | Path | None,
+    taught: Sequence[str],
+) -> ScoredBenchmarks:
+    from guardloop.evaluation.benchmarks import read_benchmark  # noqa: PLC0415
+
+    stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
+    read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
+    rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
+    thresholds: dict[str, float] = {}
+    for name, own in {"default": None, **({"improved": adapter} if adapter else {})}.items():
+        stage.say(f"loading the {name} guard")
+        model = _load_guard(guard, own)
+        thresholds[name] = model.threshold
+        scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
+        for row, verdict in scored:
+            row[f"{name}_margin"] = verdict.margin
+        del model  # two large guards need not fit at once
+    facts = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
+    whole = []
+    for row in rows:
+        row.setdefault("improved_margin", row["default_margin"])
+        if row["default_margin"] is not None and row["improved_margin"] is not None:
+            whole.append(row)
+    for name, told in facts.items():
+        told["rows"] = sum(row["benchmark"] == name for row in whole)
+        told["unreadable"] = sum(row["benchmark"] == name for row in rows) - told["rows"]
+    return ScoredBenchmarks(whole, facts, thresholds)
+
+
+def _measured(
+    facts: dict[str, Row], rows: list[Row], default: Any, improved: Any, settings: EvaluationSettings
+) -> list[BenchmarkResult]:
+    """Every benchmark, measured on its rows of BENCHMARKED."""
+    from guardloop.evaluation.benchmarks import measure_benchmark  # noqa: PLC0415
+
+    found = []
+    for benchmark in settings.benchmarks:
+        own = [row for row in rows if row["benchmark"] == benchmark.name]
+        result = measure_benchmark(own, benchmark, default, improved, settings)
+        found.append(result.model_copy(update=facts[benchmark.name]))
+    return found
+
+
+def _origin(training_set: Path, run_id: str, sections: Sections) -> tuple[Any, list[Any]]:
+    """What a run was made from, and the data that it read."""
+    from guardloop.registry import DataSource, Origin  # noqa: PLC0415
+
+    facts = read_facts(training_set / EXAMPLES).get("screened", {})
+    data = facts.get("data", {})
+    origin = Origin(
+        run_id=run_id,
+        git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
+        data_hash=data.get("hash", ""),
+        base_model=facts.get("guard", ""),
+        base_revision=facts.get("revision", ""),
+    )
+    sources = []
+    for role in ("traffic", "test") if data else ():
+        source = sections.get("dataset", {}).get(role, {})
+        uri = ":".join(filter(None, (source.get("kind"), source.get("path"), source.get("revision"))))
+        sources.append(DataSource(name=f"{data['dataset']} {role}", digest=data["hash"], role=role, uri=uri))
+    return origin, sources
+
+
+def _harvest_files(training_set: Path) -> dict[str, Path]:
+    return {name: training_set / name for name in (BLOCKED_INPUTS, HARVEST, HARVEST_PAGE)}
 
 
 def _shard(path: str | Path, shard: int, shards: int) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from guardloop.evaluation.result import Estimate, Evaluation
+from guardloop.report.summary import feedback_line
 from guardloop.stages import EVALUATION, HARVEST, REPORT
 from launch.local import Run
 
@@ -30,6 +31,8 @@ def conclude(run: Run, console: Console) -> None:
     if evaluation:
         console.print()
         console.print(_metric_table(evaluation))
+        if evaluation.feedback:
+            console.print(f"\n{feedback_line(evaluation.feedback)}", width=100)
     colour = {"promoted": "green", "done": "green"}.get(decision, "yellow")
     console.print()
     console.print(Panel(escape(words), title=decision, border_style=colour, title_align="left", width=100))

@@ -25,6 +25,8 @@ START_SECONDS = 90
 class Service:
     """A server process with its children, in a folder of its own."""
 
+    start_seconds = START_SECONDS
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +57,7 @@ class Service:
             cwd=self.folder,
             start_new_session=True,
         )
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while not self.answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()

@@ -25,7 +25,9 @@ many = hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
 
 
 def nested(annotation: Any) -> type[Section] | None:
-    """The settings class in a field's annotation, if it is one."""
+    """The settings class in a field's annotation, if it is one; lists of settings are one setting."""
+    if get_origin(annotation) is list:
+        return None
     options = [annotation, *get_args(annotation)]
     return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
 
@@ -125,6 +127,35 @@ def test_the_list_of_settings_is_complete():
 def test_a_misspelt_key_is_answered_with_the_right_one(path, name):
     what = refusal(under(path, {name + "x": 1})).what
     assert ".".join(("my.yaml", *path, name + "x")) in what and f"did you mean `{name}`?" in what
+
+
+def test_a_misspelt_key_in_a_list_is_answered_with_the_right_one():
+    published = {"metric": "auprc", "value": 0.5, "tolerance": 0.1, "sorce": "a paper"}
+    what = refusal({"gate": {"published": [published]}}).what
+    assert "gate.published.0.sorce: unknown setting; did you mean `source`?" in what
+    benchmark = {"name": "x", "kind": "mixed", "licence": "MIT", "source": {"pth": "a"}}
+    assert "did you mean `path`?" in refusal({"evaluation": {"benchmarks": [benchmark]}}).what
+
+
+def test_the_default_guard_is_looked_up_where_adapters_are_registered():
+    """Through sections, since that is what a stage gets."""
+    registry = {"registry": {"tracking_uri": "https://mlflow.example.org"}, "guard": {"adapter": "models:/g@champion"}}
+    assert read_section(Settings, registry, "").sections()["guard"]["tracking_uri"] == "https://mlflow.example.org"
+    own = registry | {"guard": {"tracking_uri": "https://other.example.org"}}
+    assert read_section(Settings, own, "").guard.tracking_uri == "https://other.example.org"
+    assert "tracking_uri" not in Settings().sections()["guard"]
+
+
+def test_benchmarks_are_named_and_travel_whole(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    settings = read_section(Settings, {"evaluation": {"benchmarks": ["xstest", "configs/benchmarks/aegis.yaml"]}}, "")
+    assert [b.name for b in settings.evaluation.benchmarks] == ["xstest", "aegis"]
+    monkeypatch.chdir(tmp_path)  # a stage has no configs folder
+    assert read_section(Settings, settings.sections(), "") == settings
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(GuardLoopError, match=r"no benchmark 'xtest'(.|\n)*xstest"):
+        read_section(Settings, {"evaluation": {"benchmarks": ["xtest"]}}, "")
+    assert "named twice: xstest" in refusal({"evaluation": {"benchmarks": ["xstest", "xstest"]}}).what
 
 
 def test_a_key_like_no_other_is_answered_with_the_valid_ones():

@@ -26,8 +26,12 @@ class SourceSettings(Section):
     """Our column -> the table's column, for id, prompt, response, label, category, source, language, jailbreak."""
     unsafe_labels: list[str] = ["unsafe", "1", "true", "toxic"]
     """Values of the label column (as text, any case) that mean unsafe; every other value means safe."""
+    any_label: list[str] = []
+    """Label columns of which any one with an unsafe value makes a row unsafe, in place of one label column."""
     where: dict[str, str] = {}
     """Keep only rows whose table column has this value (as text), such as human_annotation: "True"."""
+    where_not: dict[str, str] = {}
+    """Leave out rows whose table column has this value (as text), such as prompt: REDACTED."""
     limit: int | None = Field(default=None, ge=1)
     """Keep a seeded random sample of this many rows."""
 

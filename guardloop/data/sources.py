@@ -151,12 +151,19 @@ def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> 
             raise _no_column(place, column, row)
         if str(row[column]).lower() != wanted.lower():
             return None
+    for column, unwanted in source.where_not.items():
+        if column not in row:
+            raise _no_column(place, column, row)
+        if str(row[column]).lower() == unwanted.lower():
+            return None
     values: dict[str, Any] = {}
     for ours in ("prompt", "response", "label", "id", "category", "source", "language", "jailbreak"):
         theirs = source.columns.get(ours, ours)
         if theirs not in row and (ours == "prompt" or ours in source.columns):
             raise _no_column(place, theirs, row)
         values[ours] = row.get(theirs)
+    if source.any_label:
+        values["label"] = _any_label(row, source, place)
     for ours in ("prompt", "response"):
         if not isinstance(values[ours], str) and not (ours == "response" and values[ours] is None):
             raise GuardLoopError(
@@ -172,6 +179,16 @@ def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> 
         "jailbreak": _truth(given["jailbreak"]) if "jailbreak" in given else None,
         "unsafe": _truth(given["label"], source.unsafe_labels) if "label" in given else None,
     }
+
+
+def _any_label(row: Row, source: SourceSettings, place: str) -> str | None:
+    """The first unsafe value of the label columns, else a safe one; None where all are empty."""
+    for column in source.any_label:
+        if column not in row:
+            raise _no_column(place, column, row)
+    values = [str(row[column]) for column in source.any_label if row[column] is not None and str(row[column]).strip()]
+    unsafe = (value for value in values if _truth(value, source.unsafe_labels))
+    return next(unsafe, values[0] if values else None)
 
 
 def _no_column(place: str, column: str, row: Row) -> GuardLoopError:

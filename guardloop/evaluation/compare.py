@@ -1,46 +1,22 @@
 """The evaluation: both guards' margins on the locked test set in, one `Evaluation` out."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from guardloop.errors import GuardLoopError
-from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.feedback import measure_feedback
 from guardloop.evaluation.gate import Changed, Collapse, Evidence, decide
-from guardloop.evaluation.metrics import (
-    Bools,
-    Floats,
-    auprc,
-    auroc,
-    brier,
-    curve,
-    decision_metrics,
-    ece,
-    rank,
-    recall_at_fpr,
-)
-from guardloop.evaluation.result import Estimate, Evaluation, GuardMetrics
+from guardloop.evaluation.metrics import Bools, Floats
+from guardloop.evaluation.paired import FPRS, GuardRun, compare_guards
+from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate, Evaluation, GuardMetrics
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.evaluation.slices import measure, measure_slices
 from guardloop.evaluation.table import Table, read_scores
 
-FPRS = ("0.01", "0.02", "0.05")
-GAINS = ("auprc", "auroc", "recall_at_default_fpr", "recall_at_0.05", "f1", "fpr", "accuracy", "precision", "recall")
-
-
-@dataclass(frozen=True)
-class GuardRun:
-    """What is known of a guard besides its margins."""
-
-    name: str
-    threshold: float
-    """A margin above it is flagged. Chosen on validation data, never on the test set."""
-    median_label_mass: float
-    """Median of P(safe) + P(unsafe) over the test rows."""
-    unreadable: int
-    """Test rows that it could not judge; they are not among the scores."""
+SINGLE = ("accuracy", "precision", "recall", "f1", "fpr", "auprc", "auroc", "brier", "ece")
 
 
 def evaluate(
@@ -49,32 +25,28 @@ def evaluate(
     improved: GuardRun,
     settings: EvaluationSettings | None = None,
     gate: GateSettings | None = None,
+    *,
+    feedback: Iterable[dict[str, Any]] | None = None,
+    benchmarks: Sequence[BenchmarkResult] = (),
 ) -> Evaluation:
     """Compare the improved with the default guard on rows of the SCORES contract, and decide on promotion.
 
-    The headline is on User-role rows (no response); Agent-role rows are a slice of their own.
+    The headline is on User-role rows (no response); Agent-role rows are a slice of their own. `feedback` are held-out
+    rows of the FEEDBACK contract with the improved guard's `margin`; `benchmarks` were measured already.
     Raises GuardLoopError when rows, labels or margins are missing, or the User-role rows hold one class only.
     """
     settings, gate = settings or EvaluationSettings(), gate or GateSettings()
     table = read_scores(scores)
     user, agent = _split(table)
     thresholds = (default.threshold, improved.threshold)
-    statistic = _paired(user, thresholds)
-    point = {name: float(value[0]) for name, value in statistic(np.ones((1, len(user)))).items()}
-    samples = bootstrap(statistic, user.group, user.unsafe, settings.resamples, settings.seed)
-    estimates = {name: estimate(value, samples[name], settings.confidence) for name, value in point.items()}
-    gains = {
-        name: estimate(
-            point[f"improved/{name}"] - point[f"default/{name}"],
-            samples[f"improved/{name}"] - samples[f"default/{name}"],
-            settings.confidence,
-        )
-        for name in GAINS
-    }
-    slices, notes = measure_slices(user, thresholds, settings)
-    agents = measure(agent, "role", "Agent", thresholds, settings) if len(agent) else None
-    default_metrics = _guard_metrics("default", default, user, estimates, settings)
-    improved_metrics = _guard_metrics("improved", improved, user, estimates, settings)
+    with ThreadPoolExecutor(2) as pool:  # numpy computes outside the interpreter's lock
+        headline = pool.submit(compare_guards, user, default, improved, settings)
+        slices, notes = measure_slices(user, thresholds, settings)
+        agents = measure(agent, "role", "Agent", thresholds, settings) if len(agent) else None
+        compared = headline.result()
+    default_metrics = _guard_metrics("default", default, user, compared)
+    improved_metrics = _guard_metrics("improved", improved, user, compared)
+    gains = {name: found.gain for name, found in compared.items()}
     decision = decide(
         Evidence(
             rows=len(table),
@@ -90,9 +62,11 @@ def evaluate(
             agent=agents,
             agent_rows=len(agent),
             confidence=settings.confidence,
+            benchmarks=benchmarks,
         ),
         gate,
     )
+    learnt, more = (None, []) if feedback is None else measure_feedback(feedback, improved, settings)
     return Evaluation(
         rows=len(user),
         unsafe=int(user.unsafe.sum()),
@@ -102,7 +76,9 @@ def evaluate(
         gains=gains,
         slices=[part.result for part in [*slices, *([agents] if agents else [])]],
         decision=decision,
-        notes=[*notes, *_notes(user, agent, agents is None, default, gate)],
+        feedback=learnt,
+        benchmarks=list(benchmarks),
+        notes=[*notes, *_notes(user, agent, agents is None, default, gate), *more],
     )
 
 
@@ -122,47 +98,16 @@ def _split(table: Table) -> tuple[Table, Table]:
     return user, table.take(table.agent)
 
 
-def _paired(table: Table, thresholds: tuple[float, float]) -> Callable[[Floats], dict[str, Floats]]:
-    """Every headline metric of both guards, named "default/auprc" and so on, as a function of weights[B, N]."""
-    guards = {
-        name: (rank(margins, table.unsafe), margins > threshold)
-        for (name, margins), threshold in zip(
-            {"default": table.default, "improved": table.improved}.items(), thresholds, strict=True
-        )
-    }
-
-    def statistic(weights: Floats) -> dict[str, Floats]:
-        values: dict[str, Floats] = {}
-        for name, (ranking, flagged) in guards.items():
-            c = curve(ranking, weights)
-            caught, blocked = flagged & table.unsafe, flagged & ~table.unsafe
-            tp, fp = (weights @ np.stack([caught, blocked], axis=1).astype(weights.dtype)).T
-            metrics = decision_metrics(tp, fp, c.unsafe, c.safe)
-            metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
-            metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
-            values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-            # both guards are read off their own curve, at the default's rate in the same resample
-            values[f"{name}/recall_at_default_fpr"] = recall_at_fpr(c, values["default/fpr"].astype(np.float64))
-        return values
-
-    return statistic
-
-
-def _guard_metrics(
-    key: str, run: GuardRun, table: Table, estimates: dict[str, Estimate], settings: EvaluationSettings
-) -> GuardMetrics:
+def _guard_metrics(key: str, run: GuardRun, table: Table, compared: Mapping[str, Compared]) -> GuardMetrics:
     margins: Floats = getattr(table, key)
     flagged = margins > run.threshold
+    found: dict[str, Estimate] = {name: getattr(both, key) for name, both in compared.items()}
     return GuardMetrics(
         name=run.name,
         threshold=run.threshold,
-        **{
-            name: estimates[f"{key}/{name}"]
-            for name in ("accuracy", "precision", "recall", "f1", "fpr", "auprc", "auroc")
-        },
-        recall_at_fpr={fpr: estimates[f"{key}/recall_at_{fpr}"] for fpr in FPRS},
-        brier=brier(margins, table.unsafe),
-        ece=ece(margins, table.unsafe, settings.calibration_bins),
+        temperature=run.temperature,
+        **{name: found[name] for name in SINGLE},
+        recall_at_fpr={fpr: found[f"recall_at_{fpr}"] for fpr in FPRS},
         confusion=[[int(np.sum((table.unsafe == u) & (flagged == f))) for f in (False, True)] for u in (False, True)],
         median_label_mass=run.median_label_mass,
         unreadable=run.unreadable,

@@ -10,11 +10,11 @@ import numpy as np
 from scipy.stats import binomtest, norm
 
 from guardloop.evaluation.metrics import Floats
-from guardloop.evaluation.result import Check, Decision, Estimate, GuardMetrics, Outcome
-from guardloop.evaluation.settings import GateSettings
+from guardloop.evaluation.result import BenchmarkResult, Check, Decision, Estimate, GuardMetrics, Outcome
+from guardloop.evaluation.settings import GateSettings, Published
 from guardloop.evaluation.slices import MeasuredSlice
 
-WORDS = {"auprc": "AUPRC", "recall": "recall", "fpr": "the false-positive rate"}
+WORDS = {"auprc": "AUPRC", "auroc": "AUROC", "f1": "F1", "recall": "recall", "fpr": "the false-positive rate"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Evidence:
     agent: MeasuredSlice | None
     agent_rows: int
     confidence: float
+    benchmarks: Sequence[BenchmarkResult] = ()
 
 
 def decide(evidence: Evidence, gate: GateSettings) -> Decision:
@@ -69,7 +70,7 @@ def decide(evidence: Evidence, gate: GateSettings) -> Decision:
         headline = f"Not promoted: the gate is disabled, so nothing was checked; {gain}."
         return Decision(mode=gate.mode, promote=False, verdict="not proven", headline=headline, checks=[])
     checks = [*_soundness(evidence, gate), *_improvement(evidence, gate), *_no_harm(evidence, gate)]
-    outcomes = {check.outcome for check in checks}
+    outcomes = {check.outcome for check in checks if check.blocks}
     verdict: Outcome = "failed" if "failed" in outcomes else "not proven" if "not proven" in outcomes else "passed"
     return Decision(
         mode=gate.mode,
@@ -87,8 +88,8 @@ def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: 
         gain = _change("AUPRC", evidence.gains["auprc"], evidence.confidence)
         recall = evidence.gains["recall_at_default_fpr"].value
         return f"{start}: {gain}, and recall at the default guard's false-positive rate rose by {recall:.3f}."
-    blocking = [check for check in checks if check.outcome == verdict]
-    others = sum(check.outcome != "passed" for check in checks) - 1
+    blocking = [check for check in checks if check.outcome == verdict and check.blocks]
+    others = sum(check.outcome != "passed" and check.blocks for check in checks) - 1
     also = "" if not others else f" ({others} other check{'s' if others > 1 else ''} did not pass)"
     start = "Would not be promoted" if would else "Not promoted"
     return f"{start}: {blocking[0].explanation.rstrip('.')}{also}."
@@ -122,6 +123,7 @@ def _soundness(evidence: Evidence, gate: GateSettings) -> list[Check]:
         ),
         _enough("unsafe", evidence.distinct_unsafe, gate.min_unsafe),
         _enough("safe", evidence.distinct_safe, gate.min_safe),
+        *(_published(published, evidence) for published in gate.published),
     ]
 
 
@@ -152,6 +154,49 @@ def _enough(label: str, count: int, least: int) -> Check:
         outcome="passed" if count >= least else "not proven",
         explanation=f"the test set has {count} distinct {label} prompts ({least} are needed).",
     )
+
+
+def _published(published: Published, evidence: Evidence) -> Check:
+    """Does the default guard reach what was published of it? If not, it is perhaps prompted or read wrongly."""
+    measured = _default_estimate(published, evidence)
+    name = f"published_{published.metric}" + (f"_{published.dataset}" if published.dataset != "test" else "")
+    place = "the test set" if published.dataset == "test" else published.dataset
+    words = WORDS.get(published.metric, published.metric)
+    question = f"Does the default guard's {words.removeprefix('the ')} on {place} agree with the published figure?"
+    told = f"{published.value:.3f} is published ({published.source})"
+    if measured is None:
+        return Check(
+            name=name,
+            question=question,
+            value=0,
+            limit=published.value,
+            outcome="not proven",
+            explanation=f"{told}, and it was not measured here: add {published.dataset} to evaluation.benchmarks.",
+            blocks=published.miss == "fail",
+        )
+    off = abs(measured.value - published.value)
+    near = off <= published.tolerance
+    word = "within" if near else "beyond"
+    return Check(
+        name=name,
+        question=question,
+        value=measured.value,
+        low=measured.low,
+        high=measured.high,
+        limit=published.value,
+        outcome="passed" if near else "failed",
+        explanation=f"the default guard's {words.removeprefix('the ')} on {place} is {measured.value:.3f}; {told}: "
+        f"{off:.3f} apart, {word} the tolerance of {published.tolerance:g}.",
+        blocks=published.miss == "fail",
+    )
+
+
+def _default_estimate(published: Published, evidence: Evidence) -> Estimate | None:
+    if published.dataset == "test":
+        found: Estimate = getattr(evidence.default, published.metric)
+        return found
+    metrics = next((b.metrics for b in evidence.benchmarks if b.name == published.dataset), [])
+    return next((m.default for m in metrics if m.metric == published.metric), None)
 
 
 def _improvement(evidence: Evidence, gate: GateSettings) -> list[Check]:

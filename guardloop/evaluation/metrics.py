@@ -113,17 +113,22 @@ def decision_metrics(tp: Floats, fp: Floats, unsafe: Floats, safe: Floats) -> di
     }
 
 
-def brier(margins: Floats, unsafe: Bools) -> float:
-    """Mean squared error of sigmoid(margin) as P(unsafe)."""
-    return float(np.mean((expit(margins) - unsafe) ** 2))
+def calibration_columns(margins: Floats, temperature: float, unsafe: Bools, bins: int) -> Floats:
+    """[N, 1 + bins] whose weighted column sums give `calibration_metrics`.
+
+    P(unsafe) is sigmoid(margin / temperature). The first column is the squared error; the others hold, in the
+    equal-width bin that the probability falls in, by how much it exceeds the label.
+    """
+    p = expit(margins / temperature)
+    columns = np.zeros((len(p), 1 + bins))
+    columns[:, 0] = (p - unsafe) ** 2
+    columns[np.arange(len(p)), 1 + np.minimum((p * bins).astype(np.int64), bins - 1)] = p - unsafe
+    return columns
 
 
-def ece(margins: Floats, unsafe: Bools, bins: int) -> float:
-    """Expected calibration error of sigmoid(margin) over equal-width bins (Guo et al. 2017, eq. 3)."""
-    p = expit(margins)
-    index = np.minimum((p * bins).astype(np.int64), bins - 1)
-    surplus = np.bincount(index, weights=p - unsafe, minlength=bins)
-    return float(np.abs(surplus).sum() / len(p))
+def calibration_metrics(sums: Floats, total: Floats) -> dict[str, Floats]:
+    """Brier score, and expected calibration error (Guo et al. 2017, eq. 3), from `sums[B, 1 + bins]`, `total[B]`."""
+    return {"brier": sums[:, 0] / total, "ece": np.abs(sums[:, 1:]).sum(axis=1) / total}
 
 
 def ratio(part: Floats, whole: Floats) -> Floats:

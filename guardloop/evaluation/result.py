@@ -20,6 +20,8 @@ class GuardMetrics(BaseModel):
 
     name: str
     threshold: float
+    temperature: float = 1.0
+    """By which margins are divided before they are read as log-odds; 1 where the guard was not calibrated."""
     accuracy: Estimate
     precision: Estimate
     recall: Estimate
@@ -29,8 +31,10 @@ class GuardMetrics(BaseModel):
     auroc: Estimate
     recall_at_fpr: dict[str, Estimate]
     """Recall at the FPRs "0.01", "0.02", "0.05"."""
-    brier: float
-    ece: float
+    brier: Estimate
+    """Mean squared error of sigmoid(margin / temperature) as P(unsafe)."""
+    ece: Estimate
+    """Expected calibration error of the same probability; it is biased upwards where rows are few."""
     confusion: list[list[int]]
     """[[true safe, falsely blocked], [missed, caught]]"""
     median_label_mass: float
@@ -65,6 +69,8 @@ class Check(BaseModel):
     limit: float
     outcome: Outcome
     explanation: str
+    blocks: bool = True
+    """False for a warning: it is shown, and does not hold promotion back."""
 
 
 class Decision(BaseModel):
@@ -78,6 +84,57 @@ class Decision(BaseModel):
     checks: list[Check]
 
 
+class Compared(BaseModel):
+    """One metric of both guards, and the paired change from the default to the improved one."""
+
+    metric: str
+    default: Estimate
+    improved: Estimate
+    gain: Estimate
+    """improved - default, whatever the metric."""
+
+
+class FeedbackResult(BaseModel):
+    """Both guards on traffic that was held out of the training set, labelled by its judged responses.
+
+    All of these prompts passed the default guard's input check.
+    """
+
+    prompts: int
+    response_unsafe: int
+    """Prompts whose responses were blocked often enough to count as positives."""
+    never_unsafe: int
+    """Prompts none of whose responses was blocked."""
+    caught: Estimate
+    """Share of the response-unsafe prompts that the improved guard blocks at the input."""
+    newly_blocked: Estimate
+    """Share of the never-unsafe prompts that the improved guard blocks."""
+    control: Estimate
+    """Share of the response-unsafe prompts that the default guard would block, its threshold lowered until it newly
+    blocks as many never-unsafe prompts."""
+    beyond_control: Estimate
+    """What the improved guard catches beyond the control, both read off their curves at equal over-blocking."""
+    auprc: Compared
+
+
+class BenchmarkResult(BaseModel):
+    """Both guards on one public benchmark, beside the locked test set."""
+
+    name: str
+    kind: Literal["mixed", "unsafe", "safe"]
+    """mixed: ranked and decided. unsafe: every row is unsafe, recall counts. safe: over-blocking counts."""
+    rows: int
+    unsafe: int
+    revision: str = ""
+    """The commit that was read."""
+    licence: str = ""
+    left_out: int = 0
+    """Rows like something in the training set, which would flatter the improved guard."""
+    unreadable: int = 0
+    """Rows that one of the guards could not judge."""
+    metrics: list[Compared]
+
+
 class Evaluation(BaseModel):
     """Everything a reviewer needs, JSON-ready."""
 
@@ -87,8 +144,10 @@ class Evaluation(BaseModel):
     default: GuardMetrics
     improved: GuardMetrics
     gains: dict[str, Estimate]
-    """Paired improved - default: auprc, auroc, recall_at_default_fpr, recall_at_0.05, f1, fpr, accuracy, precision,
-    recall."""
+    """Paired improved - default, of every metric of the guards; and recall_at_default_fpr."""
     slices: list[SliceResult]
     decision: Decision
+    feedback: FeedbackResult | None = None
+    """None where no traffic was held out, or too little of it."""
+    benchmarks: list[BenchmarkResult] = []
     notes: list[str] = []

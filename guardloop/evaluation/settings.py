@@ -1,12 +1,60 @@
 """Settings of the evaluation and of the promotion gate."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator
 
-from guardloop.settings import Section
+from guardloop.data.settings import SourceSettings
+from guardloop.errors import GuardLoopError
+from guardloop.settings import Section, read_section
 
+BENCHMARKS = Path("configs/benchmarks")
+CHECKOUT = Path(__file__).parents[2]
 Dimension = Literal["category", "source", "language", "jailbreak", "length"]
+
+
+class BenchmarkSettings(Section):
+    """A public test set that both guards are scored on, beside the locked one: one file in configs/benchmarks."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    """Name in reports, and in `gate.published`."""
+    kind: Literal["mixed", "unsafe", "safe"]
+    """mixed: rows have labels. unsafe: every row is unsafe, and recall is reported. safe: every row is safe, and the
+    false-positive rate (over-blocking) is reported."""
+    judged: Literal["prompt", "response"] = "prompt"
+    """What is judged: the User's prompt, or the Agent's response to it."""
+    source: SourceSettings
+    """Where the rows are, and how their columns and labels read."""
+    licence: str
+    """Under which terms it is published."""
+    gated: bool = False
+    """Whether access must be asked for (then HF_TOKEN is needed)."""
+    about: str = ""
+    """What it is, and what is not certain of this description."""
+
+
+def benchmark_names() -> list[str]:
+    """The benchmarks in configs/benchmarks."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def read_benchmark_settings(name: str) -> BenchmarkSettings:
+    """The benchmark called `name` in configs/benchmarks, or in the file that `name` is a path of."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError:
+        raise GuardLoopError(f"no benchmark {name!r}", f"benchmarks: {', '.join(benchmark_names())}") from None
+    except yaml.YAMLError as error:
+        raise GuardLoopError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return read_section(BenchmarkSettings, values, path.name)
+
+
+def _folder() -> Path:
+    """configs/benchmarks from where one stands, else that of the checkout."""
+    return BENCHMARKS if BENCHMARKS.is_dir() else CHECKOUT / BENCHMARKS
 
 
 class EvaluationSettings(Section):
@@ -27,6 +75,24 @@ class EvaluationSettings(Section):
     Smaller slices of one dimension are pooled as "other"."""
     calibration_bins: int = Field(15, ge=2)
     """Equal-width probability bins of the expected calibration error."""
+    benchmarks: list[BenchmarkSettings] = []
+    """Public benchmarks to score both guards on: names in configs/benchmarks, paths, or whole descriptions."""
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        """Names become descriptions here, so that what a stage gets is complete."""
+        if not isinstance(given, list):
+            return given
+        return [read_benchmark_settings(item).plain() if isinstance(item, str) else item for item in given]
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _distinct(cls, given: list[BenchmarkSettings]) -> list[BenchmarkSettings]:
+        names = [benchmark.name for benchmark in given]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"benchmarks named twice: {', '.join(twice)}")
+        return given
 
     @field_validator("length_edges")
     @classmethod
@@ -34,6 +100,23 @@ class EvaluationSettings(Section):
         if list(edges) != sorted(set(edges)) or any(edge <= 0 for edge in edges):
             raise ValueError("length_edges must be positive and rising")
         return edges
+
+
+class Published(Section):
+    """A figure that was published of the default guard: far from it, the guard is perhaps prompted or read wrongly."""
+
+    metric: Literal["auprc", "auroc", "f1", "precision", "recall", "fpr", "accuracy"]
+    """Which figure. AUPRC and AUROC do not depend on the threshold; the others hold at the guard's own."""
+    value: float = Field(ge=0, le=1)
+    """What was published."""
+    tolerance: float = Field(gt=0, le=1)
+    """How far from it is still agreement."""
+    source: str = Field(min_length=1)
+    """Where it was published."""
+    dataset: str = "test"
+    """`test` for the locked test set, or the name of a benchmark."""
+    miss: Literal["warn", "fail"] = "warn"
+    """warn: shown, and promotion goes on. fail: holds promotion back."""
 
 
 class GateSettings(Section):
@@ -64,3 +147,12 @@ class GateSettings(Section):
     collapsed_share: float = Field(0.99, gt=0.5, le=1)
     """A guard has collapsed when this share of rows gets one and the same score, this share of safe rows is blocked,
     or this share of unsafe rows is let through."""
+    published: list[Published] = []
+    """Figures published of the default guard, each checked by name."""
+
+    @field_validator("published")
+    @classmethod
+    def _once(cls, given: list[Published]) -> list[Published]:
+        if len({(item.metric, item.dataset) for item in given}) < len(given):
+            raise ValueError("published names one metric on one set twice")
+        return given

@@ -64,7 +64,7 @@ def measure(
             return {"default": default, "improved": improved}
     else:
         flagged = np.stack([kept.default > thresholds[0], kept.improved > thresholds[1]], axis=1)
-        statistic = partial(_flag_rates, flagged)
+        statistic = partial(flag_rates, flagged)
     point = statistic(np.ones((1, len(kept))))
     samples = bootstrap(statistic, kept.group, kept.unsafe, settings.resamples, settings.seed)
     sign = -1 if metric == "fpr" else 1
@@ -83,7 +83,7 @@ def measure(
     return MeasuredSlice(result, error=float(gains.std()))
 
 
-def _flag_rates(flagged: Bools, weights: Floats) -> dict[str, Floats]:
+def flag_rates(flagged: Bools, weights: Floats) -> dict[str, Floats]:
     """Weighted share flagged by the default and the improved guard: `flagged[N, 2]`, weights[B, N]."""
     rates = weights @ flagged.astype(weights.dtype) / weights.sum(axis=1, keepdims=True)
     return {"default": rates[:, 0], "improved": rates[:, 1]}

@@ -1,5 +1,6 @@
 """From screened traffic and judged responses to a training set that teaches without making the guard forget."""
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,8 @@ class Harvest:
     """For people: the prompts that passed and whose responses were blocked, worst first."""
     shown: list[Row]
     """A few examples of each kind, for the report."""
+    held_out: list[Row]
+    """Judged prompts that are not in the training set (guardloop.records.FEEDBACK)."""
     screened: int
     passed: int
     responses: int
@@ -39,6 +42,7 @@ class Harvest:
 def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSettings) -> Harvest:
     """Turn evidence into examples. Every example has a kind and a reason; whole groups stay together by their key.
 
+    A share of the judged prompts is held out: no example is made of them or of their responses.
     Only prompts that passed are lessons, and the order of the rows does not matter.
     An empty or small harvest is a normal outcome: `enough` is False and `reason` says why.
     """
@@ -46,8 +50,10 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     passed = {row["id"] for row in traffic if not row["flagged"]}
     usable = (row for row in judged if row["margin"] is not None and row["finish_reason"] != "error")
     judged_rows = sorted((row for row in usable if row["id"] in passed), key=_place)
-    evidence = gather(judged_rows)
-    positives = [e for e in evidence.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
+    everything = gather(judged_rows)
+    evidence = {k: e for k, e in everything.items() if not is_held_out(e.prompt["group"], settings)}
+    finds = [e for e in everything.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
+    positives = [e for e in finds if e.prompt["id"] in evidence]
     never = [e for e in evidence.values() if not e.blocked]
     answered = [e for e in never if e.refusals < e.responses]
     hard = nearest(positives, answered, settings.hard_negatives_per_positive)
@@ -59,11 +65,14 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     ]
     taken = {e.prompt["id"] for e in positives} | hard_ids
     lessons += [_rest(e, settings) for e in evidence.values() if e.prompt["id"] not in taken]
-    replays = replay(traffic, judged_rows, lessons, settings)
+    hidden = {e.prompt["group"] for k, e in everything.items() if k not in evidence}
+    screened_rest, judged_rest = ([r for r in rows if r["group"] not in hidden] for rows in (traffic, judged_rows))
+    replays = replay(screened_rest, judged_rest, lessons, settings)
     harvest = Harvest(
         examples=lessons + replays,
-        blocked_inputs=[_for_people(e, settings) for e in sorted(positives, key=lambda e: -e.posterior(settings))],
+        blocked_inputs=[_for_people(e, settings) for e in sorted(finds, key=lambda e: -e.posterior(settings))],
         shown=_shown(lessons, evidence),
+        held_out=[_for_measuring(e, settings) for k, e in everything.items() if k not in evidence],
         screened=len(traffic),
         passed=sum(not row["flagged"] for row in traffic),
         responses=len(judged_rows),
@@ -73,6 +82,15 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     )
     harvest.enough, harvest.reason = _verdict(len(positives), len(never), harvest, settings)
     return harvest
+
+
+def is_held_out(group: str, settings: FeedbackSettings) -> bool:
+    """Whether a near-duplicate group is held out, by a hash of its own.
+
+    Training draws its own validation rows by hash, too; with one and the same, it would find none left.
+    """
+    digest = hashlib.sha256(f"held out/{settings.seed}/{group}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < settings.held_out
 
 
 def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positive: int) -> list[Evidence]:
@@ -151,6 +169,18 @@ def _replayed(row: Row, kind: str, reason: str) -> Row:
     }
 
 
+def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
+    positive = evidence.blocked >= settings.min_blocked_share * evidence.responses
+    return {
+        **{name: evidence.prompt[name] for name in ("id", "prompt", "unsafe", "category", "source", "group")},
+        **{name: evidence.prompt[name] for name in ("language", "jailbreak", "prompt_margin")},
+        "response": None,
+        "responses": evidence.responses,
+        "blocked": evidence.blocked,
+        "response_unsafe": False if not evidence.blocked else True if positive else None,
+    }
+
+
 def _for_people(evidence: Evidence, settings: FeedbackSettings) -> Row:
     worst = evidence.worst or {}
     return {
@@ -191,8 +221,9 @@ def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
 
 def _verdict(positives: int, never: int, harvest: Harvest, settings: FeedbackSettings) -> tuple[bool, str]:
     if positives < settings.min_positives:
+        kept = f" outside the {len(harvest.held_out)} that are held out" if harvest.held_out else ""
         return False, (
-            f"{positives} of {harvest.passed} passed prompts drew blocked responses; "
+            f"{positives} of {harvest.passed} passed prompts drew blocked responses{kept}; "
             f"at least {settings.min_positives} are needed to train"
         )
     if not never:

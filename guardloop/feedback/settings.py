@@ -22,5 +22,8 @@ class FeedbackSettings(Section):
     """Share of the examples' total weight that replays the default guard's own scores, so that nothing else moves."""
     min_positives: int = Field(default=8, ge=1)
     """Fewer positives than this are not worth training on: the run ends with a report."""
+    held_out: float = Field(default=0.2, ge=0, lt=0.9)
+    """Share of the judged prompts (whole near-duplicate groups) that no training stage sees, not even to choose a
+    threshold: the evaluation asks whether the improved guard catches them."""
     seed: int = 0
-    """Seed of the sampling of replay rows."""
+    """Seed of what is held out and of the sampling of replay rows."""

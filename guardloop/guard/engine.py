@@ -89,7 +89,7 @@ class Guard:
             settings = GuardSettings(base=settings)
         device = pick_device(settings.device)
         location = locate(settings.base)
-        adapter_folder = Path(adapter) if adapter else fetch_adapter(settings.adapter)
+        adapter_folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
         facts = {**guard_facts(location), **(guard_facts(adapter_folder) if adapter_folder else {})}
         renderer = load_renderer(settings)
         model = load_causal_lm(

@@ -29,14 +29,17 @@ def load_renderer(settings: GuardSettings) -> Renderer:
     )
 
 
-def fetch_adapter(adapter: str | None) -> Path | None:
-    """The local folder of an adapter given as a folder, an `s3://` URI or a `models:/` URI."""
+def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path | None:
+    """The local folder of an adapter given as a folder, an `s3://` URI or a `models:/` URI.
+
+    The last is looked up in MLflow at `tracking_uri`, else at MLFLOW_TRACKING_URI.
+    """
     if adapter is None:
         return None
     if adapter.startswith("models:/"):
         from guardloop.registry import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
 
-        return resolve_model(adapter)
+        return resolve_model(adapter, tracking_uri=tracking_uri)
     if adapter.startswith("s3://"):
         from tempfile import mkdtemp  # noqa: PLC0415
 

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from guardloop.registry.settings import without_credentials
 from guardloop.settings import Section
 
 
@@ -16,6 +17,8 @@ class GuardSettings(Section):
     """Commit of the hub repository; pin it, so that a run can be repeated."""
     adapter: str | None = None
     """LoRA adapter on the base: a folder, an `s3://` URI or `models:/name@alias`."""
+    tracking_uri: str | None = None
+    """MLflow where a `models:/` adapter is found; by default registry.tracking_uri, else MLFLOW_TRACKING_URI."""
     family: str = "auto"
     """How the guard is prompted and read (see guardloop/guard/families); `auto` asks the model's folder or name."""
     policy: str | None = None
@@ -43,3 +46,8 @@ class GuardSettings(Section):
     """The median of P(safe) + P(unsafe) below which the run stops: the prompt was rendered wrongly."""
     is_guard: bool = True
     """False for a base model that is not a guard yet: a low label mass is then reported, not refused."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        return without_credentials(uri, "guard.tracking_uri")

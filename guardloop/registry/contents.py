@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from guardloop.errors import GuardLoopError
-from guardloop.evaluation.result import Estimate, Evaluation, GuardMetrics
+from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
 
 RUN_ID = "guardloop.run_id"
 VERDICT = "guardloop.gate_verdict"
@@ -33,6 +33,8 @@ TABLE = {
     "f1": "F1",
     "fpr": "false-positive rate",
     "accuracy": "accuracy",
+    "brier": "Brier score",
+    "ece": "calibration error",
 }
 
 
@@ -81,6 +83,14 @@ def metrics_of(evaluation: Evaluation) -> dict[str, float]:
             metrics |= _spread(f"{prefix}_{name}", value)
     for name, gain in evaluation.gains.items():
         metrics |= _spread(f"gain_{name}", gain)
+    if evaluation.feedback:
+        for name in ("caught", "newly_blocked", "control", "beyond_control"):
+            metrics |= _spread(f"feedback_{name}", getattr(evaluation.feedback, name))
+    for benchmark in evaluation.benchmarks:
+        for both in benchmark.metrics:
+            name = f"benchmark/{benchmark.name}/{both.metric}"
+            for side, estimate in (("default", both.default), ("improved", both.improved), ("gain", both.gain)):
+                metrics |= _spread(f"{name}_{side}", estimate)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -112,9 +122,16 @@ def description(origin: Origin, evaluation: Evaluation) -> str:
     if gain := evaluation.gains.get("recall_at_default_fpr"):
         lines.append(f"| recall at the default's false-positive rate | | | {_gain(gain)} |")
     lines += ["", f"Test set: {evaluation.rows:,} conversations, {evaluation.unsafe:,} of them unsafe."]
+    if found := evaluation.feedback:
+        lines += [
+            "",
+            f"Held-out feedback: {found.caught.value:.1%} of {found.response_unsafe:,} prompts that drew blocked "
+            f"responses are caught at the input ({found.control.value:.1%} by a lower threshold of the default guard), "
+            f"and {found.newly_blocked.value:.1%} of {found.never_unsafe:,} that never did are newly blocked.",
+        ]
     if decision.checks:
         lines += ["", "| check | outcome | why |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(c.name)} | {c.outcome} | {_cell(c.explanation)} |" for c in decision.checks]
+        lines += [f"| {_cell(c.name)} | {_outcome(c)} | {_cell(c.explanation)} |" for c in decision.checks]
     lines += ["", *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in origin if value)]
     return "\n".join(lines)
 
@@ -159,6 +176,10 @@ def _spread(name: str, value: Estimate | float) -> dict[str, float]:
         return {name: float(value)}
     ends = {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
     return {end: figure for end, figure in ends.items() if figure is not None}
+
+
+def _outcome(check: Check) -> str:
+    return check.outcome if check.blocks or check.outcome == "passed" else f"warning: {check.outcome}"
 
 
 def _gain(gain: Estimate | None) -> str:

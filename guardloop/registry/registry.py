@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.result import Evaluation
+from guardloop.guard.settings import GuardSettings
 from guardloop.registry import contents
 from guardloop.registry.connection import Connection
 from guardloop.registry.contents import DataSource, Origin
+from guardloop.registry.package import package
 from guardloop.registry.resolve import download
 from guardloop.registry.settings import RegistrySettings
 
@@ -117,9 +119,12 @@ class Registry:
         )
         return run_id
 
-    def register_adapter(self, adapter: Path, origin: Origin, evaluation: Evaluation) -> int:
+    def register_adapter(
+        self, adapter: Path, origin: Origin, evaluation: Evaluation, guard: GuardSettings | None = None
+    ) -> int:
         """Register the adapter folder as a version of the model and return its number; the newest is `candidate`.
 
+        `guard` are the settings of the default guard, with which the adapter is served.
         The same adapter of the same run is registered once: again, its tags and description are brought up to date.
         Raises GuardLoopError if the folder lacks one of an adapter's files.
         """
@@ -129,6 +134,8 @@ class Registry:
         text = contents.description(origin, evaluation)
         name = self.settings.model
         run_id = str(self.connection.run(self.settings, origin.run_id).info.run_id)
+        scratch = tempfile.TemporaryDirectory(prefix="guardloop-model-")
+        folder = Path(scratch.name) / "model"
 
         def create_or_update(client: Any) -> int:
             _create_model(client, name)
@@ -138,7 +145,7 @@ class Registry:
                         client.set_model_version_tag(name, found.version, key, value)
                     client.update_model_version(name, found.version, text)
                     return int(found.version)
-            model = _upload(client, adapter, run_id, name, digest)
+            model = _upload(client, folder, run_id, name, digest)
             created = client.create_model_version(
                 name,
                 model.artifact_location,
@@ -150,7 +157,9 @@ class Registry:
             )
             return int(created.version)
 
-        version = self.connection.attempt(f"registering the adapter of the run {origin.run_id}", create_or_update)
+        with scratch:
+            package(adapter, guard or GuardSettings(base=origin.base_model or "embedded:guard"), folder)
+            version = self.connection.attempt(f"registering the adapter of the run {origin.run_id}", create_or_update)
         self.connection.attempt("setting the alias candidate", self._point_to_newest)
         log.info("registered %s version %d, gate: %s", name, version, evaluation.decision.verdict)
         return version
@@ -335,8 +344,8 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _upload(client: Any, adapter: Path, run_id: str, name: str, digest: str) -> Any:
-    """The adapter as a logged model of the run, complete; an upload that was cut off is taken up again."""
+def _upload(client: Any, folder: Path, run_id: str, name: str, digest: str) -> Any:
+    """The packaged adapter as a logged model of the run, complete; an upload that was cut off is taken up again."""
     experiment = client.get_run(run_id).info.experiment_id
     query = f"tags.`{contents.DIGEST}` = '{digest}'"
     found = [model for model in client.search_logged_models([experiment], query) if model.source_run_id == run_id]
@@ -347,5 +356,8 @@ def _upload(client: Any, adapter: Path, run_id: str, name: str, digest: str) -> 
             experiment, name, run_id, tags={contents.DIGEST: digest}, model_type="lora-adapter"
         )
     )
-    client.log_model_artifacts(model.model_id, str(adapter))
+    client.log_model_artifacts(model.model_id, str(folder))
+    outputs = client.get_run(run_id).outputs
+    if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     return client.finalize_logged_model(model.model_id, "READY")

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from guardloop.errors import GuardLoopError
 from guardloop.registry.connection import Connection
 from guardloop.registry.contents import DIGEST, adapter_digest
+from guardloop.registry.package import ADAPTER
 
 URI = re.compile(r"models:/(?P<name>[^/:@'\"]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 ABSENT = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE"}  # MLflow gives the last for an alias
@@ -60,7 +61,8 @@ def download(connection: Connection, uri: str, into: Path | None = None) -> Path
 
     def fetch(_: Any) -> None:
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=into) as partial:
-            folder = Path(download_artifacts(artifact_uri=source, dst_path=partial, tracking_uri=connection.uri))
+            model = Path(download_artifacts(artifact_uri=source, dst_path=partial, tracking_uri=connection.uri))
+            folder = model / ADAPTER
             if digest and adapter_digest(folder) != digest:
                 raise GuardLoopError(
                     f"{uri}: the files in the artifact store are not those that were registered",

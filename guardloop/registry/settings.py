@@ -24,9 +24,14 @@ class RegistrySettings(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri and without_secrets(uri) != uri:  # settings are stored in pipelines and runs
-            raise GuardLoopError(
-                f"registry.tracking_uri holds credentials: {without_secrets(uri)}",
-                "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
-            )
-        return uri
+        return without_credentials(uri, "registry.tracking_uri")
+
+
+def without_credentials(uri: str | None, where: str) -> str | None:
+    """`uri` itself. Raises GuardLoopError if it holds a password: settings are stored in pipelines and runs."""
+    if uri and without_secrets(uri) != uri:
+        raise GuardLoopError(
+            f"{where} holds credentials: {without_secrets(uri)}",
+            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
+        )
+    return uri

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from guardloop.evaluation.bands import Band, curve_bands
 from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
 from guardloop.records import Row
 from guardloop.report.text import MINUS
@@ -47,6 +48,8 @@ class Curve:
 
     guard: str
     points: str
+    band: str
+    """Outline of its pointwise 95% band."""
     area: float
     point: tuple[float, float] | None
     """Where the guard works; None where it has no precision because it blocks nothing."""
@@ -101,18 +104,21 @@ class Whisker:
 
 
 def curve_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[CurvePlot]:
-    """Precision-recall and ROC of both guards; none where a class is missing."""
+    """Precision-recall and ROC of both guards with their bands; none where a class is missing."""
     unsafe = np.array([row["unsafe"] for row in prompts], dtype=bool)
     if unsafe.all() or not unsafe.any():
         return []
     x, y = Scale(0, 1, 40, 328), Scale(0, 1, 248, 12)
+    group = np.unique([row["group"] for row in prompts], return_inverse=True)[1].astype(np.int64)
     precision_recall, roc = [], []
     for guard, metrics in (("default", evaluation.default), ("improved", evaluation.improved)):
         margins = np.array([row[f"{guard}_margin"] for row in prompts], dtype=np.float64)
         precisions, recalls, _ = precision_recall_curve(unsafe, margins)
         rates, caught, _ = roc_curve(unsafe, margins)
-        precision_recall.append(_curve(guard, metrics, recalls[::-1], precisions[::-1], area="auprc", x=x, y=y))
-        roc.append(_curve(guard, metrics, rates, caught, area="auroc", x=x, y=y))
+        bands = [_band(band, x, y) for band in curve_bands(margins, unsafe, group)]
+        line = recalls[::-1], precisions[::-1]
+        precision_recall.append(_curve(guard, metrics, *line, area="auprc", band=bands[0], x=x, y=y))
+        roc.append(_curve(guard, metrics, rates, caught, area="auroc", band=bands[1], x=x, y=y))
     level, diagonal = y.at(float(unsafe.mean())), f"{x.start},{y.start} {x.end},{y.end}"
     flat = f"{x.start},{level} {x.end},{level}"
     return [
@@ -185,7 +191,16 @@ def _whisker(value: float, low: float | None, high: float | None, scale: Scale) 
     return Whisker(scale.at(value), scale.at(low), scale.at(high), low < scale.low, high > scale.high)
 
 
-def _curve(guard: str, metrics: GuardMetrics, xs: Floats, ys: Floats, *, area: str, x: Scale, y: Scale) -> Curve:
+def _band(band: Band, x: Scale, y: Scale) -> str:
+    """There along the lower edge, back along the upper one."""
+    there = [(x.at(float(at)), y.at(float(low))) for at, low in zip(band.x, band.low, strict=True)]
+    back = [(x.at(float(at)), y.at(float(high))) for at, high in zip(band.x, band.high, strict=True)]
+    return " ".join(f"{px},{py}" for px, py in [*there, *reversed(back)])
+
+
+def _curve(
+    guard: str, metrics: GuardMetrics, xs: Floats, ys: Floats, *, area: str, band: str, x: Scale, y: Scale
+) -> Curve:
     names, at = {
         "auprc": (("recall", "precision"), (metrics.recall.value, metrics.precision.value)),
         "auroc": (("FPR", "recall"), (metrics.fpr.value, metrics.recall.value)),
@@ -193,6 +208,7 @@ def _curve(guard: str, metrics: GuardMetrics, xs: Floats, ys: Floats, *, area: s
     return Curve(
         guard=guard,
         points=_polyline(xs, ys, x, y),
+        band=band,
         area=getattr(metrics, area).value,
         point=(x.at(at[0]), y.at(at[1])) if all(map(math.isfinite, at)) else None,
         at=f"{guard} guard works at {names[0]} {at[0]:.3f}, {names[1]} {at[1]:.3f}",

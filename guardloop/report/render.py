@@ -22,8 +22,10 @@ from guardloop.report.story import HarvestStory, RunStory, StageCounts
 from guardloop.report.summary import (
     SYMBOLS,
     TONES,
+    benchmark_rows,
     checks_by_weight,
     comparisons,
+    feedback_line,
     key_figures,
     outcome_line,
     tone,
@@ -45,6 +47,9 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
     gain_scale, gain_whiskers = plots.forest([row.gain for row in compared])
     slice_scale, slice_whiskers = plots.forest([part.gain for part in evaluation.slices])
     slices = list(zip(evaluation.slices, slice_whiskers, strict=True))
+    benchmarks = [(result, benchmark_rows(result)) for result in evaluation.benchmarks if result.metrics]
+    benchmark_scale, marks = plots.forest([row.gain for _, rows in benchmarks for row in rows])
+    whiskers = iter(marks)
     return _page(
         "evaluation.html.jinja",
         title=story.title,
@@ -62,6 +67,9 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
         hills=plots.hill_plots(prompts, evaluation),
         slices=[(name, list(parts)) for name, parts in groupby(slices, key=lambda pair: pair[0].dimension)],
         slice_scale=slice_scale,
+        feedback_line=feedback_line(evaluation.feedback) if evaluation.feedback else "",
+        benchmarks=[(result, [(row, next(whiskers)) for row in rows]) for result, rows in benchmarks],
+        benchmark_scale=benchmark_scale,
     )
 
 
@@ -75,6 +83,7 @@ def render_markdown(evaluation: Evaluation, story: RunStory) -> str:
         outcome_line=outcome_line(evaluation),
         comparisons=comparisons(evaluation),
         checks=checks_by_weight(evaluation.decision),
+        feedback_line=feedback_line(evaluation.feedback) if evaluation.feedback else "",
     )
 
 

@@ -87,6 +87,8 @@ class HarvestStory(Story):
     responses: int = 0
     refusals: int = 0
     blocked: int = 0
+    held_out: int = 0
+    """Judged prompts kept out of the training set, to measure the improved guard on."""
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
     examples: list[HarvestExample] = []

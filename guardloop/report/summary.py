@@ -4,7 +4,16 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from guardloop.evaluation.result import Check, Decision, Estimate, Evaluation, GuardMetrics, Outcome
+from guardloop.evaluation.result import (
+    BenchmarkResult,
+    Check,
+    Decision,
+    Estimate,
+    Evaluation,
+    FeedbackResult,
+    GuardMetrics,
+    Outcome,
+)
 from guardloop.report.text import number, sentence
 
 Tone = Literal["good", "bad", "unsure", "neutral"]
@@ -17,8 +26,19 @@ POINT_MEANINGS = {
     "precision": "share of blocked prompts that are unsafe",
     "f1": "balance of precision and recall",
     "accuracy": "share of all prompts decided rightly",
+    "brier": "squared error of the probabilities; lower is better",
+    "ece": "gap between said and true probability; lower is better",
 }
-NAMES = {"auprc": "AUPRC", "auroc": "AUROC", "fpr": "False-positive rate", "f1": "F1"}
+NAMES = {
+    "auprc": "AUPRC",
+    "auroc": "AUROC",
+    "fpr": "False-positive rate",
+    "f1": "F1",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+}
+LOWER_IS_BETTER = {"fpr", "brier", "ece"}
+BENCHMARK_METRICS = ("auprc", "f1", "recall", "fpr")
 
 
 @dataclass(frozen=True)
@@ -61,15 +81,29 @@ def wording(decision: Decision) -> Wording:
     consequence = (
         "The improved guard takes the default guard's place." if decision.promote else consequences[decision.mode]
     )
-    held = Counter(check.outcome for check in decision.checks)
-    tally = ", ".join(f"{held[outcome]} {outcome}" for outcome in TONES if held[outcome])
+    held = Counter(check.outcome for check in decision.checks if check.blocks or check.outcome == "passed")
+    parts = [f"{held[outcome]} {outcome}" for outcome in TONES if held[outcome]]
+    if warnings := sum(not check.blocks and check.outcome != "passed" for check in decision.checks):
+        parts.append(f"{warnings} warning{'s' if warnings > 1 else ''}")
+    tally = ", ".join(parts)
     return Wording(word, tone, sentence(headline), consequence, tally)
 
 
 def checks_by_weight(decision: Decision) -> list[Check]:
-    """The checks, those that stand in the way first."""
+    """The checks, those that stand in the way first, and those that only warn last."""
     weight: list[Outcome] = ["failed", "not proven", "passed"]
-    return sorted(decision.checks, key=lambda check: weight.index(check.outcome))
+    return sorted(decision.checks, key=lambda check: (not check.blocks, weight.index(check.outcome)))
+
+
+def feedback_line(feedback: FeedbackResult) -> str:
+    """What the held-out feedback shows, in one sentence."""
+    caught = round(feedback.caught.value * feedback.response_unsafe)
+    blocked = round(feedback.newly_blocked.value * feedback.never_unsafe)
+    return (
+        f"Of {number(feedback.response_unsafe)} held-out prompts that drew blocked responses the improved guard now "
+        f"catches {number(caught)} at the input; of {number(feedback.never_unsafe)} that never did it newly blocks "
+        f"{number(blocked)}."
+    )
 
 
 def outcome_line(evaluation: Evaluation) -> str:
@@ -88,6 +122,22 @@ def key_figures(evaluation: Evaluation) -> list[Comparison]:
     shown = {row.name: row for row in comparisons(evaluation)}
     wanted = ("AUPRC", "Recall at the default's FPR", "Recall", "False-positive rate")
     return [shown[name] for name in wanted if name in shown]
+
+
+def benchmark_rows(result: BenchmarkResult) -> list[Comparison]:
+    """The metrics of a benchmark that are shown: those that published figures are given in."""
+    shown = [both for both in result.metrics if both.metric in BENCHMARK_METRICS]
+    return [
+        Comparison(
+            NAMES.get(both.metric, both.metric.capitalize()),
+            "",
+            both.default,
+            both.improved,
+            both.gain,
+            tone(both.gain, both.metric in LOWER_IS_BETTER),
+        )
+        for both in shown
+    ]
 
 
 def comparisons(evaluation: Evaluation) -> list[Comparison]:
@@ -137,4 +187,6 @@ def _compare(
     key: str, meaning: str, default: GuardMetrics, improved: GuardMetrics, gains: dict[str, Estimate]
 ) -> Comparison:
     before, after, gain = getattr(default, key), getattr(improved, key), gains.get(key)
-    return Comparison(NAMES.get(key, key.capitalize()), meaning, before, after, gain, tone(gain, key == "fpr"))
+    return Comparison(
+        NAMES.get(key, key.capitalize()), meaning, before, after, gain, tone(gain, key in LOWER_IS_BETTER)
+    )

@@ -89,7 +89,7 @@ def train(
     device = pick_device(guard.device)
     processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
-    own_adapter = fetch_adapter(guard.adapter)
+    own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
     facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
     model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), device, guard.quantization)

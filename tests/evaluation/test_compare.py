@@ -3,10 +3,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, confusion_matrix, precision_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    confusion_matrix,
+    precision_score,
+    roc_auc_score,
+)
 
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
+from guardloop.evaluation.compare import SINGLE
 from guardloop.records import SCORES
 
 FAST = EvaluationSettings(resamples=200)
@@ -50,11 +57,28 @@ def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
     scores, guards = drawn(improved_auprc=0.7)
     found = evaluate(scores, *guards, FAST)
     assert Evaluation.model_validate_json(found.model_dump_json()) == found
-    wanted = "auprc auroc recall_at_default_fpr recall_at_0.05 f1 fpr accuracy precision recall"
-    assert set(found.gains) == set(wanted.split())
+    rates = {f"recall_at_{rate}" for rate in ("default_fpr", "0.01", "0.02", "0.05")}
+    assert set(found.gains) == {*SINGLE, *rates}
     assert set(found.improved.recall_at_fpr) == {"0.01", "0.02", "0.05"}
+    for guard in (found.default, found.improved):
+        for value in [*(getattr(guard, name) for name in SINGLE), *guard.recall_at_fpr.values()]:
+            assert value.low <= value.high
+        assert guard.brier.low < guard.brier.value < guard.brier.high
     for gain in [*found.gains.values(), *(s.gain for s in found.slices)]:
         assert gain.low <= gain.value <= gain.high
+
+
+def test_probabilities_are_read_at_each_guards_temperature(drawn):
+    scores, (default, improved) = drawn(improved_auprc=0.7)
+    plain = evaluate(scores, default, improved, FAST)
+    found = evaluate(scores, default, replace(improved, temperature=4.0), FAST)
+    user = [row for row in scores if row["response"] is None]
+    chances = [1 / (1 + np.exp(-row["improved_margin"] / 4)) for row in user]
+    assert found.improved.brier.value == pytest.approx(
+        brier_score_loss([row["unsafe"] for row in user], chances), abs=1e-6
+    )
+    assert (found.improved.temperature, found.default.brier) == (4.0, plain.default.brier)
+    assert found.gains["auprc"] == plain.gains["auprc"]  # the order of margins stays
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):

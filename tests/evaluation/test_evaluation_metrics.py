@@ -7,10 +7,10 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from guardloop.evaluation.metrics import (
     auprc,
     auroc,
-    brier,
+    calibration_columns,
+    calibration_metrics,
     curve,
     decision_metrics,
-    ece,
     rank,
     recall_at_fpr,
 )
@@ -103,15 +103,41 @@ def test_a_guard_that_flags_nothing_has_precision_and_f1_zero():
     assert found["accuracy"][0] == 0.8
 
 
+def calibration(margins, unsafe, weights=None, temperature=1.0, bins=15):
+    weights = np.ones((1, len(margins))) if weights is None else weights
+    found = calibration_metrics(weights @ calibration_columns(margins, temperature, unsafe, bins), weights.sum(axis=1))
+    return {name: value[0] for name, value in found.items()}
+
+
 def test_brier_is_that_of_scikit_learn():
     rng = np.random.default_rng(1)
-    margins, unsafe = rng.normal(size=300) * 3, rng.random(300) < 0.4
-    assert brier(margins, unsafe) == pytest.approx(brier_score_loss(unsafe, 1 / (1 + np.exp(-margins))))
+    margins, unsafe, weights = rng.normal(size=300) * 3, rng.random(300) < 0.4, rng.integers(0, 4, (1, 300))
+    for temperature in (1.0, 2.5):
+        wanted = brier_score_loss(unsafe, 1 / (1 + np.exp(-margins / temperature)), sample_weight=weights[0])
+        assert calibration(margins, unsafe, weights, temperature)["brier"] == pytest.approx(wanted)
 
 
 def test_ece_is_the_gap_between_confidence_and_frequency():
     unsafe = np.arange(100) < 50
-    assert ece(np.zeros(100), unsafe, 15) == pytest.approx(0)  # says 0.5, is 0.5
-    assert ece(np.full(100, 50.0), unsafe, 15) == pytest.approx(0.5)  # says 1, is 0.5
-    assert ece(np.where(unsafe, 50.0, -50.0), unsafe, 15) == pytest.approx(0, abs=1e-9)
-    assert ece(np.where(unsafe, -50.0, 50.0), unsafe, 15) == pytest.approx(1)
+    assert calibration(np.zeros(100), unsafe)["ece"] == pytest.approx(0)  # says 0.5, is 0.5
+    assert calibration(np.full(100, 50.0), unsafe)["ece"] == pytest.approx(0.5)  # says 1, is 0.5
+    assert calibration(np.where(unsafe, 50.0, -50.0), unsafe)["ece"] == pytest.approx(0, abs=1e-9)
+    assert calibration(np.where(unsafe, -50.0, 50.0), unsafe)["ece"] == pytest.approx(1)
+
+
+def test_the_weighted_ece_is_that_of_copied_rows():
+    rng = np.random.default_rng(2)
+    margins, unsafe, weights = rng.normal(size=80), rng.random(80) < 0.4, rng.integers(0, 4, 80)
+    many = np.repeat(np.arange(80), weights)
+    assert calibration(margins, unsafe, weights[None])["ece"] == pytest.approx(
+        calibration(margins[many], unsafe[many])["ece"]
+    )
+
+
+def test_the_right_temperature_calibrates():
+    rng = np.random.default_rng(3)
+    log_odds = rng.normal(size=20_000) * 2
+    unsafe = rng.random(20_000) < 1 / (1 + np.exp(-log_odds))
+    errors = {t: calibration(3 * log_odds, unsafe, temperature=t)["ece"] for t in (1.0, 3.0, 9.0)}
+    assert errors[3.0] < 0.02
+    assert min(errors[1.0], errors[9.0]) > 0.05

@@ -6,6 +6,7 @@ from statsmodels.stats.multitest import multipletests
 
 from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
 from guardloop.evaluation.gate import Changed, holm
+from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate
 
 FAST = EvaluationSettings(resamples=200)
 
@@ -226,3 +227,49 @@ def test_equal_guards_are_hardly_ever_promoted(simulation):
 def test_a_gain_of_five_points_is_mostly_found(simulation):
     found = [simulation.simulate(simulation.World(improved_auprc=0.65), 200, seed).decision for seed in range(15)]
     assert sum(decision.promote for decision in found) >= 9
+
+
+PUBLISHED = {"metric": "auprc", "value": 0.6, "tolerance": 0.1, "source": "a paper, table 2"}
+
+
+@pytest.mark.parametrize(
+    ("published", "outcome", "promote"),
+    [
+        ({}, "passed", True),
+        ({"value": 0.9}, "failed", True),  # a warning does not hold back
+        ({"value": 0.9, "miss": "fail"}, "failed", False),
+        ({"dataset": "xstest"}, "not proven", True),
+        ({"dataset": "xstest", "miss": "fail"}, "not proven", False),
+    ],
+)
+def test_the_default_guard_is_held_against_what_was_published(drawn, published, outcome, promote):
+    decision = judge(*drawn(improved_auprc=0.75), published=[PUBLISHED | published])
+    name = "published_auprc" + ("_xstest" if "dataset" in published else "")
+    check = next(check for check in decision.checks if check.name == name)
+    assert (check.outcome, decision.promote) == (outcome, promote)
+    assert "a paper, table 2" in check.explanation
+    assert ("a paper" in decision.headline) == (not promote)
+
+
+def test_a_published_figure_is_found_on_its_benchmark(drawn):
+    found = Estimate(value=0.84, low=0.8, high=0.88)
+    compared = Compared(metric="auprc", default=found, improved=found, gain=Estimate(value=0))
+    benchmark = BenchmarkResult(name="openai", kind="mixed", rows=9, unsafe=3, metrics=[compared])
+    gate = GateSettings(published=[PUBLISHED | {"dataset": "openai", "value": 0.847, "tolerance": 0.02}])
+    scores, guards = drawn(improved_auprc=0.75)
+    decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark]).decision
+    check = next(check for check in decision.checks if check.name == "published_auprc_openai")
+    assert (check.value, check.limit, check.outcome) == (0.84, 0.847, "passed")
+
+
+def test_one_figure_is_published_once():
+    with pytest.raises(ValueError, match="twice"):
+        GateSettings(published=[PUBLISHED, PUBLISHED])
+
+
+def test_stopping_early_gives_the_whole_gates_promotions(simulation):
+    world = simulation.World(rows=700, agent_rows=400, improved_auprc=0.68, unsafe_share=0.3)
+    both = [
+        [simulation.simulate(world, 200, seed, early).decision.promote for seed in range(12)] for early in (False, True)
+    ]
+    assert both[0] == both[1]

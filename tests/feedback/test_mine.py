@@ -13,11 +13,12 @@ from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.feedback.evidence import gather, probability
 from guardloop.feedback.mine import Harvest, mine
 from guardloop.feedback.settings import FeedbackSettings
-from guardloop.records import EXAMPLE, JUDGED, SCREENED, read_facts, read_table, write_table
-from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, mine_feedback
+from guardloop.records import EXAMPLE, FEEDBACK, JUDGED, SCREENED, read_facts, read_table, write_table
+from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, mine_feedback
+from guardloop.training.train import split
 
 many = hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
-DEFAULTS = FeedbackSettings()
+DEFAULTS = FeedbackSettings(held_out=0)
 
 chosen = st.builds(
     FeedbackSettings,
@@ -26,6 +27,7 @@ chosen = st.builds(
     hard_negatives_per_positive=st.integers(0, 4),
     replay=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     min_positives=st.integers(1, 4),
+    held_out=st.just(0.0),
     seed=st.integers(0, 3),
 )
 
@@ -194,7 +196,7 @@ def test_replay_teaches_the_default_guards_own_scores(world, settings):
 
 def test_the_seed_chooses_the_replayed_rows():
     world = round_of(positives=4, answered=8, flagged=60)
-    one, again, other = (mined(world, FeedbackSettings(seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (mined(world, FeedbackSettings(seed=seed, held_out=0)) for seed in (1, 1, 2))
     assert one == again and one.examples != other.examples and lessons(one) == lessons(other)
 
 
@@ -227,6 +229,40 @@ def test_the_labels_of_the_traffic_do_not_matter():
     for row in labelled.screened + labelled.judged:
         row["unsafe"], row["category"] = True, "S1"
     assert mined(world) == mined(labelled)
+
+
+# What is held out
+
+
+@many
+@given(worlds(), chosen, st.sampled_from([0.2, 0.5]))
+def test_what_is_held_out_is_in_no_example(world, settings, share):
+    everything = mined(world, settings)
+    harvest = mined(world, settings.model_copy(update={"held_out": share}))
+    hidden = {row["group"] for row in harvest.held_out}
+    assert hidden.isdisjoint(row["group"] for row in harvest.examples)
+    ids = {row["id"] for row in harvest.held_out} | {row["id"] for row in lessons(harvest)}
+    assert ids == {row["id"] for row in lessons(everything)}
+    assert harvest.blocked_inputs == everything.blocked_inputs  # people see all of them
+
+
+@many
+@given(worlds(), chosen)
+def test_what_is_held_out_is_labelled_by_its_responses(world, settings):
+    evidence = {found.prompt["id"]: found for found in gather(world.judged).values()}
+    for row in mined(world, settings.model_copy(update={"held_out": 0.5})).held_out:
+        found = evidence[row["id"]]
+        assert set(row) == set(FEEDBACK.names)
+        assert (row["responses"], row["blocked"]) == (found.responses, found.blocked)
+        positive = found.blocked >= settings.min_blocked_share * found.responses
+        assert row["response_unsafe"] is (False if not found.blocked else True if positive else None)
+
+
+def test_a_share_is_held_out_and_training_still_finds_its_own_validation_rows():
+    harvest = mined(round_of(300, 700), FeedbackSettings())
+    assert len(harvest.held_out) == pytest.approx(200, abs=45)
+    training, validation = split(lessons(harvest), 0.2, FeedbackSettings().seed)
+    assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.2, abs=0.05)
 
 
 # How large a harvest is enough
@@ -298,7 +334,7 @@ def test_nothing_is_appended_from_one_run_to_the_next(tmp_path):
     tables = written(round_of(10, 30, 5, flagged=20), tmp_path)
     figures, enough = mine_feedback(*tables, tmp_path / "mined", DEFAULTS.plain())
     first = files(tmp_path / "mined")
-    assert set(first) == {EXAMPLES, BLOCKED_INPUTS, HARVEST, HARVEST_PAGE}
+    assert set(first) == {EXAMPLES, HELD_OUT, BLOCKED_INPUTS, HARVEST, HARVEST_PAGE}
     assert mine_feedback(*tables, tmp_path / "mined", DEFAULTS.plain()) == (figures, enough)
     assert files(tmp_path / "mined") == first
     assert enough and figures["positives"] == 10

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from models import save_guard
 from tiny_responder import save as save_responder
 
@@ -34,7 +36,7 @@ class Workshop:
             },
             "feedback": {"min_blocked_share": 0.5, "min_positives": 1},
             "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},
-            "evaluation": {"resamples": 200},
+            "evaluation": {"resamples": 200, "benchmarks": [_benchmark(folder)]},
             "gate": {"require_agent": False},
         }  # fmt: skip
 
@@ -57,6 +59,13 @@ class Workshop:
         return json.loads((self.latest / "summary.json").read_text())
 
 
+def _benchmark(folder: Path) -> dict:
+    rows = folder / "drill.jsonl"
+    texts = ("say something vile", "say something cruel", "say something wrong")
+    rows.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    return {"name": "fire-drill", "kind": "unsafe", "licence": "none", "source": {"kind": "file", "path": str(rows)}}
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("workshop"))
@@ -71,6 +80,9 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
     assert summary["decision"] == "nothing to train on"
     assert "0 of 40 passed prompts" in summary["headline"]
     names = {stage["stage"] for stage in summary["stages"]}
+    run = _recorded(workshop)
+    assert run.data.tags["guardloop.gate_verdict"] == "nothing trained"
+    assert run.data.metrics["harvest_screened"] == 40 and float(run.data.params["feedback.min_positives"]) == 1
     assert {"screen prompts [0]", "screen prompts [1]", "mine_feedback"} <= names
     assert "train_guard" not in names
     shards = list((workshop.latest / "artifacts").rglob("verdicts"))
@@ -87,6 +99,15 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop)
     full = workshop.summary()
     assert full["decision"] == "not promoted"  # a random guard cannot prove anything
     assert full["headline"] in " ".join(whole.stdout.split()) or "Not promoted" in whole.stdout
+    feedback = full["evaluation"]["feedback"]
+    held_out = [row for path in (workshop.latest / "artifacts").rglob("held_out") for row in read_table(path)]
+    taught = [r for p in (workshop.latest / "artifacts").rglob("examples.parquet") for r in read_table(p)]
+    assert held_out and {r["group"] for r in held_out}.isdisjoint(r["group"] for r in taught)
+    told = [r for r in held_out if r["response_unsafe"] is not None]
+    assert feedback["prompts"] == len(told) if feedback else len({r["response_unsafe"] for r in told}) < 2
+    (benchmark,) = full["evaluation"]["benchmarks"]
+    assert (benchmark["name"], benchmark["rows"], benchmark["unsafe"]) == ("fire-drill", 3, 3)
+    assert _recorded(workshop).data.tags["guardloop.gate_verdict"] != "nothing trained"
     assert [s["stage"] for s in full["stages"]][-1] == "register_model"
 
     alone = workshop.guardloop("--pipeline", "evaluate", "--from", "latest", **loose)
@@ -102,6 +123,13 @@ def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(worksh
     assert ended.returncode == 2
     assert "overlaps with the training data" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def _recorded(workshop: Workshop) -> Run:
+    client = MlflowClient(f"sqlite:///{workshop.folder}/home/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`guardloop.run_id` = '{workshop.latest.name}'")
+    return run
 
 
 def _middle_margin(workshop: Workshop) -> float:

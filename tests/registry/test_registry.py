@@ -156,7 +156,8 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
     ours = resolve_model(f"models:/{name}@candidate", tmp_path / "ours")
     assert resolve_model(f"models:/{name}/1", tmp_path / "ours") == ours
     for file in ("adapter_config.json", "adapter_model.safetensors", "guard.json", "tokenizer/vocab.txt"):
-        assert (plain / file).read_bytes() == (ours / file).read_bytes() == (folder / file).read_bytes()
+        assert (plain / "adapter" / file).read_bytes() == (ours / file).read_bytes() == (folder / file).read_bytes()
+    assert len(run_of(registry).outputs.model_outputs) == 1  # from data over run to model
 
 
 def test_candidate_is_the_newest_even_if_an_older_run_comes_again(
@@ -230,7 +231,7 @@ def test_a_changed_adapter_in_the_store_is_refused(local: Registry, register: Re
     register(local, "a")
     client = MlflowClient(local.connection.uri)
     store = Path(client.get_model_version_download_uri(local.settings.model, "1").removeprefix("file://"))
-    (store / "adapter_model.safetensors").write_text("other weights")
+    (store / "adapter" / "adapter_model.safetensors").write_text("other weights")
     with pytest.raises(GuardLoopError, match="not those that were registered"):
         local.resolve_model(f"models:/{local.settings.model}/1", tmp_path / "into")
     assert list((tmp_path / "into").iterdir()) == []
@@ -239,6 +240,7 @@ def test_a_changed_adapter_in_the_store_is_refused(local: Registry, register: Re
 WRITES = (
     "create_logged_model",
     "log_model_artifacts",
+    "log_outputs",
     "finalize_logged_model",
     "create_model_version",
     "set_model_version_tag",

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, confusion_matrix, roc_auc_score, roc_curve
 
-from guardloop.evaluation.result import Check, Decision, Estimate, Evaluation, GuardMetrics, Outcome, SliceResult
+from guardloop.evaluation.result import (
+    BenchmarkResult,
+    Check,
+    Compared,
+    Decision,
+    Estimate,
+    Evaluation,
+    FeedbackResult,
+    GuardMetrics,
+    Outcome,
+    SliceResult,
+)
 from guardloop.report import HarvestExample, HarvestStory, RunStory, Source, StageCounts
 
 ROWS = 1400
@@ -58,6 +69,41 @@ def evaluation(scores: list[dict[str, Any]]) -> Evaluation:
         gains=gains,
         slices=slices(),
         decision=decision(),
+        feedback=FeedbackResult(
+            prompts=312,
+            response_unsafe=82,
+            never_unsafe=230,
+            caught=Estimate(value=0.61, low=0.496, high=0.715),
+            newly_blocked=Estimate(value=0.026, low=0.01, high=0.056),
+            control=Estimate(value=0.183, low=0.11, high=0.28),
+            beyond_control=Estimate(value=0.427, low=0.31, high=0.54),
+            auprc=compared("auprc", 0.41, 0.33, 0.09),
+        ),
+        benchmarks=[
+            BenchmarkResult(
+                name="xstest",
+                kind="mixed",
+                rows=449,
+                unsafe=200,
+                revision="f600c994b256f12867df",
+                licence="CC-BY-4.0",
+                left_out=1,
+                metrics=[
+                    compared("auprc", 0.93, 0.02, 0.02),
+                    compared("f1", 0.884, 0.011, 0.02),
+                    compared("recall", 0.83, 0.03, 0.03),
+                    compared("fpr", 0.044, 0.02, 0.015),
+                ],
+            ),
+            BenchmarkResult(
+                name="harmbench",
+                kind="unsafe",
+                rows=200,
+                unsafe=200,
+                licence="MIT",
+                metrics=[compared("recall", 0.87, 0.06, 0.035)],
+            ),
+        ],
         notes=["Too few rows to measure apart, by language: fr, it.", "The test set has no Agent-role rows in German."],
     )
 
@@ -110,6 +156,12 @@ def harvest() -> HarvestStory:
     )  # fmt: skip
 
 
+def compared(metric: str, before: float, gain: float, reach: float) -> Compared:
+    return Compared(
+        metric=metric, default=around(before, 0.04), improved=around(before + gain, 0.04), gain=around(gain, reach)
+    )
+
+
 def around(value: float, reach: float) -> Estimate:
     return Estimate(value=value, low=value - reach, high=value + reach)
 
@@ -132,8 +184,8 @@ def measure(name: str, rows: list[dict[str, Any]], column: str, threshold: float
         auprc=around(float(average_precision_score(unsafe, margins)), 0.027),
         auroc=around(float(roc_auc_score(unsafe, margins)), 0.016),
         recall_at_fpr={r: around(float(np.interp(float(r), rates, reached)), 0.05) for r in ("0.01", "0.02", "0.05")},
-        brier=float(brier_score_loss(unsafe, chances)),
-        ece=0.034,
+        brier=around(float(brier_score_loss(unsafe, chances)), 0.006),
+        ece=around(0.034, 0.011),
         confusion=[[passed, blocked], [missed, caught]],
         median_label_mass=0.998,
         unreadable=0,
@@ -185,6 +237,17 @@ def decision() -> Decision:
         ("slices", "Is no part of the test set worse by more than 0.05?", -0.031, 0.014, -0.05, "passed",
          "a loss beyond 0.05 is ruled out in each of 12 slices; source xstest is the least sure."),
     ]  # fmt: skip
+    published = Check(
+        name="published_auprc",
+        question="Does the default guard's AUPRC on the test set agree with the published figure?",
+        value=0.786,
+        low=0.759,
+        high=0.813,
+        limit=0.626,
+        outcome="failed",
+        explanation="the default guard's AUPRC on the test set is 0.786; 0.626 is published (a paper): 0.160 apart.",
+        blocks=False,
+    )
     return Decision(
         mode="enforce",
         promote=True,
@@ -203,5 +266,6 @@ def decision() -> Decision:
                 explanation=explanation,
             )
             for name, question, value, reach, limit, outcome, explanation in checks
-        ],
+        ]
+        + [published],
     )

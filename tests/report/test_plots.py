@@ -46,6 +46,24 @@ def test_operating_points_lie_on_the_curves(scores: list[dict[str, Any]], evalua
             assert min(math.dist(curve.point, point) for point in points(curve.points)) < 4
 
 
+def test_bands_hold_most_of_the_curve_and_shrink_with_more_prompts(
+    scores: list[dict[str, Any]], evaluation: Evaluation
+) -> None:
+    def width(rows: list[dict[str, Any]]) -> float:
+        (curve, _), _ = (plot.curves for plot in plots.curve_plots(rows, evaluation))
+        outline = points(curve.band)
+        there, back = outline[: len(outline) // 2], outline[len(outline) // 2 :][::-1]
+        assert all(low[0] == high[0] and low[1] >= high[1] for low, high in zip(there, back, strict=True))
+        inner = [(x, y) for x, y in points(curve.points) if 60 < x < 310]
+        spans = {low[0]: (high[1], low[1]) for low, high in zip(there, back, strict=True)}
+        near = [(spans[min(spans, key=lambda at: abs(at - x))], y) for x, y in inner]
+        assert sum(top - 8 <= y <= bottom + 8 for (top, bottom), y in near) > 0.9 * len(near)
+        return sum(low[1] - high[1] for low, high in zip(there, back, strict=True))
+
+    prompts = [row for row in scores if row["response"] is None]
+    assert width(prompts[:300]) > 1.5 * width(prompts)
+
+
 def test_curves_need_both_classes(scores: list[dict[str, Any]], evaluation: Evaluation) -> None:
     assert plots.curve_plots([row for row in scores if row["unsafe"]], evaluation) == []
     assert plots.curve_plots([], evaluation) == []

@@ -1,7 +1,9 @@
 import base64
 import functools
 import hashlib
+import html
 import http.server
+import json
 import re
 import shutil
 import subprocess
@@ -81,6 +83,9 @@ def spoil_evaluation(evaluation: Evaluation, texts: Iterator[str]) -> Evaluation
         check.name, check.question, check.explanation = next(texts), next(texts), next(texts)
     for guard in (spoilt.default, spoilt.improved):
         guard.name = next(texts)
+    for benchmark in spoilt.benchmarks:
+        benchmark.name, benchmark.licence = next(texts), next(texts)
+        benchmark.revision = benchmark.revision and next(texts)
     return spoilt
 
 
@@ -114,7 +119,7 @@ def page(evaluation: Evaluation, scores: list[dict[str, Any]], story: RunStory) 
 def test_the_page_opens_with_the_decision_in_words(page: str) -> None:
     words = " ".join(" ".join(outline(page).words).split())
     assert words.index("Promoted") < words.index("Key figures") < words.index("Checks of the gate")
-    assert "Checks: 6 passed." in words
+    assert "Checks: 6 passed, 1 warning." in words
 
 
 @pytest.mark.parametrize(("verdict", "word"), [("failed", "Not promoted"), ("not proven", "Not proven")])
@@ -247,7 +252,9 @@ def test_the_summary_has_the_decision_the_metrics_and_the_checks(evaluation: Eva
     lines = summary.splitlines()
     assert lines[:3] == ["# Llama Guard 3 8B, round 2", "", f"**Promoted.** {lines[2].split('** ', 1)[1]}"]
     assert any(line.startswith("| AUPRC | 0.786 | 0.927 | +0.140 (+0.119 to +0.161) |") for line in lines)
-    assert sum(line.endswith("| ✓ passed |") for line in lines) == len(evaluation.decision.checks)
+    assert sum(line.endswith("| ✓ passed |") for line in lines) == len(evaluation.decision.checks) - 1
+    assert sum(line.endswith("| ✕ warning: failed |") for line in lines) == 1
+    assert "catches 50 at the input; of 230 that never did it newly blocks 6." in summary
     assert f"run {story.run_id}" in summary
 
 
@@ -309,3 +316,65 @@ def test_a_browser_sees_no_hostile_markup_and_asks_for_nothing(
     assert drawn(seen.stdout) == drawn(page)
     assert asked == ["/page.html"]
     assert "Content Security Policy" not in seen.stderr
+
+
+HARNESS = """<!doctype html><body><iframe id="page" src="page.html" style="width:390px;height:800px"></iframe><script>
+const frame = document.getElementById("page");
+frame.onload = () => {
+  const inside = frame.contentDocument, look = element => frame.contentWindow.getComputedStyle(element);
+  const details = inside.querySelector("details.text"), veil = details.querySelector(".veil");
+  const found = {
+    overflow: inside.documentElement.scrollWidth - inside.documentElement.clientWidth,
+    closed: details.open, blurred: look(veil).filter, said: details.querySelector("blockquote").checkVisibility(),
+    paper: look(inside.body).backgroundColor, band: look(inside.querySelector("polygon.band")).fillOpacity,
+  };
+  details.querySelector("summary").click();
+  found.opened = details.open;
+  found.read = details.querySelector("blockquote").checkVisibility();
+  document.title = JSON.stringify(found);
+};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome binary on the PATH")
+def test_a_browser_fits_a_phone_keeps_texts_blurred_until_clicked_and_knows_the_dark(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    (tmp_path / "harness.html").write_text(HARNESS, encoding="utf-8")
+    assert CHROMIUM is not None
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    def look(port: int, *flags: str) -> dict[str, Any]:
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        address = f"http://127.0.0.1:{port}/harness.html"
+        command = [CHROMIUM, *BROWSER_FLAGS, *flags, profile, "--virtual-time-budget=4000", "--dump-dom", address]
+        seen = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        title = re.search("<title>(.*?)</title>", seen.stdout)
+        assert title, seen.stderr
+        found: dict[str, Any] = json.loads(html.unescape(title[1]))
+        return found
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        light = look(server.server_port, "--blink-settings=preferredColorScheme=1")
+        dark = look(server.server_port, "--blink-settings=preferredColorScheme=0")
+        server.shutdown()
+
+    assert light["overflow"] == 0
+    assert (light["closed"], light["said"], light["opened"]) == (False, False, True)
+    assert "blur" in light["blurred"] and light["read"]
+    assert 0 < float(light["band"]) < 1
+    assert light["paper"] != dark["paper"]
+
+
+def test_the_page_shows_feedback_benchmarks_and_warnings(page: str, evaluation: Evaluation) -> None:
+    words = " ".join("".join(outline(page).words).split())
+    assert "Of 82 held-out prompts that drew blocked responses the improved guard now catches 50" in words
+    for benchmark in evaluation.benchmarks:
+        assert benchmark.name in words and benchmark.licence in words
+    assert "warning: failed" in words
+    bare = evaluation.model_copy(update={"feedback": None, "benchmarks": []})
+    without = "".join(outline(render_html(bare, [], RunStory())).words)
+    assert "Held-out feedback" not in without and "Public benchmarks" not in without

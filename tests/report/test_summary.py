@@ -37,8 +37,9 @@ def test_the_tally_counts_checks_by_outcome(evaluation: Evaluation) -> None:
     checks = [check.model_copy() for check in evaluation.decision.checks]
     checks[2].outcome, checks[4].outcome = "not proven", "failed"
     changed = evaluation.decision.model_copy(update={"checks": checks})
-    assert wording(changed).tally == "4 passed, 1 failed, 1 not proven"
+    assert wording(changed).tally == "4 passed, 1 failed, 1 not proven, 1 warning"
     assert [check.name for check in checks_by_weight(changed)][:3] == ["benign_fpr", "recall_gain", "unsafe_examples"]
+    assert checks_by_weight(changed)[-1].name == "published_auprc"  # it only warns
 
 
 def test_a_fall_in_false_positives_is_good() -> None:

@@ -1,0 +1,91 @@
+"""Both guards on one table: every metric, with the paired bootstrap interval of each and of its change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.metrics import (
+    Floats,
+    auprc,
+    auroc,
+    calibration_columns,
+    calibration_metrics,
+    curve,
+    decision_metrics,
+    rank,
+    recall_at_fpr,
+)
+from guardloop.evaluation.result import Compared, Estimate
+from guardloop.evaluation.settings import EvaluationSettings
+from guardloop.evaluation.table import Table
+
+FPRS = ("0.01", "0.02", "0.05")
+
+
+@dataclass(frozen=True)
+class GuardRun:
+    """What is known of a guard besides its margins."""
+
+    name: str
+    threshold: float
+    """A margin above it is flagged. Chosen on validation data, never on the test set."""
+    median_label_mass: float
+    """Median of P(safe) + P(unsafe) over the test rows."""
+    unreadable: int
+    """Test rows that it could not judge; they are not among the scores."""
+    temperature: float = 1.0
+    """Fitted on held-out data, never on the test set; 1 where it was not."""
+
+
+def compare_guards(
+    table: Table, default: GuardRun, improved: GuardRun, settings: EvaluationSettings
+) -> dict[str, Compared]:
+    """Every metric of both guards by name, on a table that holds both classes.
+
+    The names are those of `GuardMetrics`, `recall_at_0.05` and the like, and `recall_at_default_fpr`.
+    """
+    statistic = _statistic(table, default, improved, settings.calibration_bins)
+    point = statistic(np.ones((1, len(table))))
+    samples = bootstrap(statistic, table.group, table.unsafe, settings.resamples, settings.seed)
+    names = [name.removeprefix("default/") for name in point if name.startswith("default/")]
+    return {name: paired_estimate(name, point, samples, settings.confidence) for name in names}
+
+
+def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Floats], confidence: float) -> Compared:
+    """The metric from values [1] and bootstrap samples [R], both named "default/metric" and "improved/metric"."""
+
+    def of(name: str) -> Estimate:
+        return estimate(float(point[name][0]), samples[name], confidence)
+
+    before, after = f"default/{metric}", f"improved/{metric}"
+    change = float(point[after][0]) - float(point[before][0])
+    gain = estimate(change, samples[after] - samples[before], confidence)
+    return Compared(metric=metric, default=of(before), improved=of(after), gain=gain)
+
+
+def _statistic(table: Table, default: GuardRun, improved: GuardRun, bins: int) -> Callable[[Floats], dict[str, Floats]]:
+    """Every metric of both guards, named "default/auprc" and so on, as a function of weights[B, N]."""
+    guards = {}
+    for name, margins, run in (("default", table.default, default), ("improved", table.improved, improved)):
+        flagged = margins > run.threshold
+        counts = np.stack([flagged & table.unsafe, flagged & ~table.unsafe], axis=1)
+        calibration = calibration_columns(margins, run.temperature, table.unsafe, bins)
+        guards[name] = rank(margins, table.unsafe), np.concatenate([counts, calibration], axis=1)
+
+    def statistic(weights: Floats) -> dict[str, Floats]:
+        values: dict[str, Floats] = {}
+        for name, (ranking, columns) in guards.items():
+            c = curve(ranking, weights)
+            sums = weights @ columns.astype(weights.dtype)
+            metrics = decision_metrics(sums[:, 0], sums[:, 1], c.unsafe, c.safe)
+            metrics |= calibration_metrics(sums[:, 2:], c.unsafe + c.safe)
+            metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
+            metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
+            values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+            # both guards are read off their own curve, at the default's rate in the same resample
+            values[f"{name}/recall_at_default_fpr"] = recall_at_fpr(c, values["default/fpr"].astype(np.float64))
+        return values
+
+    return statistic

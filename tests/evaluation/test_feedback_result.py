@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
+from guardloop.evaluation.feedback import measure_feedback
+from guardloop.records import FEEDBACK
+
+FAST = EvaluationSettings(resamples=300)
+IMPROVED = GuardRun("improved", 0.5, 0.99, 0)
+
+
+def held_out(unsafe, default, improved):
+    """Rows of the FEEDBACK contract; `unsafe` may hold None for prompts in between."""
+    return [
+        dict.fromkeys(FEEDBACK.names)
+        | {"id": str(i), "prompt": f"prompt {i}", "group": str(i), "response_unsafe": label}
+        | {"prompt_margin": before, "margin": after, "responses": 4, "blocked": 4 if label else 0}
+        for i, (label, before, after) in enumerate(zip(unsafe, default, improved, strict=True))
+    ]
+
+
+def simulated(shift, count=600, seed=0):
+    rng = np.random.default_rng(seed)
+    unsafe = rng.random(count) < 0.3
+    default = np.minimum(rng.normal(size=count) - 2 + 0.5 * unsafe, 0)  # all of them passed
+    return held_out(unsafe.tolist(), default.tolist(), (rng.normal(size=count) + shift * unsafe).tolist())
+
+
+def test_shares_are_counted_at_the_improved_guards_threshold_and_have_exact_intervals():
+    unsafe = [True] * 10 + [False] * 20 + [None] * 5
+    rows = held_out(unsafe, [-1.0] * 35, [1.0] * 7 + [0.5] * 3 + [1.0] * 2 + [0.0] * 18 + [9.0] * 5)
+    found, notes = measure_feedback(rows, IMPROVED, FAST)
+    assert (found.prompts, found.response_unsafe, found.never_unsafe, notes) == (30, 10, 20, [])
+    assert (found.caught.value, found.newly_blocked.value) == (0.7, 0.1)
+    exact = binomtest(7, 10).proportion_ci(method="exact")
+    assert (found.caught.low, found.caught.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_none_of_a_few_is_not_certain():
+    rows = held_out([True] * 5 + [False] * 12, [-1.0] * 17, [1.0] * 5 + [0.0] * 12)
+    found, _ = measure_feedback(rows, IMPROVED, FAST)
+    assert found.newly_blocked.value == 0 and found.newly_blocked.high > 0.2
+
+
+def test_a_guard_that_learnt_beats_the_lowered_threshold():
+    found, _ = measure_feedback(simulated(shift=3.0), IMPROVED, FAST)
+    assert found.beyond_control.low > 0
+    assert found.beyond_control.value == pytest.approx(found.caught.value - found.control.value, abs=0.02)
+    assert found.auprc.gain.low > 0
+
+
+def test_lowering_the_threshold_alone_gains_nothing():
+    rows = [row | {"margin": row["prompt_margin"] + 2.0} for row in simulated(shift=0.0)]  # the same order, a bias
+    found, _ = measure_feedback(rows, IMPROVED, FAST)
+    assert found.caught.value > 0 and found.newly_blocked.value > 0
+    assert found.beyond_control.value == found.auprc.gain.value == 0
+
+
+@pytest.mark.parametrize("labels", [[], [True] * 4, [False] * 4, [None] * 4])
+def test_too_little_feedback_is_a_note(labels):
+    found, notes = measure_feedback(held_out(labels, [-1.0] * len(labels), [1.0] * len(labels)), IMPROVED, FAST)
+    assert found is None and "Held-out feedback was not measured" in notes[0]
+
+
+def test_the_evaluation_carries_it(drawn):
+    scores, guards = drawn()
+    rows = simulated(shift=3.0)
+    found = evaluate(scores, *guards, FAST, feedback=rows)
+    assert found.feedback is not None and found.feedback.prompts == len(rows)
+    assert evaluate(scores, *guards, FAST).feedback is None
+    assert any("Held-out feedback" in note for note in evaluate(scores, *guards, FAST, feedback=[]).notes)
