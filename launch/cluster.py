@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote_plus, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import kfp_server_api as api
@@ -89,7 +89,7 @@ class Cluster:
                 if error.status == 409 and (found := self._pipeline_id(name)):
                     return found  # someone was faster
                 raise
-            return str(made.pipeline_id)
+            return self._known(made.pipeline_id)
 
         return self._attempt(find_or_create)
 
@@ -112,6 +112,7 @@ class Cluster:
                 if error.status == 409 and (found := self._version(pipeline_id, name)):
                     return found, True
                 raise
+            self._known(made.pipeline_version_id)
             return made, False
 
         return self._attempt(find_or_upload)
@@ -155,7 +156,7 @@ class Cluster:
                 if error.status == 409 and (found := find()):
                     return found
                 raise
-            return str(made.experiment_id)
+            return self._known(made.experiment_id)
 
         return self._attempt(find_or_create)
 
@@ -176,7 +177,9 @@ class Cluster:
             tries += 1
             if tries > 1 and (found := self._runs_called(name)):
                 return found[0]
-            return self._once("starting the run", self._runs.run_service_create_run, body)
+            made = self._once("starting the run", self._runs.run_service_create_run, body)
+            self._known(made.run_id)
+            return made
 
         return self._attempt(find_or_start)
 
@@ -216,7 +219,8 @@ class Cluster:
     def log(self, run_id: str, pod: str) -> str | None:
         """What a pod of a run has printed, or None where Kubeflow Pipelines does not have it."""
         try:
-            text = self._get("reading a log", f"/apis/v1alpha1/runs/{run_id}/nodes/{pod}/log", as_json=False)
+            place = f"/apis/v1alpha1/runs/{quote(run_id, safe='')}/nodes/{quote(pod, safe='')}/log"
+            text = self._get("reading a log", place, as_json=False)
         except ApiError as error:
             if error.passing or error.status in (400, 404):
                 return None
@@ -320,7 +324,7 @@ class Cluster:
             if error.status == 404:
                 return None
             raise
-        return str(found.pipeline_id)
+        return self._known(found.pipeline_id)
 
     def _version(self, pipeline_id: str, name: str) -> Any | None:
         listing = self._pipelines.pipeline_service_list_pipeline_versions
@@ -453,6 +457,12 @@ class Cluster:
             "check the address and the network; is a `kubectl port-forward` running?",
             passing=True,
         )
+
+    def _known(self, identity: Any) -> str:
+        """An id that was sent: the generated client takes any answer for one, and leaves out what is not in it."""
+        if not identity or not isinstance(identity, str):
+            raise self._stranger("reading an answer")
+        return identity
 
     def _stranger(self, what: str) -> ApiError:
         return ApiError(

@@ -64,7 +64,7 @@ def follow(cluster: Cluster, run_id: str, console: Console) -> Ending:
 class _Drawing:
     """A line for each stage that ended; for those at work a spinner, or a line where no terminal is."""
 
-    def __init__(self, console: Console, stages: dict[str, str]) -> None:
+    def __init__(self, console: Console, stages: frozenset[str]) -> None:
         self.console = console
         self.stages = stages
         self.progress = Progress(
@@ -126,7 +126,7 @@ def _tasks(run: Any) -> list[Any]:
     return sorted(tasks, key=lambda task: str(moment(task.end_time) or "later"))
 
 
-def _ending(cluster: Cluster, run: Any, stages: dict[str, str]) -> Ending:
+def _ending(cluster: Cluster, run: Any, stages: frozenset[str]) -> Ending:
     state = str(run.state or "RUNTIME_STATE_UNSPECIFIED")
     if state == "SUCCEEDED":
         return Ending(run.run_id, state)

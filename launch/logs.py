@@ -28,7 +28,7 @@ def stage_logs(cluster: Cluster, run: Any, stage: str | None = None) -> list[Sta
     """The logs of a run, of one stage or all. Raises GuardLoopError if there are none to be had, and says why."""
     stages = stages_of(cluster.version_of(run))
     if stage is not None and stages and stage not in stages:
-        raise GuardLoopError(f"the run has no stage {stage!r}", f"its stages: {', '.join(stages)}")
+        raise GuardLoopError(f"the run has no stage {stage!r}", f"its stages: {', '.join(sorted(stages))}")
     namespace = cluster.target.namespace or "kubeflow"
     try:
         found = list(_from_pods(Namespace(namespace), run.run_id, stages))
@@ -56,7 +56,7 @@ def last_words(cluster: Cluster, run: Any, stage: str) -> list[str]:
     return lines[errors[-1] :][:TAIL] if errors else lines[-TAIL:]
 
 
-def _from_pods(namespace: Namespace, run_id: str, stages: dict[str, str]) -> Iterator[StageLog]:
+def _from_pods(namespace: Namespace, run_id: str, stages: frozenset[str]) -> Iterator[StageLog]:
     for pod in namespace.pods(f"{RUN_LABEL}={run_id}"):
         node = (pod.metadata.annotations or {}).get(NODE_NAME, "")
         stage = _stage_of_node(node, stages)
@@ -64,13 +64,13 @@ def _from_pods(namespace: Namespace, run_id: str, stages: dict[str, str]) -> Ite
             yield StageLog(stage, pod.metadata.name, text)
 
 
-def _stage_of_node(node: str, stages: dict[str, str]) -> str | None:
+def _stage_of_node(node: str, stages: frozenset[str]) -> str | None:
     """The stage of an Argo node such as `guardloop-x.root.screen.executor`; None for a driver or what else there is."""
     parts = [part for part in node.split(".") if not part.startswith("executor")]
     return stage_of(parts[-1], stages) if parts and not parts[-1].endswith("-driver") else None
 
 
-def _from_kubeflow(cluster: Cluster, run: Any, stages: dict[str, str]) -> Iterator[StageLog]:
+def _from_kubeflow(cluster: Cluster, run: Any, stages: frozenset[str]) -> Iterator[StageLog]:
     """For each stage, what Kubeflow Pipelines has of the pods that it names."""
     tasks = (run.run_details.task_details if run.run_details else None) or []
     for task in tasks:

@@ -8,24 +8,20 @@ DRIVER = "-driver"
 ENDED = frozenset({"SUCCEEDED", "SKIPPED", "FAILED", "CANCELED"})
 
 
-def stages_of(version: Any) -> dict[str, str]:
-    """The stages of a pipeline version: the name of their task to the name shown. {} where they are not known."""
+def stages_of(version: Any) -> frozenset[str]:
+    """The stages of a pipeline version: the names of the tasks that run a container. Empty where it is not known."""
     spec = (version.pipeline_spec if version is not None else None) or {}
-    return stages_of_spec(spec.get("pipeline_spec", spec))
-
-
-def stages_of_spec(spec: dict[str, Any]) -> dict[str, str]:
-    """The stages of a compiled pipeline, in no particular order."""
+    spec = spec.get("pipeline_spec", spec)
     parts = spec.get("components", {})
-    found = {}
-    for part in (spec.get("root", {}), *parts.values()):
-        for name, task in part.get("dag", {}).get("tasks", {}).items():
-            if "executorLabel" in parts.get(task["componentRef"]["name"], {}):
-                found[name] = str(task.get("taskInfo", {}).get("name") or name)
-    return found
+    return frozenset(
+        name
+        for part in (spec.get("root", {}), *parts.values())
+        for name, task in part.get("dag", {}).get("tasks", {}).items()
+        if "executorLabel" in parts.get(task["componentRef"]["name"], {})
+    )
 
 
-def stage_of(task: str, stages: dict[str, str]) -> str | None:
+def stage_of(task: str, stages: frozenset[str]) -> str | None:
     """The stage that a task is; without knowledge of the stages, whatever is no driver, loop, condition or executor."""
     name = re.sub(r"\(.*\)$", "", task)
     if stages:

@@ -1,3 +1,4 @@
+# ruff: noqa: PLR0911, N815  (a server returns where it knows the answer; http.server wants names such as do_GET)
 """A server that speaks the v2beta1 REST API of Kubeflow Pipelines, after the models and paths of kfp-server-api.
 
 It keeps pipelines, versions, experiments, runs and recurring runs in memory, checks what it is sent as strictly as the

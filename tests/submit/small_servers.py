@@ -1,3 +1,4 @@
+# ruff: noqa: N815  (http.server wants names such as do_GET)
 """Small servers for the preflight and the logs: an image registry, a model hub, Kubernetes; and certificates."""
 
 import base64
