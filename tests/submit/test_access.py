@@ -57,6 +57,18 @@ def test_a_cookie(guardloop: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         assert guardloop("runs", "--host", server.url).code == 0
 
 
+@pytest.mark.parametrize("command", [["runs"], ["schedule", "list"], ["cancel", "latest"]])
+def test_a_login_page_in_place_of_an_answer_is_no_empty_list(
+    guardloop: Call, server: KubeflowServer, command: list[str]
+) -> None:
+    for path in ("/runs", "/recurringruns"):
+        server.fail("GET", path, 200, body="<html>Log in to your account</html>")
+
+    ended = guardloop(*command, "--host", server.url)
+
+    assert ended.code == 2 and "a login before it" in ended.err
+
+
 def test_the_certificate_is_checked_against_the_named_authority(
     guardloop: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
