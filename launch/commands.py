@@ -62,7 +62,7 @@ def submit(
         console.print(f"{order.package.name}, version {order.version_name}: nothing was submitted (dry run)")
         return
     version, reused = submitting.upload(cluster, order)
-    console.print(f"{order.package.name}, version {order.version_name} ({'there already' if reused else 'uploaded'})")
+    console.print(f"{order.package.name}, version {version.display_name} ({'there already' if reused else 'uploaded'})")
     run = submitting.start(cluster, order, version)
     console.print(f"run {run.run_id} in experiment {escape(cluster.target.experiment)}")
     console.print(f"  {cluster.target.run_page(run.run_id)}", soft_wrap=True, markup=False)

@@ -36,7 +36,7 @@ def create(cluster: Cluster, order: Order, name: str, cron: str) -> tuple[Any, s
     same = [one for one in before if _is_same(one, version, cron, order.arguments, experiment_id)]
     kept = same[0] if same else None
     if kept is None:  # the new one first: should this stop half-way, there is one too many, not none
-        described = f"{order.configuration}, version {order.version_name}"
+        described = f"{order.configuration}, version {version.display_name}"
         kept = cluster.create_schedule(name, cron, experiment_id, version, order.arguments, described)
     for one in before:
         if one.recurring_run_id != kept.recurring_run_id:

@@ -5,7 +5,7 @@ import re
 import secrets
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,26 +84,29 @@ def prepare(
         compiled = {path.stem: path for path in compile_all(Path(folder))}[pipeline]
         text, package = compiled.read_text("utf-8"), Package.read(compiled)
     order = Order(pipeline, configuration, text, package, "", arguments)
-    return Order(**{**order.__dict__, "version_name": _version_name(code, platform_name, order.digest)})
+    name = _version_name(code, f"{platform_name}-{Path(configuration).stem}", order.digest)
+    return replace(order, version_name=name)
 
 
 def upload(cluster: Cluster, order: Order) -> tuple[Any, bool]:
     """The order's pipeline version, uploaded unless it is there; and whether it was.
 
-    Raises GuardLoopError if a version of this name holds another package: what runs refer to is never replaced.
+    What is there is never replaced: where another package has the name, this one gets its digest after it.
+    Raises GuardLoopError if that name is taken, too.
     """
     description = str(order.package.spec["pipelineInfo"].get("description", ""))
     pipeline_id = cluster.pipeline(order.package.name, description)
     with TemporaryDirectory() as folder:
         path = Path(folder, "pipeline.yaml")
         path.write_text(order.package_text, "utf-8")
-        version, reused = cluster.version(pipeline_id, order.version_name, path, order.description)
-    if reused and f"sha256:{order.digest}" not in (version.description or ""):
-        raise GuardLoopError(
-            f"the version {order.version_name} of {order.package.name} exists, with another content",
-            "commit what differs (the platform's file, the version of kfp), or delete that version if no run needs it",
-        )
-    return version, reused
+        for name in (order.version_name, f"{order.version_name}-{order.digest[:8]}"):
+            version, reused = cluster.version(pipeline_id, name, path, order.description)
+            if not reused or f"sha256:{order.digest}" in (version.description or ""):
+                return version, reused
+    raise GuardLoopError(
+        f"the version {name} of {order.package.name} exists, and was not made from this package",
+        "delete it, if no run needs it",
+    )
 
 
 def start(cluster: Cluster, order: Order, version: Any) -> Any:
@@ -112,7 +115,7 @@ def start(cluster: Cluster, order: Order, version: Any) -> Any:
     assert experiment_id is not None
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     name = f"{order.pipeline}-{Path(order.configuration).stem}-{stamp}"
-    described = f"{order.configuration}, version {order.version_name}"
+    described = f"{order.configuration}, version {version.display_name}"
     return cluster.start(name, experiment_id, version, order.arguments, described)
 
 
@@ -131,8 +134,8 @@ def _git(root: Path, *arguments: str) -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
-def _version_name(code: Code, platform: str, digest: str) -> str:
-    """COMMIT-PLATFORM; with the package's digest where the commit does not say what was compiled."""
+def _version_name(code: Code, situation: str, digest: str) -> str:
+    """COMMIT-PLATFORM-CONFIGURATION; with the package's digest where the commit does not say what was compiled."""
     commit = code.commit[:12] or "no-commit"
     unclear = f"-{'changed' if code.commit else 'package'}-{digest[:8]}" if code.changed or not code.commit else ""
-    return f"{commit}-{re.sub(r'[^A-Za-z0-9.-]+', '-', platform)}{unclear}"
+    return f"{commit}-{re.sub(r'[^A-Za-z0-9.-]+', '-', situation)}{unclear}"

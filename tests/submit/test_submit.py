@@ -44,17 +44,24 @@ def test_the_version_is_named_by_the_commit_and_used_again(server: KubeflowServe
 
     names = [version["name"] for version in server.versions.values()]
     assert len(server.runs) == 3 and len(server.pipelines) == len(names) == 2
-    assert all(name.startswith(f"{commit[:12]}-local") for name in names)
+    assert all(name.startswith(f"{commit[:12]}-local-demo") for name in names)
 
 
-def test_a_version_of_the_same_name_and_other_content_is_never_used(server: KubeflowServer, submits: Call) -> None:
+def test_a_version_of_the_same_name_and_other_content_is_left_alone(server: KubeflowServer, submits: Call) -> None:
     submits()
-    only(server.versions)["description"] = "someone else's"
+    older = only(server.versions)
+    older["description"] = "GuardLoop full, package sha256:0000"
 
-    ended = submits()
+    assert submits().code == submits().code == 0
 
-    assert ended.code == 2 and "another content" in ended.err
-    assert len(server.runs) == 1 and only(server.versions)["description"] == "someone else's"
+    (_, newer), (first, second, third) = server.versions.values(), server.runs.values()
+    assert newer["name"].startswith(f"{older['name']}-") and older["description"].endswith("0000")
+    used = [run["pipeline_version_reference"]["pipeline_version_id"] for run in (first, second, third)]
+    assert used == [older["pipeline_version_id"], *[newer["pipeline_version_id"]] * 2]
+
+    newer["description"] = "someone else's"
+    refused = submits()
+    assert refused.code == 2 and "was not made from this package" in refused.err and len(server.runs) == 3
 
 
 def test_a_version_that_another_uploads_at_the_same_moment(server: KubeflowServer, submits: Call) -> None:
@@ -134,7 +141,7 @@ def test_what_the_platform_says(server: KubeflowServer, guardloop: Call, tmp_pat
     assert run["runtime_config"]["parameters"]["shards"] == 3
     assert only(server.experiments)["display_name"] == "nightly"
     assert f"https://ui.example.org/#/runs/details/{run['run_id']}" in ended.out
-    assert only(server.versions)["name"].partition("-")[2].startswith("mine")
+    assert only(server.versions)["name"].partition("-")[2].startswith("mine-demo")
 
 
 def test_options_come_before_the_environment_and_that_before_the_platform(
