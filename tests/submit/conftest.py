@@ -57,7 +57,8 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: Path
     monkeypatch.setattr(target, "MOUNTED_TOKEN", tmp_path / "no-token")
     monkeypatch.setattr(target, "MOUNTED_NAMESPACE", tmp_path / "no-namespace")
     monkeypatch.setattr(submit.Package, "read", read_once)
-    monkeypatch.setattr(submit, "compile_all", lambda folder, *_: [packages / f"{n}.yaml" for n in submit.PARAMETERS])
+    compiled = [packages / f"{name}.yaml" for name in submit.PARAMETERS]
+    monkeypatch.setattr(submit, "compile_all", lambda *_, **__: compiled)
 
 
 @pytest.fixture
