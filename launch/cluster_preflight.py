@@ -4,7 +4,7 @@ Each check ends as ok, failed, or not checked: what cannot be seen from this mac
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +70,18 @@ class Package:
                     return str(variable["value"])
         return None
 
+    def config_key(self, variable: str) -> tuple[str, str] | None:
+        """The config map, and its key, that an environment variable of the stages comes from."""
+        for executor in self._pods():
+            for use in executor.get("configMapAsEnv", []):
+                for entry in use.get("keyToEnv", []):
+                    if entry.get("envVar") == variable and use.get("configMapName"):
+                        return use["configMapName"], entry["configMapKey"]
+        return None
+
     def objects(self) -> Iterator[tuple[str, str, set[str]]]:
         """(kind, name, keys) of the secrets, config maps and volumes without which a stage does not start."""
-        kubernetes = self.platform.get("platforms", {}).get("kubernetes", {})
-        for executor in kubernetes.get("deploymentSpec", {}).get("executors", {}).values():
+        for executor in self._pods():
             for kind, field, given, key in (
                 ("secret", "secretAsEnv", "secretName", "secretKey"),
                 ("secret", "secretAsVolume", "secretName", ""),
@@ -86,6 +94,10 @@ class Package:
                     if use.get(given) and not use.get("optional"):
                         yield kind, use[given], {entry[key] for entry in use.get("keyToEnv", []) if key}
 
+    def _pods(self) -> Iterable[dict[str, Any]]:
+        kubernetes = self.platform.get("platforms", {}).get("kubernetes", {})
+        return kubernetes.get("deploymentSpec", {}).get("executors", {}).values()
+
 
 def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Check]:
     """Look at everything that the run will need. Nothing is raised: every finding is a Check."""
@@ -96,7 +108,7 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
         lambda: _models(settings),
         lambda: _data(settings),
         lambda: [_artifacts(cluster)],
-        lambda: [_mlflow(settings, package)],
+        lambda: [_mlflow(settings, package, cluster)],
     ]
     with ThreadPoolExecutor(len(checks)) as workers:  # each waits for another server
         return [check for found in workers.map(lambda check: check(), checks) for check in found]
@@ -105,7 +117,8 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
 def table(checks: list[Check]) -> Table:
     """The findings, and how to mend what is not ok."""
     marks = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "not checked": "[yellow]not checked[/]"}
-    shown = Table("check", "", "found", box=None, pad_edge=False, header_style="bold")
+    shown = Table("check", "", box=None, pad_edge=False, header_style="bold")
+    shown.add_column("found", overflow="fold")
     for check in checks:
         remedy = f"\n[dim]-> {escape(check.remedy)}[/]" if check.remedy and check.verdict != "ok" else ""
         shown.add_row(escape(check.name), marks[check.verdict], escape(check.found) + remedy)
@@ -276,12 +289,9 @@ def _artifacts(cluster: Cluster) -> Check:
     """Whether the place of the artifacts can be written with this machine's credentials."""
     name, root = "artifact store", cluster.target.pipeline_root
     if not root:
-        return Check(
-            name,
-            "not checked",
-            "the cluster's own place is used",
-            "name one in kubeflow.pipeline_root to have it checked",
-        )
+        own = _config_value(cluster, "kfp-launcher", "defaultPipelineRoot") or "the cluster's own place"
+        remedy = "name a place in kubeflow.pipeline_root to have it checked"
+        return Check(name, "not checked", f"{own} is used, with the cluster's credentials", remedy)
     if not root.startswith("s3://"):
         return Check(name, "not checked", f"{root}: only s3:// can be checked from here")
     if not _has_s3_credentials():
@@ -298,6 +308,16 @@ def _artifacts(cluster: Cluster) -> Check:
     return Check(name, "ok", f"{root} can be written with this machine's credentials")
 
 
+def _config_value(cluster: Cluster, config_map: str, key: str) -> str | None:
+    """A value of a config map in the runs' namespace, or None where it cannot be seen."""
+    if not cluster.target.namespace:
+        return None
+    try:
+        return Namespace(cluster.target.namespace).config_map(config_map).get(key)
+    except NoAccessError:
+        return None
+
+
 def _has_s3_credentials() -> bool:
     import boto3  # noqa: PLC0415
     from botocore.exceptions import BotoCoreError  # noqa: PLC0415
@@ -308,8 +328,10 @@ def _has_s3_credentials() -> bool:
         return False
 
 
-def _mlflow(settings: Settings, package: Package) -> Check:
+def _mlflow(settings: Settings, package: Package, cluster: Cluster) -> Check:
     name, uri = "MLflow", settings.registry.tracking_uri or package.variable("MLFLOW_TRACKING_URI")
+    if not uri and (source := package.config_key("MLFLOW_TRACKING_URI")):
+        uri = _config_value(cluster, *source)
     if not uri:
         return Check(name, "not checked", "its address is the cluster's business", "name it in registry.tracking_uri")
     place = without_secrets(uri)

@@ -59,12 +59,17 @@ def submit(
     cluster = _cluster(where, host, namespace, experiment)
     _preflight(cluster, order, config, force)
     if dry_run:
-        console.print(f"{order.package.name}, version {order.version_name}: nothing was submitted (dry run)")
+        console.print(
+            f"{order.package.name}, version {order.version_name}: nothing was submitted (dry run)", soft_wrap=True
+        )
         return
     version, reused = submitting.upload(cluster, order)
-    console.print(f"{order.package.name}, version {version.display_name} ({'there already' if reused else 'uploaded'})")
+    console.print(
+        f"{order.package.name}, version {version.display_name} ({'there already' if reused else 'uploaded'})",
+        soft_wrap=True,
+    )
     run = submitting.start(cluster, order, version)
-    console.print(f"run {run.run_id} in experiment {escape(cluster.target.experiment)}")
+    console.print(f"run {run.run_id} in experiment {escape(cluster.target.experiment)}", soft_wrap=True)
     console.print(f"  {cluster.target.run_page(run.run_id)}", soft_wrap=True, markup=False)
     if wait:
         _follow(cluster, run.run_id)
@@ -156,10 +161,10 @@ def cancel(
     cluster = _cluster(_known(platform), host, namespace)
     found = cluster.find_run(run)
     if found.state not in AT_WORK:
-        console.print(f"run {found.run_id} has ended already: {escape(found.state)}")
+        console.print(f"run {found.run_id} has ended already: {escape(found.state)}", soft_wrap=True)
         return
     cluster.terminate(found.run_id)
-    console.print(f"run {found.run_id} is being stopped")
+    console.print(f"run {found.run_id} is being stopped", soft_wrap=True)
 
 
 @schedule_app.command()
@@ -185,7 +190,10 @@ def create(
     _preflight(cluster, order, config, force)
     name = name or f"{order.package.name}-{config.stem}"
     made, what = schedule.create(cluster, order, name, cron)
-    console.print(f"schedule {escape(name)} {what}: {schedule.cron_of(made)} (seconds first, the cluster's time zone)")
+    console.print(
+        f"schedule {escape(name)} {what}: {schedule.cron_of(made)} (seconds first, the cluster's time zone)",
+        soft_wrap=True,
+    )
 
 
 @schedule_app.command(name="list")
@@ -244,7 +252,7 @@ def _each(name: str, done: str, action: Any, platform: str | None, host: str | N
     cluster = _cluster(_known(platform), host, namespace)
     for one in named(cluster, name):
         action(cluster, one.recurring_run_id)
-        console.print(f"schedule {escape(str(one.display_name))} is {done}")
+        console.print(f"schedule {escape(str(one.display_name))} is {done}", soft_wrap=True)
 
 
 def _order(config: Path, pipeline: str, platform: str, where: PlatformSettings, artifacts: list[str] | None) -> Any:
@@ -283,7 +291,7 @@ def _preflight(cluster: Any, order: Any, config: Path, force: bool) -> None:
     if failed := [check.name for check in checks if check.verdict == "failed"]:
         needless = not set(failed) & {"Kubeflow Pipelines", "access"}
         if force and needless:
-            console.print(f"[yellow]going on, although these failed: {escape(', '.join(failed))}[/]")
+            console.print(f"[yellow]going on, although these failed: {escape(', '.join(failed))}[/]", soft_wrap=True)
             return
         raise GuardLoopError(
             f"nothing was submitted: {', '.join(dict.fromkeys(failed))}",
@@ -298,14 +306,17 @@ def _follow(cluster: Any, run_id: str) -> None:
     try:
         ending = watch(cluster, run_id, console)
     except KeyboardInterrupt:
-        console.print(f"\nthe run goes on: `guardloop follow {run_id}` shows it, `guardloop cancel {run_id}` stops it")
+        console.print(
+            f"\nthe run goes on: `guardloop follow {run_id}` shows it, `guardloop cancel {run_id}` stops it",
+            soft_wrap=True,
+        )
         raise
     except GuardLoopError as error:
         raise GuardLoopError(
             f"{error.what}\nthe run may go on: {cluster.target.run_page(run_id)}", f"guardloop follow {run_id}"
         ) from None
     if ending.succeeded:
-        console.print(f"[green]succeeded[/]: run {run_id}")
+        console.print(f"[green]succeeded[/]: run {run_id}", soft_wrap=True)
         return
     told = Console(stderr=True, highlight=False)
     stage = f" in {ending.stage}" if ending.stage else ""

@@ -326,3 +326,17 @@ def test_mlflow(look: Look) -> None:
     assert by_settings.verdict == by_stages.verdict == login.verdict == "ok"
     assert ill.verdict == away.verdict == "failed" and "503" in ill.found
     assert inside.verdict == "not checked"
+
+
+def test_what_the_cluster_says_of_its_own_services(look: Look, kubernetes: Kubernetes) -> None:
+    kubernetes.add("configmaps", "kfp-launcher", data={"defaultPipelineRoot": "minio://mlpipeline/v2/artifacts"})
+    keys = [{"configMapKey": "tracking", "envVar": "MLFLOW_TRACKING_URI"}]
+    pods = {"configMapAsEnv": [{"configMapName": "places", "keyToEnv": keys}]}
+    with Mlflow() as mlflow:
+        kubernetes.add("configmaps", "places", data={"tracking": mlflow.url})
+        found = look(package("screen:abc", pods), namespace="guardloop")
+        hidden = look(package("screen:abc", pods))
+
+    assert "minio://mlpipeline/v2/artifacts" in found["artifact store"].found
+    assert found["artifact store"].verdict == hidden["MLflow"].verdict == "not checked"
+    assert found["MLflow"] == Check("MLflow", "ok", f"{mlflow.url} answers")
