@@ -138,4 +138,4 @@ def _version_name(code: Code, situation: str, digest: str) -> str:
     """COMMIT-PLATFORM-CONFIGURATION; with the package's digest where the commit does not say what was compiled."""
     commit = code.commit[:12] or "no-commit"
     unclear = f"-{'changed' if code.commit else 'package'}-{digest[:8]}" if code.changed or not code.commit else ""
-    return f"{commit}-{re.sub(r'[^A-Za-z0-9.-]+', '-', situation)}{unclear}"
+    return f"{commit}-{re.sub(r'[^a-z0-9]+', '-', situation.lower()).strip('-')}{unclear}"

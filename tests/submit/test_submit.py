@@ -96,7 +96,7 @@ def test_names_of_versions(checkout: Path, tmp_path: Path) -> None:
     assert submit.code_state(checkout / "inner") == submit.code_state(tmp_path) == submit.Code("", False)
     name = submit._version_name
     assert name(clean, "gpu-cluster", "d" * 64) == f"{clean.commit[:12]}-gpu-cluster"
-    assert name(changed, "my platform", "d" * 64) == f"{clean.commit[:12]}-my-platform-changed-dddddddd"
+    assert name(changed, "My_platform!", "d" * 64) == f"{clean.commit[:12]}-my-platform-changed-dddddddd"
     assert name(submit.Code("", False), "local", "e" * 64) == "no-commit-local-package-eeeeeeee"
 
 
