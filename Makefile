@@ -1,6 +1,7 @@
 # Every target sets up what it needs first (scripts/setup.sh), which takes no time when nothing changed.
 #
 #   make run CONFIG=configs/llama-guard-7b.yaml PLATFORM=cluster
+#   make submit CONFIG=configs/llama-guard-7b.yaml PLATFORM=gpu-cluster HOST=https://kubeflow.example.org/pipeline
 #   make test PYTEST_ARGS="-n 2 tests/unit"
 #   make setup TORCH_INDEX=...    torch from this package index: a mirror, or one CUDA version's builds
 #   make lock LOCK_ARGS=--upgrade
@@ -11,11 +12,16 @@ BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 PIPELINE ?= full
 PLATFORM ?= local
+HOST ?=
+NAMESPACE ?=
+EXPERIMENT ?=
+CRON ?=
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run compile golden minikube-up minikube-down ui test coverage bench-guard bench-train bench-generate check lint types fmt lock clean
+.PHONY: help setup ready run submit schedule compile golden minikube-up minikube-down ui test coverage bench-guard \
+  bench-train bench-generate check lint types fmt lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +34,17 @@ ready:
 
 run: ready ## Run the pipeline (CONFIG=configs/demo.yaml PIPELINE=full PLATFORM=local)
 	@$(BIN)/guardloop run --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM)
+
+# The platform `local` is no cluster; minikube is the nearest one.
+ON_CLUSTER = --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM:local=minikube) \
+  $(if $(HOST),--host "$(HOST)") $(if $(NAMESPACE),--namespace "$(NAMESPACE)") \
+  $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)")
+
+submit: ready ## Run the pipeline on a cluster (CONFIG= PLATFORM=minikube HOST= NAMESPACE= EXPERIMENT=)
+	@$(BIN)/guardloop submit $(ON_CLUSTER)
+
+schedule: ready ## Run it there again and again (CRON="0 3 * * 1", and what submit takes)
+	@$(BIN)/guardloop schedule create --cron "$(CRON)" $(ON_CLUSTER)
 
 compile: ready ## Compile the pipelines to YAML for Kubeflow (PLATFORM=minikube CONFIG=configs/demo.yaml)
 	@$(BIN)/guardloop compile --platform $(PLATFORM) --config $(CONFIG)

@@ -16,6 +16,7 @@ from guardloop import __version__
 from guardloop.config import Settings, describe_fields, load_platform, load_settings
 from guardloop.errors import GuardLoopError
 from guardloop.settings import read_section
+from launch.commands import app as cluster_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the settings.")
 app.add_typer(config_app, name="config")
+app.add_typer(cluster_app)
 console = Console(highlight=False)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
@@ -53,7 +55,11 @@ def run(
     preflight.check(settings, local.home())
     before = local.find_run(earlier) if pipeline in local.NEEDS else None
     console.print(f"[bold]GuardLoop[/] {pipeline} on {config.name} ({where.runner}, {where.shards} shard(s))")
-    done = local.run_local(pipeline, settings, where, config.name, console, before)
+    try:
+        done = local.run_local(pipeline, settings, where, config.name, console, before)
+    except KeyboardInterrupt:
+        console.print("nothing was promoted; `make run` starts again")
+        raise
     conclude(done, console)
 
 
@@ -245,7 +251,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == STOPPED:  # typer's answer to Ctrl-C
-            Console(stderr=True, highlight=False).print("stopped; nothing was promoted. `make run` starts again.")
+            Console(stderr=True, highlight=False).print("stopped")
         raise
 
 

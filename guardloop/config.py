@@ -15,6 +15,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.guard.settings import GuardSettings
+from guardloop.kubeflow import KubeflowSettings
 from guardloop.registry.settings import RegistrySettings
 from guardloop.responses.settings import ResponderSettings
 from guardloop.settings import Section, read_section
@@ -58,6 +59,8 @@ class PlatformSettings(Section):
     """Parts in which the traffic is screened and answered side by side."""
     stage_threads: int | None = Field(default=None, ge=1)
     """Processor threads of one stage; by default all cores, divided by the shards that run at once."""
+    kubeflow: KubeflowSettings = KubeflowSettings()
+    """Kubeflow Pipelines, for `guardloop submit`."""
     cluster: ClusterSettings | None = None
     """The pods of a run and what they find (runner kubeflow)."""
 

@@ -1,0 +1,31 @@
+"""The command line as a process, with nothing of it replaced."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kubeflow_server import KubeflowServer
+
+ROOT = Path(__file__).parents[2]
+ONLY_FOR_A_CLUSTER = {"kfp", "kfp_server_api", "kubernetes", "huggingface_hub"}
+PROGRAM = f"import sys, guardloop.cli; print({ONLY_FOR_A_CLUSTER} & sys.modules.keys()); guardloop.cli.main()"
+
+
+def test_submit_as_a_process(server: KubeflowServer) -> None:
+    server.fail("GET", "/healthz", 500)
+    server.fail("POST", "/runs", 503, after=True)
+
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "submit", "--platform", "local", "--host", server.url],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.startswith("set()\n") and "succeeded" in ended.stdout
+    assert len(server.runs) == len(server.versions) == 1
+    assert "Warning" not in ended.stderr and ended.stderr.count("trying again") == 2
