@@ -3,12 +3,13 @@
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field
 
 from guardloop.data.settings import DatasetSettings
+from guardloop.docker import DockerSettings
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.feedback.settings import FeedbackSettings
@@ -42,12 +43,14 @@ class Settings(Section):
 class PlatformSettings(Section):
     """Where a run executes, and how wide."""
 
-    runner: str = "subprocess"
-    """`subprocess` runs every stage as a process of this machine."""
+    runner: Literal["subprocess", "docker"] = "subprocess"
+    """`subprocess` runs every stage as a process of this machine, `docker` as a container."""
     shards: int = Field(default=1, ge=1)
     """Parts in which the traffic is screened and answered side by side."""
     stage_threads: int | None = Field(default=None, ge=1)
     """Processor threads of one stage; by default all cores, divided by the shards that run at once."""
+    docker: DockerSettings = DockerSettings()
+    """The containers (runner docker)."""
 
 
 def load_settings(path: str | Path) -> Settings:

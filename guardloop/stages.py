@@ -343,7 +343,7 @@ def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator
 
 def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
     """What the report tells of the run besides the evaluation."""
-    from guardloop.models import guard_facts  # noqa: PLC0415
+    from guardloop.guard.facts import guard_facts  # noqa: PLC0415
     from guardloop.report import HarvestStory, RunStory, Source, StageCounts  # noqa: PLC0415
 
     harvest = HarvestStory.model_validate_json((training_set / HARVEST).read_text("utf-8"))

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.errors import GuardLoopError
+from launch.containers import ready
 
 POLL_SECONDS = 0.2
 SAY_SECONDS = 30.0
@@ -85,6 +86,8 @@ def run_local(
 
     Raises GuardLoopError where a stage refused its input, and KeyboardInterrupt after a tidy stop.
     """
+    if platform.runner == "docker":
+        platform = platform.model_copy(update={"docker": ready(platform.docker)})
     run = _create(pipeline, settings, platform, earlier)
     environment = _environment(run, platform, configuration)
     started = time.monotonic()
@@ -122,7 +125,7 @@ def _create(pipeline: str, settings: Settings, platform: PlatformSettings, earli
         arguments[f"{name}_uri"] = str(found)
     try:
         folder.mkdir(parents=True)
-        described = {"pipeline": pipeline, "arguments": arguments, "created": stamp}
+        described = {"pipeline": pipeline, "arguments": arguments, "created": stamp, "platform": platform.plain()}
         (folder / "run.json").write_text(json.dumps(described, indent=2), "utf-8")
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings.sections(), sort_keys=False), "utf-8")
         (folder / "events.jsonl").touch()

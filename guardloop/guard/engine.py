@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import DynamicCache
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.family import family_of
 from guardloop.guard.policy import read_policy
 from guardloop.guard.prompt import GuardPrompt, Renderer
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import LabelTokens, label_tokens
-from guardloop.models import guard_facts, load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
+from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
 from guardloop.records import Row, chunks
 
 WINDOW = 1024  # conversations sorted by length at a time

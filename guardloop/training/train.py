@@ -15,9 +15,10 @@ from sklearn.metrics import average_precision_score
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard, attach_adapter, fetch_adapter, load_renderer, trunk
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import label_tokens
-from guardloop.models import guard_facts, load_causal_lm, locate, pick_device, pick_dtype
+from guardloop.models import load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row
 from guardloop.training.fit import Encoded, Step, fit
 from guardloop.training.settings import TrainingSettings

@@ -1,0 +1,64 @@
+"""The stages' images: one for each, named after it, with the commit as tag, so that a name never changes its meaning.
+
+`python -m launch.images` prints the tag of this checkout.
+"""
+
+import hashlib
+import subprocess
+import sys
+
+from guardloop.errors import GuardLoopError
+
+STAGES = (
+    *("prepare-data", "screen", "generate-responses", "mine-feedback"),
+    *("train-guard", "evaluate", "register-model"),
+)
+MODEL_STAGES = frozenset({"screen", "generate-responses", "train-guard"})
+"""Stages that compute with a model: their images come for a GPU, too."""
+
+
+def stage_of(image: str) -> str:
+    """The stage that `image` is for: its name without registry and tag."""
+    return image.rpartition("/")[2].partition(":")[0]
+
+
+def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
+    """The image of `stage` in `registry`. Raises GuardLoopError for the tag `latest` or none."""
+    if tag in ("", "latest"):
+        raise GuardLoopError(
+            f"{stage}: an image needs a tag that never moves, not {tag or 'none'!r}",
+            "leave the tag out for that of this checkout, or name one; results are cached by image",
+        )
+    return f"{registry}/{stage}:{tag}{'-gpu' if gpu and stage in MODEL_STAGES else ''}"
+
+
+def checkout_tag() -> str:
+    """The commit that is checked out; with uncommitted changes, the commit and a hash of them.
+
+    Raises GuardLoopError outside a git checkout.
+    """
+    commit = _git("rev-parse", "HEAD").strip()
+    if not commit:
+        raise GuardLoopError(
+            "no git checkout to name images after", "start in the repository, or set the images' tag in the platform"
+        )
+    changed = _git("status", "--porcelain", "--untracked-files=all")
+    if not changed:
+        return commit
+    digest = hashlib.sha256(_git("diff", "HEAD").encode())
+    for path in _git("ls-files", "--others", "--exclude-standard", "-z").split("\0"):
+        if path:
+            digest.update(f"{path} {_git('hash-object', '--', path)}".encode())
+    return f"{commit}-dirty-{digest.hexdigest()[:8]}"
+
+
+def _git(*arguments: str) -> str:
+    ended = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return ended.stdout if ended.returncode == 0 else ""
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{checkout_tag()}\n")
+    except GuardLoopError as error:
+        sys.exit(f"error: {error}")
