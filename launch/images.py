@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 
@@ -18,8 +19,8 @@ MODEL_STAGES = frozenset({"screen", "generate-responses", "train-guard"})
 
 
 def stage_of(image: str) -> str:
-    """The stage that `image` is for: its name without registry and tag."""
-    return image.rpartition("/")[2].partition(":")[0]
+    """The stage that `image` is for: its name without registry, tag and digest."""
+    return re.split("[:@]", image.rpartition("/")[2])[0]
 
 
 def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:

@@ -6,9 +6,10 @@
 #   scripts/images.sh load [IMAGE...]     into minikube (MINIKUBE_PROFILE=minikube)
 #   scripts/images.sh list                the images' names
 #
-#   FLAVOUR=cpu|gpu|all     which of them; gpu images have `-gpu` behind their tag        (build: all, push: all, load: cpu)
+#   FLAVOUR=cpu|gpu|all     which of them (build, push: all; load: cpu); gpu images have `-gpu` behind their tag
 #   TAG=...                 instead of the commit
-#   CA_BUNDLE=, UV_CONFIG=  certificates and a uv.toml (mirror, credentials) for the build alone; no image keeps them
+#   CA_BUNDLE=, UV_CONFIG=  certificates and a uv.toml (mirror, credentials) for the build alone; no image keeps them.
+#                           By default SSL_CERT_FILE and pip's index, where they are set
 #   BUILD_ARGS="..."        further options of `docker build`
 #   PYTHON_IMAGE=, UV_IMAGE=, VLLM_IMAGE=    other public images than those of images/public.env
 set -euo pipefail
@@ -18,6 +19,8 @@ readonly name=guardloop
 readonly python=${PYTHON:-.venv/bin/python}
 readonly inputs=build/images
 docker=${DOCKER:-docker}
+ca_bundle=${CA_BUNDLE:-${SSL_CERT_FILE:-}}
+uv_config=${UV_CONFIG:-}
 
 # image = folder in images/, and what it stands on
 readonly cpu_images=(
@@ -125,8 +128,8 @@ build_one() {
   [[ $flavour/$image != gpu/generate-responses ]] || folder=generate-responses-vllm
   [[ -z $base ]] || options+=(--build-arg "BASE=$(reference "$flavour" "$base")")
   [[ $image != base-torch ]] || options+=(--build-arg "TORCH_FROM=$torch_from")
-  [[ -z ${CA_BUNDLE:-} ]] || options+=(--secret "id=ca,src=$CA_BUNDLE")
-  [[ -z ${UV_CONFIG:-} ]] || options+=(--secret "id=uv,src=$UV_CONFIG")
+  [[ -z $ca_bundle ]] || options+=(--secret "id=ca,src=$ca_bundle")
+  [[ -z $uv_config ]] || options+=(--secret "id=uv,src=$uv_config")
   [[ -z $source ]] || options+=(--label "org.opencontainers.image.source=$source")
   # shellcheck disable=SC2206  # several options in one variable
   options+=(${BUILD_ARGS:-})
@@ -172,6 +175,13 @@ make_inputs() {
   if compgen -G "$inputs/wheels/torch-*.whl" >/dev/null; then
     torch_from="--no-index --find-links /wheels"
   fi
+  local index
+  index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+  if [[ -z $uv_config && -n $index ]]; then
+    uv_config=$(mktemp)
+    trap 'rm -f "$uv_config"' EXIT
+    printf '[[index]]\nurl = "%s"\ndefault = true\n' "$index" >"$uv_config"
+  fi
 }
 
 read_public_images() {
@@ -188,17 +198,23 @@ find_tag() {
 
 # RUN --mount needs BuildKit: a plugin of newer clients, and a switch of older ones.
 find_builder() {
+  local candidate
   if ! "$docker" info >/dev/null 2>&1; then
-    echo "No Docker engine answers. Start it, or say which client to use with DOCKER=." >&2
+    echo "No Docker engine answers. Start it, or name a client with DOCKER=." >&2
     exit 2
   fi
-  if ! "$docker" buildx version >/dev/null 2>&1; then
-    export DOCKER_BUILDKIT=1
-    if [[ $("$docker" version --format '{{.Client.Version}}') != 20.* ]]; then
-      echo "'$docker build' needs its plugin buildx (package docker-buildx)." >&2
-      exit 2
+  for candidate in "$docker" /usr/bin/docker; do
+    if "$candidate" buildx version >/dev/null 2>&1; then
+      docker=$candidate
+      return
+    elif [[ $("$candidate" version --format '{{.Client.Version}}' 2>/dev/null) =~ ^(19|20)\. ]]; then
+      docker=$candidate
+      export DOCKER_BUILDKIT=1
+      return
     fi
-  fi
+  done
+  echo "'$docker build' needs its plugin buildx (package docker-buildx)." >&2
+  exit 2
 }
 
 main "$@"
