@@ -113,7 +113,8 @@ def test_an_image_holds_its_stage_and_nothing_to_install_with(stage: str) -> Non
         "print(left, found, pathlib.Path('/opt/guardloop/bin/uv').exists())"
     )
 
-    told = docker("run", "--rm", "--network", "none", "--user", "12345:0", image(stage), "python", "-c", probe)
+    started = ("--rm", "--network", "none", "--user", "12345:0", "--env", "_KFP_RUNTIME=true")  # as KFP starts it
+    told = docker("run", *started, image(stage), "python", "-c", probe)
 
     assert told.strip() == f"[] {{'pip': False, 'torch': {stage in MODEL_STAGES}}} False"
 
