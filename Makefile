@@ -11,7 +11,8 @@ BIN := .venv/bin
 
 CONFIG ?= configs/demo.yaml
 PIPELINE ?= full
-PLATFORM ?= local
+RUNNER ?= local
+PLATFORM ?= $(RUNNER)
 HOST ?=
 NAMESPACE ?=
 EXPERIMENT ?=
@@ -20,8 +21,8 @@ PYTEST_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ready run submit schedule compile golden minikube-up minikube-down ui test coverage bench-guard \
-  bench-train bench-generate check lint types fmt lock clean
+.PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
+  minikube-down ui test test-images coverage bench-guard bench-train bench-generate check lint types fmt lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,8 +63,23 @@ minikube-down: ## Delete that minikube, with everything in it
 ui: ready ## Open MLflow on the runs, metrics and models
 	@$(BIN)/guardloop ui
 
+services: ready ## Start an S3 store and an MLflow server on this machine, until Ctrl-C
+	@scripts/services.sh
+
+images: ready ## Build the stages' images, named for this commit (FLAVOUR=cpu, gpu or all)
+	@scripts/images.sh build $(IMAGES)
+
+push: ready ## Push the images (REGISTRY=registry.example.com/team/guardloop)
+	@scripts/images.sh push $(IMAGES)
+
+load: ready ## Load the images into minikube
+	@scripts/images.sh load $(IMAGES)
+
 test: ready ## Run all tests (PYTEST_ARGS=... for a part of them)
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-images: ready ## Build the images and compare a run in containers with one in processes
+	@scripts/test-images.sh
 
 coverage: ready ## Run all tests and list the lines that none of them reaches
 	@$(BIN)/pytest --cov=guardloop --cov=components --cov=launch --cov=pipeline \
@@ -95,13 +111,7 @@ fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 
 lock: ready ## Renew the locks from requirements/*.in (LOCK_ARGS=--upgrade for newer versions)
-	@for name in runtime dev tools; do \
-	  echo "requirements/$$name.txt"; \
-	  (cd requirements && ../$(BIN)/uv pip compile $$name.in --output-file $$name.txt --quiet \
-	    --universal --python-version 3.11 --generate-hashes --excludes excludes.txt \
-	    --no-emit-index-url --no-emit-find-links --annotation-style line --custom-compile-command "make lock" \
-	    $(LOCK_ARGS)) || exit 1; \
-	done
+	@scripts/lock.sh $(LOCK_ARGS)
 
 clean: ## Remove .venv, caches and build output (runs in .guardloop stay)
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build *.egg-info

@@ -6,12 +6,13 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, ClassificationMetrics, Dataset, Input, Markdown, Metrics, Model, Output
 
-VERSION = "0.1.0"
-
 
 def stage(name: str) -> Any:
-    """The decorator of a stage's component: its own image, and no package installed when it runs."""
-    return partial(dsl.component, base_image=f"guardloop/{name}:{VERSION}", install_kfp_package=False)()
+    """The decorator of a stage's component: its own image, and no package installed when it runs.
+
+    Registry and tag are the platform's business: they are put to the name where a pipeline is compiled or executed.
+    """
+    return partial(dsl.component, base_image=f"guardloop/{name}", install_kfp_package=False)()
 
 
 @stage("prepare-data")

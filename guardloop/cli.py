@@ -48,7 +48,7 @@ def run(
     settings, where = load_settings(config), load_platform(platform)
     if where.cluster:
         raise GuardLoopError(
-            f"{platform} is a cluster", f"`guardloop compile --platform {platform}` writes its pipelines"
+            f"{platform} is a cluster", f"`guardloop submit --platform {platform}` runs the pipeline there"
         )
     if pipeline not in local.PARAMETERS:
         raise GuardLoopError(f"no pipeline {pipeline!r}", f"pipelines: {', '.join(local.PARAMETERS)}")
@@ -71,10 +71,9 @@ def compile_(
 ) -> None:
     """Compile every pipeline to KFP's IR YAML."""
     from launch.compile import compile_all
-    from launch.local import git_sha
 
     settings = load_settings(config) if config else None
-    for path in compile_all(folder, load_platform(platform), git_sha(), settings, config.name if config else ""):
+    for path in compile_all(folder, load_platform(platform), None, settings, config.name if config else ""):
         console.print(f"  [green]✓[/] {path}")
 
 

@@ -4,13 +4,14 @@ import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
 
 from guardloop.cluster import ClusterSettings
 from guardloop.data.settings import DatasetSettings
+from guardloop.docker import DockerSettings
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.feedback.settings import FeedbackSettings
@@ -53,12 +54,14 @@ class Settings(Section):
 class PlatformSettings(Section):
     """Where a run executes, and how wide."""
 
-    runner: str = "subprocess"
-    """`subprocess` runs every stage as a process of this machine, `kubeflow` as a pod of a cluster."""
+    runner: Literal["subprocess", "docker", "kubeflow"] = "subprocess"
+    """Every stage is a process of this machine (subprocess), a container (docker), or a pod of a cluster (kubeflow)."""
     shards: int = Field(default=1, ge=1)
     """Parts in which the traffic is screened and answered side by side."""
     stage_threads: int | None = Field(default=None, ge=1)
     """Processor threads of one stage; by default all cores, divided by the shards that run at once."""
+    docker: DockerSettings = DockerSettings()
+    """The containers (runner docker)."""
     kubeflow: KubeflowSettings = KubeflowSettings()
     """Kubeflow Pipelines, for `guardloop submit`."""
     cluster: ClusterSettings | None = None

@@ -3,7 +3,6 @@
 Weights are read from safetensors only, and no code that comes with a model is ever run.
 """
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -81,20 +80,6 @@ def load_causal_lm(
         options["device_map"] = {"": device}
     loaded = _from_pretrained(AutoModelForCausalLM, model, revision, **options)
     return (loaded if in_bits else loaded.to(device)).eval()
-
-
-def guard_facts(folder: str | Path) -> dict[str, Any]:
-    """The `guard.json` beside a guard's or adapter's weights: family, threshold, temperature, base; {} where absent."""
-    path = Path(folder) / "guard.json"
-    if not path.is_file():
-        return {}
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise GuardLoopError(f"{path} is not readable JSON: {error}", "restore or delete the file") from None
-    if not isinstance(facts, dict):
-        raise GuardLoopError(f"{path} must hold a JSON object", "restore or delete the file")
-    return facts
 
 
 def _from_pretrained(factory: Any, model: str, revision: str | None, **options: Any) -> Any:

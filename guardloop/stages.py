@@ -411,8 +411,9 @@ def _load_guard(settings: GuardSettings, adapter: str | Path | None) -> Any:
 
 def _temperature(settings: GuardSettings, adapter: str | Path | None) -> float:
     """The temperature in the guard's guard.json, fitted on held-out data; 1 where there is none."""
+    from guardloop.guard.facts import guard_facts  # noqa: PLC0415
     from guardloop.guard.loading import fetch_adapter  # noqa: PLC0415
-    from guardloop.models import guard_facts, locate  # noqa: PLC0415
+    from guardloop.models import locate  # noqa: PLC0415
 
     folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
     facts = {**guard_facts(locate(settings.base)), **(guard_facts(folder) if folder else {})}
@@ -528,7 +529,7 @@ def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator
 
 def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
     """What the report tells of the run besides the evaluation."""
-    from guardloop.models import guard_facts  # noqa: PLC0415
+    from guardloop.guard.facts import guard_facts  # noqa: PLC0415
     from guardloop.report import HarvestStory, RunStory, Source, StageCounts  # noqa: PLC0415
 
     harvest = HarvestStory.model_validate_json((training_set / HARVEST).read_text("utf-8"))

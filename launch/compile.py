@@ -4,20 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from guardloop.config import PlatformSettings, Settings
+from launch.containers import use_images
+from launch.version import code_state
 
 
 def compile_all(
     folder: Path,
     platform: PlatformSettings | None = None,
-    commit: str = "",
+    version: str | None = None,
     settings: Settings | None = None,
     configuration: str = "",
 ) -> list[Path]:
     """Compile each pipeline into `folder`, for `platform` if it is a cluster. Returns the files.
 
-    `commit` is the version that the stages record, and the tag of the images where the platform names none.
+    `version` is what the stages record and, where the platform names none, the images' tag; by default this checkout's.
     `settings` become the defaults of the pipelines' parameters, and `configuration` is their name in reports.
-    Raises GuardLoopError if a cluster's images would have no immutable tag.
+    Raises GuardLoopError if images would have no immutable tag.
     """
     from google.protobuf import json_format  # noqa: PLC0415  (kfp takes a second to import)
     from kfp.compiler import pipeline_spec_builder  # noqa: PLC0415
@@ -28,13 +30,20 @@ def compile_all(
 
     folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = settings.sections() if settings else {}
-    cluster = platform.cluster if platform else None
+    platform = platform or PlatformSettings()
+    cluster = platform.cluster
+    version = code_state().tag if version is None else version
+    docker = platform.docker.model_copy(update={"tag": platform.docker.tag or version})
     paths = []
     for name, pipeline in PIPELINES.items():
         path = folder / f"{name}.yaml"
         spec = json_format.MessageToDict(pipeline.pipeline_spec)
-        pods = apply_cluster(spec, cluster, commit, configuration) if cluster else {}
-        _set_defaults(spec, {**defaults, **({"shards": platform.shards} if platform else {})})
+        pods: dict[str, Any] = {}
+        if cluster:
+            pods = apply_cluster(spec, cluster, version, configuration)
+        else:
+            use_images(spec["deploymentSpec"]["executors"], docker)
+        _set_defaults(spec, {**defaults, "shards": platform.shards})
         pipeline_spec_builder.write_pipeline_spec_to_file(
             pipeline_spec=json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()),
             pipeline_description=pipeline.description,

@@ -2,10 +2,18 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
+
+from guardloop.config import PlatformSettings
+from guardloop.errors import GuardLoopError
+from guardloop.settings import read_section
+from launch.containers import Watch, docker_runner, use_images
 
 
 def execute(folder: Path) -> None:
@@ -23,14 +31,33 @@ def execute(folder: Path) -> None:
     if embedded := sorted({name for name in names if name.startswith("embedded:")}):
         # in a process of its own, which gives its memory back
         subprocess.run([sys.executable, "-m", "guardloop.embedded", *embedded], check=True)
+    pipeline, platform = PIPELINES[run["pipeline"]], read_section(PlatformSettings, run["platform"], "platform")
+    runner: Any = local.SubprocessRunner(use_venv=False)
+    watch: AbstractContextManager[Any] = nullcontext()
+    if platform.runner == "docker":
+        use_images(pipeline.pipeline_spec.deployment_spec["executors"], platform.docker)
+        runner = docker_runner(folder.name, folder.parents[1], run["arguments"], platform.docker)
+        watch = Watch(folder.name)
+        signal.signal(signal.SIGTERM, lambda *_: _stop(watch))
+    for place in ("artifacts", "workspace"):
+        (folder / place).mkdir()  # Docker would make them, for root
     local.init(
-        runner=local.SubprocessRunner(use_venv=False),
+        runner=runner,
         pipeline_root=str(folder / "artifacts"),
         workspace_root=str(folder / "workspace"),
         raise_on_error=True,
     )
-    PIPELINES[run["pipeline"]](**run["arguments"])
+    with watch:
+        pipeline(**run["arguments"])
+
+
+def _stop(watch: Any) -> None:
+    watch.stop()  # first, since KFP waits for its containers
+    sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    execute(Path(sys.argv[1]).absolute())
+    try:
+        execute(Path(sys.argv[1]).absolute())
+    except GuardLoopError as error:
+        sys.exit(f"error: {error}")

@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.errors import GuardLoopError
+from launch.containers import ready
+from launch.version import code_state
 
 POLL_SECONDS = 0.2
 SAY_SECONDS = 30.0
@@ -85,6 +87,8 @@ def run_local(
 
     Raises GuardLoopError where a stage refused its input, and KeyboardInterrupt after a tidy stop.
     """
+    if platform.runner == "docker":
+        platform = platform.model_copy(update={"docker": ready(platform.docker)})
     run = _create(pipeline, settings, platform, earlier)
     environment = _environment(run, platform, configuration)
     started = time.monotonic()
@@ -122,7 +126,7 @@ def _create(pipeline: str, settings: Settings, platform: PlatformSettings, earli
         arguments[f"{name}_uri"] = str(found)
     try:
         folder.mkdir(parents=True)
-        described = {"pipeline": pipeline, "arguments": arguments, "created": stamp}
+        described = {"pipeline": pipeline, "arguments": arguments, "created": stamp, "platform": platform.plain()}
         (folder / "run.json").write_text(json.dumps(described, indent=2), "utf-8")
         (folder / "settings.yaml").write_text(yaml.safe_dump(settings.sections(), sort_keys=False), "utf-8")
         (folder / "events.jsonl").touch()
@@ -150,7 +154,7 @@ def _environment(run: Run, platform: PlatformSettings, configuration: str) -> di
         "GUARDLOOP_EVENTS": str(run.folder / "events.jsonl"),
         "GUARDLOOP_RUN_ID": run.id,
         "GUARDLOOP_CONFIGURATION": configuration,
-        "GUARDLOOP_GIT_SHA": git_sha(),
+        "GUARDLOOP_GIT_SHA": code_state().tag,
         "MLFLOW_TRACKING_URI": tracking_uri(),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",  # spinning threads starve each other where cores are shared
@@ -233,9 +237,3 @@ def _failure(run: Run) -> GuardLoopError:
         return GuardLoopError(f"{run.failure['stage']}: {run.failure['error']}", f"the whole log: {run.log}")
     tail = run.log.read_text("utf-8", "replace").splitlines()[-12:]
     return GuardLoopError("the run failed outside its stages:\n" + "\n".join(tail), f"the whole log: {run.log}")
-
-
-def git_sha() -> str:
-    """The commit that is checked out; empty outside a git checkout."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else ""

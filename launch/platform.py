@@ -11,7 +11,7 @@ from typing import Any, cast
 from kfp import kubernetes
 
 from guardloop.cluster import ClusterSettings, StageSettings
-from guardloop.errors import GuardLoopError
+from launch.images import image_of, stage_of
 
 RUN_ID_LABEL = "pipeline/runid"  # KFP puts it on every pod; its value is what PIPELINE_JOB_ID_PLACEHOLDER becomes
 STAGE_LABEL = "app.kubernetes.io/component"
@@ -44,21 +44,6 @@ def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configurati
             task["retryPolicy"] = policy
     kept = {"resourceTtlOnCompletion": cluster.keep_finished_seconds}
     return {"platforms": {"kubernetes": {"deploymentSpec": {"executors": executors}, "pipelineConfig": kept}}}
-
-
-def stage_of(image: str) -> str:
-    """The stage that an image is built for: its name without registry and tag."""
-    return image.rpartition("/")[2].partition(":")[0]
-
-
-def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
-    """The image of `stage` in `registry`. Raises GuardLoopError for the tag `latest` or none."""
-    if tag in ("", "latest"):
-        raise GuardLoopError(
-            f"{stage}: an image needs a tag that never moves, not {tag or 'none'!r}",
-            "compile from a git checkout, or set cluster.tag in the platform file; results are cached by image",
-        )
-    return f"{registry}/{stage}:{tag}{'-gpu' if gpu else ''}"
 
 
 def _resources(settings: StageSettings) -> Spec:

@@ -3,7 +3,6 @@
 import hashlib
 import re
 import secrets
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,16 +16,7 @@ from launch.cluster import Cluster
 from launch.cluster_preflight import Package
 from launch.compile import compile_all
 from launch.local import NEEDS, PARAMETERS
-
-ROOT = Path(__file__).absolute().parents[1]
-
-
-@dataclass(frozen=True)
-class Code:
-    """The commit that is submitted ("" outside a git checkout), and whether files were changed since."""
-
-    commit: str
-    changed: bool
+from launch.version import Code, code_state
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,8 @@ def prepare(
     arguments |= {f"{name}_uri": uri for name, uri in artifacts.items()}
     code = code_state()
     with TemporaryDirectory() as folder:
-        compiled = {path.stem: path for path in compile_all(Path(folder))}[pipeline]
+        paths = {path.stem: path for path in compile_all(Path(folder), platform, code.tag, settings, configuration)}
+        compiled = paths[pipeline]
         text, package = compiled.read_text("utf-8"), Package.read(compiled)
     order = Order(pipeline, configuration, text, package, "", arguments)
     name = _version_name(code, f"{platform_name}-{Path(configuration).stem}", order.digest)
@@ -119,23 +110,8 @@ def start(cluster: Cluster, order: Order, version: Any) -> Any:
     return cluster.start(name, experiment_id, version, order.arguments, described)
 
 
-def code_state(root: Path = ROOT) -> Code:
-    """The commit of the code that is running, and whether tracked files differ from it."""
-    if _git(root, "rev-parse", "--show-toplevel") != str(root.resolve()):
-        return Code("", False)  # installed, perhaps into a folder of someone else's repository
-    return Code(_git(root, "rev-parse", "HEAD"), bool(_git(root, "status", "--porcelain", "--untracked-files=no")))
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""
-
-
 def _version_name(code: Code, situation: str, digest: str) -> str:
     """COMMIT-PLATFORM-CONFIGURATION; with the package's digest where the commit does not say what was compiled."""
     commit = code.commit[:12] or "no-commit"
-    unclear = f"-{'changed' if code.commit else 'package'}-{digest[:8]}" if code.changed or not code.commit else ""
+    unclear = f"-{'changed' if code.commit else 'package'}-{digest[:8]}" if code.changes or not code.commit else ""
     return f"{commit}-{re.sub(r'[^a-z0-9]+', '-', situation.lower()).strip('-')}{unclear}"

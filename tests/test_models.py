@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from guardloop.errors import GuardLoopError
-from guardloop.models import guard_facts, locate, pick_device
+from guardloop.guard.facts import guard_facts
+from guardloop.models import locate, pick_device
 
 LOAD = """
 from guardloop.errors import GuardLoopError

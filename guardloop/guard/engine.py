@@ -10,13 +10,14 @@ from statistics import median
 from typing import Any
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.float8 import to_float8
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.prompt import Renderer
 from guardloop.guard.scorer import Scored, Scorer
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
-from guardloop.models import guard_facts, load_causal_lm, locate, pick_device, pick_dtype
+from guardloop.models import load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row, chunks
 
 WINDOW = 4096  # conversations sorted into packs or batches at a time

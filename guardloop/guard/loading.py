@@ -7,11 +7,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.family import family_of
 from guardloop.guard.policy import read_policy
 from guardloop.guard.prompt import Renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.models import guard_facts, load_tokenizer, locate
+from guardloop.models import load_tokenizer, locate
 
 
 def load_renderer(settings: GuardSettings) -> Renderer:

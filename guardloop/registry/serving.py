@@ -9,8 +9,8 @@ from typing import Any
 
 from scipy.special import expit
 
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.settings import GuardSettings
-from guardloop.models import guard_facts
 from guardloop.registry.package import ADAPTER, POLICY
 from guardloop.settings import read_section
 

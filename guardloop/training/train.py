@@ -14,11 +14,12 @@ from accelerate.utils import gather_object
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard
+from guardloop.guard.facts import guard_facts
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.prompt import Renderer
 from guardloop.guard.settings import GuardSettings
 from guardloop.guard.verdict import UNSAFE, label_tokens
-from guardloop.models import cache_folder, guard_facts, load_causal_lm, locate, pick_device, pick_dtype
+from guardloop.models import cache_folder, load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
 from guardloop.training.calibrate import CONTRAST, benign_fpr, operating_point, ranking, temperature

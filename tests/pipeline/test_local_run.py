@@ -1,69 +1,11 @@
 """The whole pipeline through kfp.local, on tiny random models: what is asserted is the flow, not the quality."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from models import save_guard
-from tiny_responder import save as save_responder
+from workshop import Workshop
 
 from guardloop.records import read_table
-
-ROOT = Path(__file__).parents[2]
-
-
-class Workshop:
-    """A home folder, a configuration, and the command line."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        guard = save_guard(folder / "guard", threshold=0.0)
-        responder = folder / "responder"
-        responder.mkdir()
-        save_responder(responder)
-        self.settings = {
-            "dataset": {"traffic": {"path": "traffic", "limit": 40}, "test": {"path": "test", "limit": 60}},
-            "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
-            "responder": {
-                "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
-                "max_prompt_tokens": 256, "max_error_share": 1.0,
-            },
-            "feedback": {"min_blocked_share": 0.5, "min_positives": 1},
-            "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},
-            "evaluation": {"resamples": 200, "benchmarks": [_benchmark(folder)]},
-            "gate": {"require_agent": False},
-        }  # fmt: skip
-
-    def guardloop(self, *arguments: str, shards: int = 1, **changes: dict) -> subprocess.CompletedProcess[str]:
-        config, platform = self.folder / "config.yaml", self.folder / "platform.yaml"
-        settings = {name: {**values, **changes.get(name, {})} for name, values in self.settings.items()}
-        config.write_text(yaml.safe_dump(settings))
-        platform.write_text(yaml.safe_dump({"runner": "subprocess", "shards": shards}))
-        environment = {**os.environ, "GUARDLOOP_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
-        environment.pop("MLFLOW_TRACKING_URI", None)
-        where = ["--config", str(config), "--platform", str(platform)]
-        command = [sys.executable, "-m", "guardloop.cli", "run", *where, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-
-    @property
-    def latest(self) -> Path:
-        return (self.folder / "home" / "runs" / "latest").resolve()
-
-    def summary(self) -> dict:
-        return json.loads((self.latest / "summary.json").read_text())
-
-
-def _benchmark(folder: Path) -> dict:
-    rows = folder / "drill.jsonl"
-    texts = ("say something vile", "say something cruel", "say something wrong")
-    rows.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
-    return {"name": "fire-drill", "kind": "unsafe", "licence": "none", "source": {"kind": "file", "path": str(rows)}}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +34,7 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
 
 @pytest.mark.slow
 def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop) -> None:
-    loose = {"guard": {"threshold": _middle_margin(workshop)}}
+    loose = {"guard": {"threshold": workshop.middle_margin()}}
     whole = workshop.guardloop(**loose)
 
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -130,10 +72,3 @@ def _recorded(workshop: Workshop) -> Run:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, f"tags.`guardloop.run_id` = '{workshop.latest.name}'")
     return run
-
-
-def _middle_margin(workshop: Workshop) -> float:
-    """A threshold that lets half of the prompts and half of the responses through."""
-    verdicts = (workshop.latest / "artifacts").rglob("verdicts")
-    margins = sorted(row["margin"] for path in verdicts for row in read_table(path))
-    return margins[len(margins) // 2]

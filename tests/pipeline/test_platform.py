@@ -14,7 +14,7 @@ from guardloop.config import PlatformSettings, load_platform, load_settings
 from guardloop.errors import GuardLoopError
 from guardloop.settings import read_section
 from launch.compile import compile_all
-from launch.platform import image_of, stage_of
+from launch.images import image_of, stage_of
 
 STAGES = StageName.__args__
 PIPELINES = ("process", "train", "evaluate", "full")

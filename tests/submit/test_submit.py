@@ -86,18 +86,16 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_names_of_versions(checkout: Path, tmp_path: Path) -> None:
     clean = submit.code_state(checkout)
-    (checkout / "notes.txt").write_text("not tracked")
-    assert submit.code_state(checkout) == clean and not clean.changed
     (checkout / "code.py").write_text("x = 2\n")
     changed = submit.code_state(checkout)
     (checkout / "inner").mkdir()
 
-    assert changed == submit.Code(clean.commit, True)
-    assert submit.code_state(checkout / "inner") == submit.code_state(tmp_path) == submit.Code("", False)
+    assert clean.tag == clean.commit and changed.tag.startswith(f"{clean.commit}-dirty-")
+    assert submit.code_state(checkout / "inner") == submit.code_state(tmp_path) == submit.Code()
     name = submit._version_name
     assert name(clean, "gpu-cluster", "d" * 64) == f"{clean.commit[:12]}-gpu-cluster"
     assert name(changed, "My_platform!", "d" * 64) == f"{clean.commit[:12]}-my-platform-changed-dddddddd"
-    assert name(submit.Code("", False), "local", "e" * 64) == "no-commit-local-package-eeeeeeee"
+    assert name(submit.Code(), "local", "e" * 64) == "no-commit-local-package-eeeeeeee"
 
 
 def test_train_starts_from_an_earlier_output(server: KubeflowServer, submits: Call) -> None:

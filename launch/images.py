@@ -1,0 +1,51 @@
+"""The stages' images: one for each, named after it, with the commit as tag, so that a name never changes its meaning.
+
+`python -m launch.images` prints the tag of this checkout.
+"""
+
+import re
+import sys
+
+from guardloop.errors import GuardLoopError
+from launch.version import code_state
+
+STAGES = (
+    *("prepare-data", "screen", "generate-responses", "mine-feedback"),
+    *("train-guard", "evaluate", "register-model"),
+)
+MODEL_STAGES = frozenset({"screen", "generate-responses", "train-guard"})
+"""Stages that compute with a model: their images come for a GPU, too."""
+
+
+def stage_of(image: str) -> str:
+    """The stage that `image` is for: its name without registry, tag and digest."""
+    return re.split("[:@]", image.rpartition("/")[2])[0]
+
+
+def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
+    """The image of `stage` in `registry`. Raises GuardLoopError for the tag `latest` or none."""
+    if tag in ("", "latest"):
+        raise GuardLoopError(
+            f"{stage}: an image needs a tag that never moves, not {tag or 'none'!r}",
+            "leave the tag out for that of this checkout, or name one; results are cached by image",
+        )
+    return f"{registry}/{stage}:{tag}{'-gpu' if gpu and stage in MODEL_STAGES else ''}"
+
+
+def checkout_tag() -> str:
+    """The tag of this checkout's images: its commit, with a hash of what was changed since.
+
+    Raises GuardLoopError outside a git checkout.
+    """
+    if tag := code_state().tag:
+        return tag
+    raise GuardLoopError(
+        "no git checkout to name images after", "start in the repository, or set the images' tag in the platform"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{checkout_tag()}\n")
+    except GuardLoopError as error:
+        sys.exit(f"error: {error}")

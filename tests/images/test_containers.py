@@ -1,0 +1,154 @@
+"""The real images: the pipeline in containers decides as it does in processes. `make test-images` builds and runs."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from workshop import Workshop
+
+from guardloop.guard.engine import Guard
+from guardloop.guard.settings import GuardSettings
+from guardloop.records import read_table
+from launch.images import MODEL_STAGES, STAGES, image_of
+
+TAG = os.environ.get("GUARDLOOP_TEST_IMAGES", "")
+pytestmark = [pytest.mark.images, pytest.mark.skipif(not TAG, reason="`make test-images` builds the images first")]
+DOCKER = {"runner": "docker", "docker": {"tag": TAG}}
+SECRETS = ("/etc/uv/uv.toml", "/etc/pip.conf", "/tmp/.cache", "/wheels", "/locks", "/dist")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
+    """One configuration, run by processes and by containers."""
+    runs = {}
+    for name, runner in {"processes": {}, "containers": DOCKER}.items():
+        workshop = Workshop(tmp_path_factory.mktemp(name))
+        threshold = middle_margin(workshop)
+        ended = workshop.guardloop(runner=runner, guard={"threshold": threshold})
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        runs[name] = workshop
+    return runs
+
+
+def middle_margin(workshop: Workshop) -> float:
+    """A threshold that lets half of the prompts through."""
+    guard = Guard.load(GuardSettings(**workshop.settings["guard"]))
+    sample = Path("guardloop/data/sample/test.jsonl").read_text("utf-8").splitlines()[:60]
+    margins = sorted(verdict.margin for verdict in guard.score([json.loads(line) for line in sample]))
+    return margins[len(margins) // 2]
+
+
+def test_the_decision_and_every_figure_are_the_same(both: dict[str, Workshop]) -> None:
+    processes, containers = (both[name].summary() for name in ("processes", "containers"))
+
+    assert containers["decision"] == processes["decision"] == "not promoted"
+    assert containers["headline"] == processes["headline"]
+    assert containers["harvest"] == processes["harvest"]
+    assert [s["stage"] for s in containers["stages"]] == [s["stage"] for s in processes["stages"]]
+    assert flat(containers["evaluation"]) == pytest.approx(flat(processes["evaluation"]), abs=1e-5)
+
+
+def test_every_score_is_the_same_to_the_fifth_place(both: dict[str, Workshop]) -> None:
+    processes, containers = (margins(both[name]) for name in ("processes", "containers"))
+
+    assert len(processes) > 150
+    assert containers == pytest.approx(processes, abs=1e-5)
+    verdicts = [{key: value > 0 for key, value in scores.items()} for scores in (processes, containers)]
+    assert verdicts[0] == verdicts[1]
+
+
+def test_the_training_set_is_the_same(both: dict[str, Workshop]) -> None:
+    sets = [list(read_table(artifact(both[name], "training_set") / "examples.parquet")) for name in both]
+
+    assert sets[0] == sets[1]
+    assert len(sets[0]) > 10
+
+
+def test_the_run_is_recorded_by_the_container(both: dict[str, Workshop]) -> None:
+    assert (both["containers"].folder / "home" / "mlflow.db").is_file()
+
+
+def test_a_stage_that_fails_in_its_container_says_why(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+
+    ended = workshop.guardloop(runner=DOCKER, dataset={"traffic": {"path": "traffic"}, "test": {"path": "traffic"}})
+
+    assert ended.returncode == 2
+    assert "overlaps with the training data" in ended.stderr
+
+
+def test_a_container_that_dies_before_its_stage_starts_fails_the_run(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path)
+
+    ended = workshop.guardloop(runner={"runner": "docker", "docker": {"tag": TAG, "user": "10001:10001"}})
+
+    assert ended.returncode == 2  # that user may not write the run's folder
+    assert "PermissionError" in ended.stderr + (workshop.latest / "run.log").read_text()
+    assert not running()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_is_named_for_its_commit_and_runs_as_nobody(stage: str) -> None:
+    config = json.loads(docker("image", "inspect", image(stage)))[0]["Config"]
+
+    assert int(config["User"].split(":")[0]) > 0
+    assert not config["Entrypoint"]
+    labels = {key.rpartition(".")[2]: value for key, value in config["Labels"].items()}
+    assert labels["title"] == f"guardloop/{stage}"
+    assert labels["revision"] in TAG
+    assert labels["version"]
+    assert "OMP_WAIT_POLICY=PASSIVE" in config["Env"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_image_holds_its_stage_and_nothing_to_install_with(stage: str) -> None:
+    probe = (
+        "import importlib.util, pathlib, sys\n"
+        "import guardloop.stages, kfp.dsl.executor_main\n"
+        f"left = [p for p in {SECRETS} if pathlib.Path(p).is_dir() and any(pathlib.Path(p).iterdir())\n"
+        "        or pathlib.Path(p).is_file()]\n"
+        "found = {name: importlib.util.find_spec(name) is not None for name in ('pip', 'torch')}\n"
+        "print(left, found, pathlib.Path('/opt/guardloop/bin/uv').exists())"
+    )
+
+    started = ("--rm", "--network", "none", "--user", "12345:0", "--env", "_KFP_RUNTIME=true")  # as KFP starts it
+    told = docker("run", *started, image(stage), "python", "-c", probe)
+
+    assert told.strip() == f"[] {{'pip': False, 'torch': {stage in MODEL_STAGES}}} False"
+
+
+def image(stage: str) -> str:
+    return image_of(stage, "guardloop", TAG)
+
+
+def docker(*arguments: str) -> str:
+    client = os.environ.get("DOCKER", "docker")
+    return subprocess.run([client, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def running() -> str:
+    return docker("ps", "--quiet", "--filter", "label=io.guardloop.run")
+
+
+def artifact(workshop: Workshop, name: str) -> Path:
+    return next((workshop.latest / "artifacts").rglob(name))
+
+
+def margins(workshop: Workshop) -> dict[str, float]:
+    """Every margin of a run, by stage, row and sample."""
+    found = {}
+    for path in sorted((workshop.latest / "artifacts").rglob("verdicts")):
+        for row in read_table(path):
+            found[f"{path.parent.name} {row['id']} {row.get('sample')}"] = row["margin"]
+    return found
+
+
+def flat(value: object, name: str = "") -> dict[str, float]:
+    """The numbers in nested values, by their place."""
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flat(part, f"{name}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, part in enumerate(value) for k, v in flat(part, f"{name}.{i}").items()}
+    return {name: float(value)} if isinstance(value, int | float) else {}
