@@ -157,7 +157,7 @@ class ClusterSettings(Section):
     pull_secrets: list[KubernetesName] = []
     """Secrets of type kubernetes.io/dockerconfigjson for the registry."""
     service_account: KubernetesName = "guardloop-runner"
-    """Runs are submitted with this account of the runs' namespace."""
+    """The stages' account, in the runs' namespace."""
     run_as_user: int | None = Field(default=None, ge=1)
     """User id of the stages; by default that of the image, which must be a number other than 0."""
     environment: dict[Variable, str] = {}

@@ -14,8 +14,6 @@ class KubeflowSettings(Section):
     """Namespace of the runs, of their secrets and volumes."""
     experiment: str = "guardloop"
     """Experiment that the runs are put into; made where there is none."""
-    service_account: str | None = None
-    """Kubernetes service account of the stages; by default the one that Kubeflow Pipelines chooses."""
     pipeline_root: str | None = None
     """Where artifacts go, such as s3://bucket/runs; by default the cluster's own (ConfigMap kfp-launcher)."""
     token_file: str | None = None

@@ -4,6 +4,7 @@ Each check ends as ok, failed, or not checked: what cannot be seen from this mac
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,10 +156,20 @@ def _images(package: Package) -> list[Check]:
     checks = [Check("images", "ok", f"{len(present)} in the registry")] if present else []
     if missing:
         remedy = "`make images`, then `make push REGISTRY=...`, from the commit that is submitted"
-        checks.append(Check("images", "failed", f"not in the registry: {', '.join(missing)}", remedy))
+        checks.append(Check("images", "failed", f"not in the registry: {_in_short(missing)}", remedy))
     for (why, remedy), images in unknown.items():
-        checks.append(Check("images", "not checked", f"{why}: {', '.join(images)}", remedy))
+        checks.append(Check("images", "not checked", f"{why}: {_in_short(images)}", remedy))
     return checks
+
+
+def _in_short(images: list[str]) -> str:
+    """registry/{one,another}:tag where registry and tag are the same for all."""
+    parts = [re.fullmatch(r"(.*/)([^/:@]+)(.*)", image) for image in images]
+    alike = {(part[1], part[3]) for part in parts if part}
+    if len(images) < 2 or not all(parts) or len(alike) > 1:
+        return ", ".join(images)
+    ((registry, tag),) = alike
+    return f"{registry}{{{','.join(part[2] for part in parts if part)}}}{tag}"
 
 
 def _objects(cluster: Cluster, package: Package) -> list[Check]:

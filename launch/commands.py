@@ -258,6 +258,9 @@ def _each(name: str, done: str, action: Any, platform: str | None, host: str | N
 def _order(config: Path, pipeline: str, platform: str, where: PlatformSettings, artifacts: list[str] | None) -> Any:
     from launch.submit import prepare
 
+    if not where.cluster:
+        clusters = "minikube, gpu-cluster, or a file of yours"
+        raise GuardLoopError(f"{platform} is no cluster: it runs on this machine", f"--platform {clusters}")
     given = {}
     for artifact in artifacts or []:
         name, equals, uri = artifact.partition("=")
@@ -277,7 +280,7 @@ def _cluster(platform: PlatformSettings, host: str | None, namespace: str | None
 
     warnings = Console(stderr=True, highlight=False)
     return Cluster(
-        find_target(platform.kubeflow, host, namespace, experiment),
+        find_target(platform, host, namespace, experiment),
         say=lambda words: warnings.print(f"[yellow]{escape(words)}[/]", soft_wrap=True),
     )
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from guardloop.config import PlatformSettings
 from guardloop.errors import GuardLoopError
-from guardloop.kubeflow import KubeflowSettings
 from guardloop.storage import without_secrets
 
 HOST, NAMESPACE, EXPERIMENT = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_NAMESPACE", "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
@@ -59,12 +59,13 @@ class Target:
 
 
 def find_target(
-    settings: KubeflowSettings, host: str | None = None, namespace: str | None = None, experiment: str | None = None
+    platform: PlatformSettings, host: str | None = None, namespace: str | None = None, experiment: str | None = None
 ) -> Target:
-    """The target that the options (of which None is not given), the environment and `settings` name.
+    """The target that the options (of which None is not given), the environment and the platform name.
 
     Raises GuardLoopError if there is no host, or if it or a credential cannot be used.
     """
+    settings = platform.kubeflow
     found = _get(host, HOST, settings.host)
     if not found:
         raise GuardLoopError(
@@ -84,7 +85,7 @@ def find_target(
         ui_host=_address(_get(None, UI_HOST, settings.ui_host) or address, "ui_host"),
         namespace=_get(namespace, NAMESPACE, settings.namespace) or _mounted_namespace(),
         experiment=_get(experiment, EXPERIMENT, settings.experiment) or "guardloop",
-        service_account=settings.service_account,
+        service_account=platform.cluster.service_account if platform.cluster else None,
         pipeline_root=settings.pipeline_root,
         ca_file=ca_file,
         token_file=Path(token_file).expanduser() if token_file else None,

@@ -3,7 +3,7 @@
 #
 #   scripts/images.sh build [IMAGE...]    all, or those named (with what they stand on)
 #   scripts/images.sh push [IMAGE...]     to REGISTRY=registry.example.com/team/guardloop
-#   scripts/images.sh load [IMAGE...]     into minikube (MINIKUBE_PROFILE=minikube)
+#   scripts/images.sh load [IMAGE...]     into minikube (MINIKUBE_PROFILE=guardloop)
 #   scripts/images.sh list                the images' names
 #
 #   FLAVOUR=cpu|gpu|all     which of them (build, push: all; load: cpu); gpu images have `-gpu` behind their tag
@@ -156,7 +156,7 @@ push_one() {
 
 load_one() {
   [[ $2 != base-* ]] || return 0
-  minikube --profile "${MINIKUBE_PROFILE:-minikube}" image load "$(reference "$1" "$2")"
+  minikube --profile "${MINIKUBE_PROFILE:-guardloop}" image load "$(reference "$1" "$2")"
   echo "  $(reference "$1" "$2")"
 }
 

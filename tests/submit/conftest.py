@@ -9,6 +9,7 @@ import pytest
 from kubeflow_server import KubeflowServer
 
 from guardloop import cli
+from guardloop.config import load_platform
 from launch import cluster, follow, submit, target
 from launch.compile import compile_all
 
@@ -38,7 +39,7 @@ class Ended:
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled pipelines: made once, for compiling takes longer than a test."""
     folder = tmp_path_factory.mktemp("packages")
-    compile_all(folder)
+    compile_all(folder, load_platform("minikube"))
     return folder
 
 
@@ -102,4 +103,4 @@ def guardloop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.fixture
 def submits(guardloop: Callable[..., Ended], server: KubeflowServer) -> Callable[..., Ended]:
     """Submit the demo to the server."""
-    return lambda *more: guardloop("submit", "--platform", "local", "--host", server.url, *more)
+    return lambda *more: guardloop("submit", "--platform", "minikube", "--host", server.url, *more)

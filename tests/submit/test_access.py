@@ -8,6 +8,7 @@ from conftest import Ended
 from kubeflow_server import KubeflowServer
 from small_servers import authority_and_certificate
 
+from guardloop.config import PlatformSettings
 from guardloop.errors import GuardLoopError
 from guardloop.kubeflow import KubeflowSettings
 from launch import target
@@ -39,7 +40,7 @@ def test_the_token_that_kubernetes_mounts_is_found_and_read_again_when_renewed(
     monkeypatch.setattr(target, "MOUNTED_TOKEN", tmp_path / "token")
     (tmp_path / "token").write_text("first")
     with KubeflowServer(token="first") as server:
-        cluster = Cluster(find_target(KubeflowSettings(host=server.url)))
+        cluster = Cluster(find_target(PlatformSettings(kubeflow=KubeflowSettings(host=server.url))))
         cluster.check_access()
         server.token = "second"
         (tmp_path / "token").write_text("second")
@@ -106,7 +107,7 @@ def test_a_file_that_holds_no_certificates(
 
 
 @pytest.mark.parametrize(
-    "command", [["submit", "--platform", "local"], ["runs"], ["schedule", "list"], ["cancel", "x"]]
+    "command", [["submit", "--platform", "minikube"], ["runs"], ["schedule", "list"], ["cancel", "x"]]
 )
 def test_without_a_host(guardloop: Call, command: list[str]) -> None:
     ended = guardloop(*command)
@@ -145,13 +146,13 @@ def test_the_address_of_a_page_will_do(guardloop: Call, server: KubeflowServer) 
     ],
 )
 def test_credentials_travel_encrypted(monkeypatch: pytest.MonkeyPatch, host: str, fine: bool) -> None:
-    assert find_target(KubeflowSettings(host=host)).host == host
+    assert find_target(PlatformSettings(kubeflow=KubeflowSettings(host=host))).host == host
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "secret")
     if fine:
-        assert "secret" not in repr(find_target(KubeflowSettings(host=host)))
+        assert "secret" not in repr(find_target(PlatformSettings(kubeflow=KubeflowSettings(host=host))))
     else:
         with pytest.raises(GuardLoopError, match="unencrypted"):
-            find_target(KubeflowSettings(host=host))
+            find_target(PlatformSettings(kubeflow=KubeflowSettings(host=host)))
 
 
 @pytest.mark.parametrize("token", ["  ", "one\ntwo", "smörgås"])
@@ -159,14 +160,14 @@ def test_a_token_that_no_header_can_hold(monkeypatch: pytest.MonkeyPatch, token:
     monkeypatch.setenv("KF_PIPELINES_TOKEN", token)
 
     with pytest.raises(GuardLoopError, match="KF_PIPELINES_TOKEN is empty or not") as caught:
-        find_target(KubeflowSettings(host="https://host"))
+        find_target(PlatformSettings(kubeflow=KubeflowSettings(host="https://host")))
     assert token.strip() == "" or token not in str(caught.value)
 
 
 def test_the_namespace_of_a_pod_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "MOUNTED_NAMESPACE", tmp_path / "namespace")
     (tmp_path / "namespace").write_text("ada")
-    settings = KubeflowSettings(host="https://host")
+    settings = PlatformSettings(kubeflow=KubeflowSettings(host="https://host"))
 
     assert find_target(settings).namespace == "ada"
     assert find_target(settings, namespace="bob").namespace == "bob"

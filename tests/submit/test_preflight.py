@@ -13,7 +13,8 @@ from kubeflow_server import KubeflowServer
 from services import S3Server
 from small_servers import Hub, ImageRegistry, Kubernetes, SmallServer
 
-from guardloop.config import Settings
+from guardloop.cluster import ClusterSettings
+from guardloop.config import PlatformSettings, Settings
 from guardloop.kubeflow import KubeflowSettings
 from guardloop.storage import put
 from launch import cluster_preflight
@@ -38,8 +39,12 @@ def package(image: str = "r.example/guardloop/screen:abc", pods: dict[str, Any] 
 def look(server: KubeflowServer) -> Look:
     """Check a package and settings; the findings by name."""
 
-    def look(of: Package | None = None, settings: dict[str, Any] | None = None, **kubeflow: str) -> dict[str, Check]:
-        cluster = Cluster(find_target(KubeflowSettings(host=server.url, **kubeflow)))
+    def look(
+        of: Package | None = None, settings: dict[str, Any] | None = None, account: str = "", **kubeflow: str
+    ) -> dict[str, Check]:
+        places = {"kubeflow": KubeflowSettings(host=server.url, **kubeflow)}
+        pods = {"runner": "kubeflow", "cluster": ClusterSettings(service_account=account)} if account else {}
+        cluster = Cluster(find_target(PlatformSettings(**places, **pods)))
         of = of or package("screen:abc")
         return {check.name: check for check in check_all(cluster, of, Settings.model_validate(settings or {}))}
 
@@ -53,7 +58,7 @@ def test_a_failed_check_keeps_the_run_back_unless_forced(
     server: KubeflowServer, guardloop: Callable[..., Ended], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"registry": {"tracking_uri": "sqlite:///mine.db"}}))
-    call = ("submit", "--platform", "local", "--host", server.url, "--config", str(tmp_path / "mine.yaml"))
+    call = ("submit", "--platform", "minikube", "--host", server.url, "--config", str(tmp_path / "mine.yaml"))
 
     kept = guardloop(*call)
     forced = guardloop(*call, "--force")
@@ -65,7 +70,7 @@ def test_a_failed_check_keeps_the_run_back_unless_forced(
 
 def test_force_does_not_help_without_access(guardloop: Callable[..., Ended]) -> None:
     with KubeflowServer(token="t") as server:
-        ended = guardloop("submit", "--platform", "local", "--host", server.url, "--force")
+        ended = guardloop("submit", "--platform", "minikube", "--host", server.url, "--force")
 
     assert ended.code == 2 and "--force" not in ended.err and "nothing was submitted: access" in ended.err
 
@@ -159,7 +164,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kube
 
 
 def test_secrets_and_volumes_that_are_there(look: Look, kubernetes: Kubernetes) -> None:
-    found = look(package(pods=PODS), namespace="guardloop", service_account="runner")["secrets, volumes"]
+    found = look(package(pods=PODS), namespace="guardloop", account="runner")["secrets, volumes"]
 
     assert found.verdict == "ok" and "kubectl's context test" in found.found
     assert all(name in found.found for name in ("s3", "pull", "settings", "models", "runner"))
@@ -185,7 +190,7 @@ def test_what_is_missing_is_named(
     if content is not None:
         kubernetes.add(kind, name, **content)
 
-    found = look(package(pods=PODS), namespace="guardloop", service_account="runner")
+    found = look(package(pods=PODS), namespace="guardloop", account="runner")
     (failed,) = [check for check in found.values() if check.verdict == "failed"]
 
     assert words in failed.found and "QQ==" not in str(found)

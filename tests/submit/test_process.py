@@ -17,7 +17,7 @@ def test_submit_as_a_process(server: KubeflowServer) -> None:
     server.fail("POST", "/runs", 503, after=True)
 
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "submit", "--platform", "local", "--host", server.url],
+        [sys.executable, "-c", PROGRAM, "submit", "--platform", "minikube", "--host", server.url],
         capture_output=True,
         text=True,
         cwd=ROOT,

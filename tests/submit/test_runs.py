@@ -97,7 +97,7 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
 
 
 def test_logs_of_the_pods(at: Call, submits: Call, server: KubeflowServer, kubernetes: Kubernetes) -> None:
-    submits("--no-wait")
+    submits("--no-wait", "--force")
     run_id = newest(server)
     graph = "guardloop-x7k2p.root.guardloop-process"
     kubernetes.add_pod("p-1", run_id, f"{graph}.prepare-data-driver", "driver words")
@@ -132,7 +132,7 @@ def test_logs_without_kubernetes_come_from_kubeflow(at: Call, submits: Call, ser
 def test_logs_that_cannot_be_had_say_why_and_what_to_do(
     at: Call, submits: Call, server: KubeflowServer, kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submits("--no-wait")
+    submits("--no-wait", "--force")
     run_id = newest(server)
 
     gone = at("logs", run_id)
@@ -152,7 +152,7 @@ def test_logs_that_cannot_be_had_say_why_and_what_to_do(
 
 @pytest.fixture
 def schedules(at: Call) -> Call:
-    return lambda *more: at("schedule", "create", "--platform", "local", *more)
+    return lambda *more: at("schedule", "create", "--platform", "minikube", *more)
 
 
 def test_a_schedule(schedules: Call, at: Call, server: KubeflowServer) -> None:

@@ -28,7 +28,7 @@ def test_a_run_gets_the_settings_and_ends_well(server: KubeflowServer, submits: 
     assert ended.code == 0, ended.all
     run, version = only(server.runs), only(server.versions)
     sections = load_settings("configs/demo.yaml").sections()
-    assert run["runtime_config"]["parameters"] == {**sections, "shards": 1}
+    assert run["runtime_config"]["parameters"] == {**sections, "shards": 2}
     assert run["pipeline_version_reference"]["pipeline_version_id"] == version["pipeline_version_id"]
     assert only(server.experiments)["display_name"] == "guards"
     assert only(server.pipelines)["name"] == "guardloop"
@@ -44,7 +44,7 @@ def test_the_version_is_named_by_the_commit_and_used_again(server: KubeflowServe
 
     names = [version["name"] for version in server.versions.values()]
     assert len(server.runs) == 3 and len(server.pipelines) == len(names) == 2
-    assert all(name.startswith(f"{commit[:12]}-local-demo") for name in names)
+    assert all(name.startswith(f"{commit[:12]}-minikube-demo") for name in names)
 
 
 def test_a_version_of_the_same_name_and_other_content_is_left_alone(server: KubeflowServer, submits: Call) -> None:
@@ -128,8 +128,9 @@ def test_without_waiting(server: KubeflowServer, submits: Call) -> None:
 
 def test_what_the_platform_says(server: KubeflowServer, guardloop: Call, tmp_path: Path) -> None:
     kubeflow = {"host": server.url, "ui_host": "https://ui.example.org/", "experiment": "nightly"}
-    more = {"service_account": "runner", "pipeline_root": "file:///tmp/runs"}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"shards": 3, "kubeflow": kubeflow | more}))
+    more = {"runner": "kubeflow", "shards": 3, "cluster": {"service_account": "runner"}}
+    kubeflow["pipeline_root"] = "file:///tmp/runs"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"kubeflow": kubeflow, **more}))
 
     ended = guardloop("submit", "--platform", str(tmp_path / "mine.yaml"))
 
@@ -146,18 +147,22 @@ def test_options_come_before_the_environment_and_that_before_the_platform(
     server: KubeflowServer, guardloop: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = "http://localhost:9"
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"kubeflow": {"host": dead}}))
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"runner": "kubeflow", "kubeflow": {"host": dead}, "cluster": {}})
+    )
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
     assert guardloop("submit", "--platform", str(tmp_path / "mine.yaml")).code == 0
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", dead)
     assert guardloop("submit", "--platform", str(tmp_path / "mine.yaml"), "--host", server.url).code == 0
 
 
-def test_a_namespace_is_sent_where_users_are_kept_apart(guardloop: Call) -> None:
+def test_a_namespace_is_sent_where_users_are_kept_apart(guardloop: Call, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
     with KubeflowServer(multi_user=True) as server:
-        without = guardloop("submit", "--platform", "local", "--host", server.url)
-        refused = guardloop("submit", "--platform", "local", "--host", server.url, "--namespace", "forbidden")
-        allowed = guardloop("submit", "--platform", "local", "--host", server.url, "--namespace", "ada")
+        mine.write_text(yaml.safe_dump({"runner": "kubeflow", "kubeflow": {"host": server.url}, "cluster": {}}))
+        without = guardloop("submit", "--platform", str(mine))
+        refused = guardloop("submit", "--platform", str(mine), "--namespace", "forbidden")
+        allowed = guardloop("submit", "--platform", str(mine), "--namespace", "ada")
 
         assert without.code == refused.code == 2 and allowed.code == 0, allowed.all
         assert "give --namespace" in without.out
@@ -228,14 +233,14 @@ def test_odd_answers_never_end_in_a_traceback(server: KubeflowServer, submits: C
 
 @pytest.mark.usefixtures("impatient")
 def test_nobody_answers(guardloop: Call) -> None:
-    ended = guardloop("submit", "--platform", "local", "--host", "http://localhost:9")
+    ended = guardloop("submit", "--platform", "minikube", "--host", "http://localhost:9")
 
     assert ended.code == 2 and "cannot be reached" in ended.words and "port-forward" in ended.words
     assert "nothing was submitted" in ended.err
 
 
 def test_another_server_answers(guardloop: Call, server: KubeflowServer) -> None:
-    ended = guardloop("submit", "--platform", "local", "--host", f"{server.url}/login")
+    ended = guardloop("submit", "--platform", "minikube", "--host", f"{server.url}/login")
 
     assert ended.code == 2 and "/pipeline" in ended.out
 
@@ -361,7 +366,7 @@ def test_no_secret_is_printed(guardloop: Call, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "very-secret-token")
     monkeypatch.setenv("KF_PIPELINES_COOKIE", "session=very-secret-cookie")
     with KubeflowServer(token="another") as server:
-        ended = guardloop("submit", "--platform", "local", "--host", server.url)
+        ended = guardloop("submit", "--platform", "minikube", "--host", server.url)
 
     assert ended.code == 2 and "very-secret" not in ended.all and "does not know who asks" in ended.words
 
@@ -371,3 +376,9 @@ def test_the_run_as_json(server: KubeflowServer, submits: Call, guardloop: Call)
     rows = json.loads(guardloop("runs", "--host", server.url, "--json").out)
 
     assert [row["state"] for row in rows] == ["SUCCEEDED"] and rows[0]["id"] == only(server.runs)["run_id"]
+
+
+def test_this_machine_is_no_cluster(guardloop: Call) -> None:
+    ended = guardloop("submit", "--platform", "local", "--host", "http://localhost:9")
+
+    assert ended.code == 2 and "local is no cluster" in ended.words and "minikube, gpu-cluster" in ended.words
