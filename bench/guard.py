@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -28,17 +28,24 @@ from guardloop.guard.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
 MANY, CPU_PROMPTS = 4096, 128
+BOTH_SIZES = 180  # prompts that fill a pack of each size, so that nothing is compiled while the clock runs
 console = Console(highlight=False)
-Rows = list[tuple[str, float | None, str]]
+Row = tuple[str, float | None, str]
+Rows = list[Row]
 
 
 def main(
     only_vllm: Annotated[bool, typer.Option(hidden=True)] = False,
+    only_packs: Annotated[bool, typer.Option(help="This engine's packs alone, and nothing written.")] = False,
     save: Annotated[bool, typer.Option(help="Write docs/benchmarks.md.")] = True,
 ) -> None:
     """Print prompts per second for each way of scoring them."""
     if only_vllm:
         print(json.dumps(vllm_rate()))  # noqa: T201
+        return
+    if only_packs:
+        before, many = prompts(MANY)
+        list(map(told, packed_ways(llama_7b(), before, many)))
         return
     rows, notes = on_gpu() if torch.cuda.is_available() else on_cpu()
     table = Table("way", "prompts/s", "", box=None)
@@ -62,14 +69,9 @@ def on_gpu() -> tuple[Rows, list[str]]:
     ]
     batched = Scorer(model, [before], LABELS, packed=False, batch_tokens=8192)
     rows.append(("this engine, batches behind the cached template", rate(batched.score, many[:1024], warm=64), ""))
-    rows.append(engine("this engine, packs, bf16", model, before, many))
+    rows += packed_ways(model, before, many)
     plain = torch.cat([whole(model, [p], 1) for p in sample])
     packs = margins(Scorer(model, [before], LABELS, pack_tokens=8192), sample)
-    adapted = get_peft_model(llama_7b(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
-    rows.append(engine("this engine, packs, bf16, LoRA adapter attached", adapted, before, many[: MANY // 2]))
-    del adapted
-    rows.append(engine("this engine, packs, nf4", in_nf4(llama_7b()), before, many[: MANY // 2]))
-    rows.append(engine("this engine, packs, fp8", to_float8(llama_7b()), before, many))
     exact, exact_packs = full_precision(model, before, sample[:24])
     notes = [
         f"float32 (24 prompts): packs differ from whole prompts by {difference(exact_packs, exact):.1e} at most.",
@@ -112,14 +114,30 @@ def on_cpu() -> tuple[Rows, list[str]]:
     return rows, notes
 
 
-def engine(way: str, model: Any, before: list[int], many: list[list[int]]) -> tuple[str, float, str]:
+def packed_ways(model: Any, before: list[int], many: list[list[int]]) -> Iterator[Row]:
+    """This engine's packs: of the bf16 `model`, and of others with one thing changed."""
+    yield engine("this engine, packs, bf16", model, before, many)
+    yield engine("this engine, packs, fp8", to_float8(llama_7b()), before, many)
+    adapted = get_peft_model(llama_7b(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
+    yield engine("this engine, packs, bf16, LoRA adapter attached", adapted, before, many[: MANY // 2])
+    del adapted
+    yield engine("this engine, packs, nf4", in_nf4(llama_7b()), before, many[: MANY // 2])
+
+
+def engine(way: str, model: Any, before: list[int], many: list[list[int]]) -> Row:
     """This engine's rate, after a start of which the time is told."""
     torch.cuda.reset_peak_memory_stats()
     scorer = Scorer(model, [before], LABELS)
-    cold = seconds(lambda: scorer.score(many[:700]))
+    cold = seconds(lambda: scorer.score(many[:BOTH_SIZES]))
     found = rate(scorer.score, many)
     memory = torch.cuda.max_memory_allocated() / 2**30
     return way, found, f"first packs after {cold:.0f} s; at most {memory:.0f} GiB"
+
+
+def told(row: Row) -> Row:
+    """The row, printed at once."""
+    console.print(row[0], "skipped" if row[1] is None else f"{row[1]:,.1f}", row[2], soft_wrap=True)
+    return row
 
 
 def rate(work: Callable[[Any], Any], work_on: Sequence[Any], warm: int = 0) -> float:
@@ -174,7 +192,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def vllm_row() -> tuple[str, float | None, str]:
+def vllm_row() -> Row:
     """vLLM's rate, measured in a process of its own."""
     way = "vLLM, prefix caching, 1 token"
     if not find_spec("vllm"):
