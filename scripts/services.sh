@@ -105,7 +105,7 @@ refuse_taken_port() { # PORT VARIABLE
   fi
 }
 
-# shellcheck disable=SC2317  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 stop() {
   local job
   for job in "${jobs[@]}"; do

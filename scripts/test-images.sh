@@ -65,7 +65,7 @@ choose_bases() {
   export PYTHON_IMAGE=$debian UV_IMAGE=$uv
 }
 
-# shellcheck disable=SC2317  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 finish() {
   local status=$?
   if [[ -z ${KEEP:-} ]]; then

@@ -104,7 +104,7 @@ def test_a_missing_configuration_or_platform(guardloop):
 
 
 def test_a_cluster_is_compiled_for_and_not_run_on(guardloop, tmp_path):
-    refused(guardloop("run", "--platform", "minikube"), "is a cluster", "guardloop compile --platform minikube")
+    refused(guardloop("run", "--platform", "minikube"), "is a cluster", "guardloop submit --platform minikube")
     assert not (tmp_path / "home").exists()
 
     ended = guardloop("compile", "--platform", "minikube", "--config", "configs/demo.yaml", "--out", str(tmp_path))

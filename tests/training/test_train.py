@@ -205,8 +205,8 @@ def test_responses_are_trained_in_the_agents_role(monkeypatch, base, tmp_path):
 
     def watched(settings):
         renderer = real(settings)
-        render = renderer.render
-        renderer.render = lambda *messages: calls.append(messages) or render(*messages)
+        render_all = renderer.render_all
+        renderer.render_all = lambda conversations: calls.extend(conversations) or render_all(conversations)
         return renderer
 
     monkeypatch.setattr(module, "load_renderer", watched)
