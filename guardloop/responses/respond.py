@@ -68,13 +68,13 @@ def respond(
                 check(asked)
         made, tokens = made + 1, tokens + reply.tokens
         progress(made, tokens)
-        yield _response(row, reply, responder.name)
+        yield _response(row, reply, responder.name, settings.opening or "")
     check(made)
     if errors:
         log.warning("%d of %d responses could not be generated: %s", errors.total(), made, _reasons(errors))
 
 
-def _response(row: Row, reply: Reply, name: str) -> Row:
+def _response(row: Row, reply: Reply, name: str, opening: str) -> Row:
     """The screened row as a response row: the verdict on the prompt becomes `prompt_margin`."""
     return {
         **{column: row.get(column) for column in CONVERSATION.names},
@@ -85,7 +85,7 @@ def _response(row: Row, reply: Reply, name: str) -> Row:
         "responder": name,
         "finish_reason": reply.finish_reason,
         "tokens": reply.tokens,
-        "refusal": is_refusal(reply.text),
+        "refusal": is_refusal(reply.text.removeprefix(opening)),
     }
 
 

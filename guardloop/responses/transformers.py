@@ -86,7 +86,7 @@ class TransformersResponder:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_rows = settings.batch_rows or BATCH_ROWS
-        self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens)
+        self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens, settings.opening)
         self.ends = _end_tokens(model, tokenizer)
         _check_supported(model, settings)
 
@@ -226,7 +226,7 @@ class TransformersResponder:
         text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
         if self.chat.stop:
             text = text.split(self.chat.stop)[0]
-        return Reply(row.request.id, row.request.sample, text.strip(), reason, len(row.tokens))
+        return Reply(row.request.id, row.request.sample, (self.chat.opening + text).strip(), reason, len(row.tokens))
 
 
 def _groups(rows: list[Row], admitted: list[Group]) -> list[Group]:

@@ -107,8 +107,7 @@ def test_an_image_holds_its_stage_and_nothing_to_install_with(stage: str) -> Non
     probe = (
         "import importlib.util, pathlib, sys\n"
         "import guardloop.stages, kfp.dsl.executor_main\n"
-        f"left = [p for p in {SECRETS} if pathlib.Path(p).is_dir() and any(pathlib.Path(p).iterdir())\n"
-        "        or pathlib.Path(p).is_file()]\n"
+        f"left = [p for p in map(pathlib.Path, {SECRETS}) if p.is_file() or any(f.is_file() for f in p.rglob('*'))]\n"
         "found = {name: importlib.util.find_spec(name) is not None for name in ('pip', 'torch')}\n"
         "print(left, found, pathlib.Path('/opt/guardloop/bin/uv').exists())"
     )
