@@ -16,6 +16,7 @@ from guardloop import __version__
 from guardloop.config import Settings, describe_fields, load_platform, load_settings
 from guardloop.errors import GuardLoopError
 from guardloop.settings import read_section
+from launch.before import app as before_app
 from launch.commands import app as cluster_app
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the settings.")
 app.add_typer(config_app, name="config")
+app.add_typer(before_app)
 app.add_typer(cluster_app)
 console = Console(highlight=False)
 

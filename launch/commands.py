@@ -286,18 +286,19 @@ def _cluster(platform: PlatformSettings, host: str | None, namespace: str | None
 
 
 def _preflight(cluster: Any, order: Any, config: Path, force: bool) -> None:
-    from launch.cluster_preflight import check_all, table
+    from launch.checks import failures, table
+    from launch.cluster_preflight import check_all
 
     checks = check_all(cluster, order.package, load_settings(config))
     console.print(table(checks))
     console.print()
-    if failed := [check.name for check in checks if check.verdict == "failed"]:
+    if failed := failures(checks):
         needless = not set(failed) & {"Kubeflow Pipelines", "access"}
         if force and needless:
             console.print(f"[yellow]going on, although these failed: {escape(', '.join(failed))}[/]", soft_wrap=True)
             return
         raise GuardLoopError(
-            f"nothing was submitted: {', '.join(dict.fromkeys(failed))}",
+            f"nothing was submitted: {', '.join(failed)}",
             "mend what the table names" + ("; --force submits nevertheless" if needless else ""),
         )
 
