@@ -1,6 +1,7 @@
 """The commands for before a run: doctor and plan."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,3 +34,31 @@ def doctor(config: ConfigOption = DEMO, platform: KnownPlatform = None, as_json:
         console.print(f"{config.name}: {words}", soft_wrap=True)
     if wrong:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="Configuration file.")] = DEMO,
+    compare: Annotated[str | None, typer.Option(help="Also show what this run (an id, or `latest`) took.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate tokens, time and storage of a run, stage by stage, before it is started."""
+    from launch.plan import compare as side_by_side
+    from launch.plan import compare_table, make_plan, plan_table
+    from launch.rates import find_alike, read_past
+
+    settings = load_settings(config)
+    past = read_past(compare) if compare else None
+    planned = make_plan(settings, find_alike(settings, but=past.run if past else ""))
+    rows = side_by_side(planned, past) if past else []
+    if as_json:
+        compared = {"compared": {"run": past.run, "stages": rows}} if past else {}
+        typer.echo(json.dumps(planned.plain() | compared, indent=2))
+        return
+    console.print(plan_table(planned))
+    console.print(f"\nrates: {planned.source}. ~ is rough, ? is not known:", markup=False)
+    for reason in planned.reasons():
+        console.print(f"  - {reason}", markup=False)
+    if past:
+        console.print(f"\nbeside the run {past.run}:")
+        console.print(compare_table(rows))

@@ -39,7 +39,7 @@ SETUP = "make setup"
 def examine(settings: Settings, where: PlatformSettings, home: Path) -> list[Check]:
     """Look at everything that a run on this machine will need. Nothing is raised: every finding is a Check."""
     gpus = _gpus()
-    needs = _needs_gpu(settings)
+    needs = needs_gpu(settings)
     return look(
         [
             lambda: [_machine(), _python(), _packages(settings)],
@@ -159,7 +159,7 @@ def _gpus() -> list[dict[str, str]] | None:
     return [dict(zip(("name", "driver", "memory"), row, strict=False)) for row in rows]
 
 
-def _needs_gpu(settings: Settings) -> list[str]:
+def needs_gpu(settings: Settings) -> list[str]:
     """The settings that cannot be met without a GPU."""
     needs = ["guard.device: cuda"] * (settings.guard.device == "cuda")
     needs += ["guard.quantization: fp8"] * (settings.guard.quantization == "fp8")
