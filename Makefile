@@ -112,11 +112,11 @@ fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix .
 
 docs: docs-generate build/docs-env/complete ## Build the site of the documentation into build/site
-	@build/docs-env/bin/mkdocs build --strict --quiet --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet --site-dir build/site
 	@echo "build/site/index.html"
 
 docs-generate: ready ## Write the references of settings and files, and the pipeline's picture, from the code
-	@$(BIN)/python -W ignore -m scripts.generate_docs
+	@$(BIN)/python -W ignore -m scripts.docs
 
 # An environment of its own: the site's builder and the library need not agree on versions.
 build/docs-env/complete: requirements/docs.txt
