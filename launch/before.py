@@ -1,14 +1,14 @@
 """The commands for before a run: doctor and plan."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from guardloop.config import PlatformSettings, load_platform, load_settings
-from launch.commands import DEMO, FAILED, ConfigOption, KnownPlatform
+from launch import choices
+from launch.commands import DEMO, FAILED, ConfigArgument, ConfigOption, KnownPlatform
 
 app = typer.Typer()
 console = Console(highlight=False)
@@ -38,8 +38,11 @@ def doctor(config: ConfigOption = DEMO, platform: KnownPlatform = None, as_json:
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="Configuration file.")] = DEMO,
-    compare: Annotated[str | None, typer.Option(help="Also show what this run (an id, or `latest`) took.")] = None,
+    config: ConfigArgument = DEMO,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Also show what this run (an id, or `latest`) took.", autocompletion=choices.runs),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate tokens, time and storage of a run, stage by stage, before it is started."""
