@@ -90,7 +90,7 @@ bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
 	@$(BIN)/python -W ignore -m bench.guard
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
-	@$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/pytest -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: ready ## Check style, formatting, import rules and unused code
 	@$(BIN)/ruff check .

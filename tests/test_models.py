@@ -48,6 +48,7 @@ def hub() -> Iterator[ThreadingHTTPServer]:
         server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("refusal", "told"),
     [

@@ -14,6 +14,16 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
+LONGEST = 400
+LONG = {  # files that are longer, and why
+    "guardloop/stages.py": "one function for each stage, so that the whole story stands in one place",
+    "guardloop/evaluation/gate.py": "one function for each check of the gate, in the order of the report",
+    "launch/cluster.py": "one class with every call to Kubeflow Pipelines, and what each does when it fails",
+    "tests/guard/test_engine.py": "as the engine",
+    "tests/registry/test_registry.py": "as the registry",
+    "tests/training/test_fit.py": "as the training",
+    "tests/training/test_train.py": "as the training",
+}
 MAKE = re.compile(r"\bmake ([a-z][a-z -]*)")
 
 
@@ -78,3 +88,10 @@ def test_the_development_container_is_json():
 def test_phony_targets_are_those_that_make_no_file():
     phony = set(re.search(r"^\.PHONY: ((?:.*\\\n)*.*)$", MAKEFILE, re.M)[1].replace("\\\n", " ").split())
     assert phony == TARGETS
+
+
+def test_no_file_is_long_without_a_reason():
+    folders = ("guardloop", "components", "launch", "scripts", "bench", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    long = {str(path.relative_to(ROOT)) for path in files if path.read_text().count("\n") > LONGEST}
+    assert long <= set(LONG), f"over {LONGEST} lines: split it, or say in LONG why not: {long - set(LONG)}"

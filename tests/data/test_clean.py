@@ -77,6 +77,7 @@ def cleaned(traffic, test, threshold):
             return None
 
 
+@pytest.mark.slow
 @few
 @given(traffic_rows, test_rows, thresholds)
 def test_what_is_kept_is_distinct_and_apart_from_the_test_set(traffic, test, threshold):

@@ -216,6 +216,7 @@ def test_holm_is_that_of_statsmodels(count):
     assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
+@pytest.mark.slow
 def test_equal_guards_are_hardly_ever_promoted(simulation):
     world = simulation.World(rows=600, agent_rows=300)
     found = [simulation.simulate(world, 300, seed).decision for seed in range(100)]
@@ -224,6 +225,7 @@ def test_equal_guards_are_hardly_ever_promoted(simulation):
     assert sum(outcomes(decision)["auprc_gain"] == "passed" for decision in found) <= 9
 
 
+@pytest.mark.slow
 def test_a_gain_of_five_points_is_mostly_found(simulation):
     found = [simulation.simulate(simulation.World(improved_auprc=0.65), 200, seed).decision for seed in range(15)]
     assert sum(decision.promote for decision in found) >= 9

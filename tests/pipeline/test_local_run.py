@@ -1,11 +1,14 @@
 """The whole pipeline through kfp.local, on tiny random models: what is asserted is the flow, not the quality."""
 
+import json
+
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from workshop import Workshop
 
 from guardloop.records import read_table
+from launch.rates import FOLDERS, find_alike, read_past
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,10 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
 
 
 @pytest.mark.slow
-def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop) -> None:
+def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GUARDLOOP_HOME", str(workshop.folder / "home"))
     loose = {"guard": {"threshold": workshop.middle_margin()}}
     whole = workshop.guardloop(**loose)
 
@@ -52,9 +58,16 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(workshop: Workshop)
     assert _recorded(workshop).data.tags["guardloop.gate_verdict"] != "nothing trained"
     assert [s["stage"] for s in full["stages"]][-1] == "register_model"
 
-    alone = workshop.guardloop("--pipeline", "evaluate", "--from", "latest", **loose)
+    past = read_past(workshop.latest.name)
+    measured = {name: took for name, took in past.stages.items() if name in FOLDERS.values()}
+    assert set(measured) == set(FOLDERS.values()) and all(took.bytes for took in measured.values())
+    assert past.tokens and past.tokens_per_response and 0 < past.passed_share < 1
+    assert find_alike(past.settings).run == past.run
+
+    alone = workshop.guardloop("--pipeline", "evaluate", "--from", "latest", "--json", **loose)
 
     assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert json.loads(alone.stdout) == workshop.summary()
     assert workshop.summary()["evaluation"] == full["evaluation"]  # the same inputs, the same figures
 
 

@@ -336,6 +336,7 @@ frame.onload = () => {
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome binary on the PATH")
 def test_a_browser_fits_a_phone_keeps_texts_blurred_until_clicked_and_knows_the_dark(page: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(page, encoding="utf-8")

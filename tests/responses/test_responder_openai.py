@@ -206,6 +206,7 @@ def test_no_endpoint_at_all_is_told(serve: Callable[[Script], Endpoint]) -> None
         replies(endpoint, ["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drip", [0.05, 30.0])
 def test_an_answer_that_never_ends_is_given_up(serve: Callable[[Script], Endpoint], drip: float) -> None:
     endpoint = serve(lambda body, n: (200, {}, drip if body["messages"][-1]["content"] == "b" else completion("fine")))

@@ -51,6 +51,7 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path: Path, monkeypatch: pyte
     assert max(measured[early:]) - max(measured[:early]) < GROWTH_MIB
 
 
+@pytest.mark.slow
 def test_a_slow_writer_makes_the_engine_wait(
     tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

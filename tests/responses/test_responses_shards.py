@@ -62,6 +62,7 @@ def run_shard(folder: Path, guard: dict[str, Any], responder: dict[str, Any], sh
     return responses
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_gives_the_same_responses(
     tmp_path: Path, guard: dict[str, Any], tiny_folder: Path
 ) -> None:
@@ -101,6 +102,7 @@ class Counting:
         self.responder.close()
 
 
+@pytest.mark.slow
 def test_a_failed_shard_is_run_again_alone(
     tmp_path: Path, guard: dict[str, Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +137,7 @@ def test_a_failed_shard_is_run_again_alone(
     assert answers(tables.values()) == answers([whole])
 
 
+@pytest.mark.slow
 def test_several_responders_are_mixed_and_told_apart(tmp_path: Path, tiny_folder: Path) -> None:
     write_table(screened([*PROMPTS[:8], ""]), SCREENED, tmp_path / "verdicts")
     one = tiny_settings(model=str(tiny_folder), samples=2, max_error_share=0.2)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from kubeflow_server import KubeflowServer
 
 ROOT = Path(__file__).parents[2]
@@ -12,6 +13,7 @@ ONLY_FOR_A_CLUSTER = {"kfp", "kfp_server_api", "kubernetes", "huggingface_hub"}
 PROGRAM = f"import sys, guardloop.cli; print({ONLY_FOR_A_CLUSTER} & sys.modules.keys()); guardloop.cli.main()"
 
 
+@pytest.mark.slow
 def test_submit_as_a_process(server: KubeflowServer) -> None:
     server.fail("GET", "/healthz", 500)
     server.fail("POST", "/runs", 503, after=True)

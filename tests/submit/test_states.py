@@ -20,6 +20,7 @@ def started(submits: Call, server: KubeflowServer) -> str:
     return next(iter(server.runs))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     before=st.lists(st.sampled_from(AT_WORK), max_size=4),

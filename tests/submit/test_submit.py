@@ -119,6 +119,14 @@ def test_a_dry_run_sends_nothing(server: KubeflowServer, submits: Call) -> None:
     assert {method for method, _, _ in server.requests} == {"GET"}
 
 
+def test_as_json(server: KubeflowServer, submits: Call) -> None:
+    dry, sent = submits("--json", "--dry-run"), submits("--json")
+    assert json.loads(dry.out)["run"] is None and "dry run" in dry.err
+    told = json.loads(sent.out)
+    assert told["run"]["id"] in server.runs and told["run"]["id"] in told["run"]["page"]
+    assert {check["name"]: check["verdict"] for check in told["checks"]}["Kubeflow Pipelines"] == "ok"
+
+
 def test_without_waiting(server: KubeflowServer, submits: Call) -> None:
     server.plays("FAILED")
 

@@ -260,6 +260,7 @@ def reference_curve(model, labels, examples, options, total):
     return losses
 
 
+@pytest.mark.slow
 def test_the_loss_curve_lies_on_that_of_whole_prompts_over_fifty_steps():
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)

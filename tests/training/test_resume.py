@@ -61,6 +61,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stops", "every"), [((1,), 1), ((4,), 1), ((9,), 1), ((7,), 4), ((2, 5, 6, 8), 1), ((2,), 4)])
 def test_a_training_goes_on_from_its_last_checkpoint(tmp_path, stops, every):
     expected, adapter, _ = run(None)
@@ -87,6 +88,7 @@ def test_the_patience_of_a_training_is_not_renewed(tmp_path):
     assert same(found, adapter)
 
 
+@pytest.mark.slow
 def test_a_store_keeps_checkpoints_too(tmp_path, monkeypatch, caplog):
     _, adapter, _ = run(None)
     with S3Server(tmp_path / "s3") as store:
@@ -102,6 +104,7 @@ def test_a_store_keeps_checkpoints_too(tmp_path, monkeypatch, caplog):
     assert same(found, adapter)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * 64])
 def test_a_broken_checkpoint_means_a_new_beginning(tmp_path, damage, caplog):
     with pytest.raises(Stopped):
@@ -114,6 +117,7 @@ def test_a_broken_checkpoint_means_a_new_beginning(tmp_path, damage, caplog):
     assert same(found, run(None)[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     _, found, _ = run(tmp_path / "file" / "below")
