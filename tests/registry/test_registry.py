@@ -18,6 +18,8 @@ from services import MlflowServer, S3Server
 from guardloop.errors import GuardLoopError
 from guardloop.registry import DataSource, Registry, RegistrySettings, TrainingLog, resolve_model
 
+pytestmark = pytest.mark.slow
+
 Register = Callable[..., int]
 SECTIONS = {
     "training": {"rank": 16, "lr": 5e-5, "modules": ["q", "v"], "lora": {"alpha": 32}},
@@ -41,7 +43,6 @@ def registry(request: pytest.FixtureRequest) -> Registry:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
 def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) -> None:
     report = tmp_path / "executor-output-17"  # artifacts of a pipeline have names of its own
     report.write_text("<html>")
@@ -161,7 +162,6 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
     assert len(run_of(registry).outputs.model_outputs) == 1  # from data over run to model
 
 
-@pytest.mark.slow
 def test_candidate_is_the_newest_even_if_an_older_run_comes_again(
     local: Registry, register: Register, tmp_path: Path
 ) -> None:
@@ -198,7 +198,6 @@ def test_promotion_and_rollback(local: Registry, register: Register) -> None:
     assert aliases(local)["previous"] == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verdict", ["failed", "not proven"])
 def test_the_gate_cannot_be_passed_by_without_a_reason(local: Registry, register: Register, verdict: str) -> None:
     register(local, "a", verdict)
@@ -269,7 +268,6 @@ class Failing:
         return write
 
 
-@pytest.mark.slow
 def test_wherever_a_promotion_is_cut_off_the_champion_stays(
     local: Registry, register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +309,6 @@ def test_wherever_a_registration_is_cut_off_it_can_be_repeated(
     assert len(models) == 2
 
 
-@pytest.mark.slow
 def test_two_promotions_at_once_leave_one_champion(remote: Registry, register: Register) -> None:
     for run in "abc":
         register(remote, run)
@@ -333,7 +330,6 @@ def test_two_promotions_at_once_leave_one_champion(remote: Registry, register: R
     assert remote.rollback() == after["previous"]
 
 
-@pytest.mark.slow
 def test_an_artifact_store_that_comes_back_is_waited_for(
     settings: RegistrySettings, mlflow_server: MlflowServer, s3_server: S3Server, register: Register, tmp_path: Path
 ) -> None:
@@ -354,7 +350,6 @@ def test_an_artifact_store_that_comes_back_is_waited_for(
     assert (patient.resolve_model(f"models:/{settings.model}@candidate") / "guard.json").is_file()
 
 
-@pytest.mark.slow
 def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
     remote: Registry, register: Register, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.registry import Registry, RegistrySettings
 from guardloop.registry.package import package
 
+pytestmark = pytest.mark.slow
+
 CONVERSATIONS = [
     {"prompt": "how do I bake a cake?", "response": None},
     {"prompt": "how do I build a bomb?", "response": "I will not help with a bomb."},
@@ -84,7 +86,6 @@ def uri(registry: Registry) -> str:
     return f"models:/{registry.settings.model}@champion"
 
 
-@pytest.mark.slow
 def test_a_served_guard_gives_the_margins_of_the_guard(
     champion: Registry, guard: GuardSettings, trained: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ from registry_examples import origin
 
 from guardloop.registry import Registry, RegistrySettings, TrainingLog
 
+pytestmark = pytest.mark.slow
+
 
 def run_of(registry: Registry) -> Any:
     return registry.connection.run(registry.settings, "run-1")

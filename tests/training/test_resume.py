@@ -23,6 +23,8 @@ from guardloop.training.fit import Look, fit
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import encode, train
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -61,7 +63,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("stops", "every"), [((1,), 1), ((4,), 1), ((9,), 1), ((7,), 4), ((2, 5, 6, 8), 1), ((2,), 4)])
 def test_a_training_goes_on_from_its_last_checkpoint(tmp_path, stops, every):
     expected, adapter, _ = run(None)
@@ -88,7 +89,6 @@ def test_the_patience_of_a_training_is_not_renewed(tmp_path):
     assert same(found, adapter)
 
 
-@pytest.mark.slow
 def test_a_store_keeps_checkpoints_too(tmp_path, monkeypatch, caplog):
     _, adapter, _ = run(None)
     with S3Server(tmp_path / "s3") as store:
@@ -104,7 +104,6 @@ def test_a_store_keeps_checkpoints_too(tmp_path, monkeypatch, caplog):
     assert same(found, adapter)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\xff" * 64])
 def test_a_broken_checkpoint_means_a_new_beginning(tmp_path, damage, caplog):
     with pytest.raises(Stopped):
@@ -117,7 +116,6 @@ def test_a_broken_checkpoint_means_a_new_beginning(tmp_path, damage, caplog):
     assert same(found, run(None)[1])
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_training(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     _, found, _ = run(tmp_path / "file" / "below")
@@ -174,7 +172,6 @@ def killed_at(base, folder, step_to_die):
     return process.exitcode, steps.value
 
 
-@pytest.mark.slow
 def test_a_training_killed_at_random_steps_ends_with_the_same_adapter(base, tmp_path):
     assert killed_at(base, tmp_path / "whole", None)[0] == 0
     random.seed(os.getpid())
@@ -189,7 +186,6 @@ def test_a_training_killed_at_random_steps_ends_with_the_same_adapter(base, tmp_
     assert not list((tmp_path / "torn" / "kept").iterdir())
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(base, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_table(toy_examples(21), EXAMPLE, tmp_path / EXAMPLES)

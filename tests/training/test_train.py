@@ -25,6 +25,8 @@ from guardloop.training.calibrate import operating_point, ranking, temperature
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import split, train
 
+pytestmark = pytest.mark.slow
+
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 NOUNS = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker", "answer", "policy"]
 FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", "my {} is old", "{}", "is a {} good?"]
@@ -70,7 +72,6 @@ def toy(base, tmp_path_factory):
     return trained, folder, steps
 
 
-@pytest.mark.slow
 def test_training_learns_a_toy_task(base, toy):
     trained, folder, steps = toy
     assert trained.last_loss < 0.1 * trained.first_loss
@@ -142,7 +143,6 @@ def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, t
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "options"), [(0.5, {}), (1.0, {"variant": "rslora", "top_layers": 0.5, "rank": 3})])
 def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, tmp_path, scale, options):
     _, first, _ = toy
@@ -165,7 +165,6 @@ def product(folder):
     return {n: strength * weights[f"{n}.lora_B.weight"] @ weights[f"{n}.lora_A.weight"] for n in names}
 
 
-@pytest.mark.slow
 def test_the_strength_of_a_second_round_lies_between_both_guards(base, toy, tmp_path):
     _, first, _ = toy
     default = guard_settings(base, adapter=str(first))
@@ -353,7 +352,6 @@ def test_what_was_learnt_of_prompts_leaves_both_roles_scored(base, toy):
     assert np.isfinite(margins(guard, [*user("a bomb", "a cake"), *agent(("hello", "a cake"))])).all()
 
 
-@pytest.mark.slow
 def test_the_best_of_several_seeds_is_kept(base, tmp_path):
     options = quick(seeds=2, scales=[0.5, 1.0], seed=4)
     trained = train(toy_examples(), guard_settings(base), options, tmp_path / "both")
@@ -393,7 +391,6 @@ def test_other_forms_of_adapters_are_saved_as_they_were_trained(monkeypatch, bas
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantized_base_is_trained_and_scored_alike(monkeypatch, base, tmp_path, quantization):
@@ -425,7 +422,6 @@ def test_the_temperature_is_the_one_that_made_the_targets(true, seed):
     assert temperature([], np.zeros(0)) == 1
 
 
-@pytest.mark.slow
 def test_a_stage_is_watched_in_mlflow_and_on_the_terminal(base, tmp_path, monkeypatch):
     database = f"sqlite:///{tmp_path}/mlflow.db"
     events = tmp_path / "events.jsonl"
