@@ -22,8 +22,8 @@ LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
-  minikube-down ui test test-images coverage bench-guard bench-train bench-generate check lint types fmt docs docs-generate hooks \
-  lock clean
+  minikube-down ui test test-images coverage bench-guard bench-train bench-generate experiment check lint types fmt \
+  docs docs-generate hooks lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -88,6 +88,10 @@ coverage: ready ## Run all tests and list the lines that none of them reaches
 
 bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
 	@$(BIN)/python -W ignore -m bench.guard
+
+experiment: ready ## Compare the recipe with every control (CONFIG=configs/experiments/smollm2.yaml DATA=folder)
+	@$(BIN)/python -W ignore -m bench.experiment.run \
+	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)")
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
 	@$(BIN)/pytest -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS)

@@ -7,11 +7,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 TITLE = "# Benchmarks\n\nEach section is written by the command that it names.\n"
 
 
-def write_section(name: str, markdown: str, page: Path = PAGE) -> None:
+def write_section(name: str, markdown: str, page: Path = PAGE, title: str = TITLE) -> None:
     """Put `markdown` between `<!-- name -->` and `<!-- /name -->`; a section that is new is added at the end."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{start}\n{markdown.strip()}\n{end}"
-    text = page.read_text("utf-8") if page.exists() else TITLE
+    text = page.read_text("utf-8") if page.exists() else title
     if start in text and end in text:
         text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: section, text, count=1, flags=re.DOTALL)
     else:

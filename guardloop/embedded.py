@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from guardloop.guard.prompt import TEMPLATES, Renderer
 from guardloop.guard.verdict import label_tokens
 from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.progress import Stage
+from guardloop.records import Row
 from guardloop.training.adapter import fresh_adapter
 from guardloop.training.fit import fit
 from guardloop.training.loss import Encoded
@@ -37,22 +38,6 @@ FAMILY = "guardloop"
 BOOTSTRAP = TrainingSettings(
     rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
 )
-DECISIVE = {
-    *(
-        "rank",
-        "alpha",
-        "dropout",
-        "targets",
-        "top_layers",
-        "learning_rate",
-        "schedule",
-        "warmup",
-        "epochs",
-        "batch_rows",
-    ),
-    *("weight_decay", "clip", "validation", "max_newly_blocked", "scales", "min_examples", "seed"),
-}
-"""The settings of the bootstrap that its recipe is known by; others are left at defaults that change nothing."""
 Watch = Callable[[Step], None]
 
 
@@ -113,27 +98,41 @@ def _make_smollm2(folder: Path) -> None:
 
 
 def _make_guard(folder: Path, watch: Watch) -> None:
-    base = embedded_model("smollm2")
-    device = pick_device()
-    tokenizer = load_tokenizer(str(base))
-    renderer = Renderer(tokenizer, families()[FAMILY])
-    torch.manual_seed(BOOTSTRAP.seed)
-    model = load_causal_lm(str(base), None, pick_dtype("auto", device), device)
-    model = fresh_adapter(model, BOOTSTRAP)
-    labels = label_tokens(renderer)
-    fit(model, renderer.prefixes, labels, _examples(renderer), BOOTSTRAP, on_step=watch)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    facts = {"family": FAMILY, "base": "embedded:smollm2", "threshold": 0.0}
-    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-
-
-def _examples(renderer: Renderer) -> list[Encoded]:
     """Judged responses, and harmless prompts alone: the guard never saw what a harmful prompt looks like."""
     prompts = (row for row in read_conversations(SourceSettings(path="seed_prompts")) if not row["unsafe"])
     rows = [*read_conversations(SourceSettings(path="judge")), *prompts]
-    return [Encoded(r["id"], renderer.render(r["prompt"], r["response"]).tokens, float(r["unsafe"]), 1.0) for r in rows]
+    make_guard(str(embedded_model("smollm2")), FAMILY, rows, BOOTSTRAP, folder, watch, name="embedded:smollm2")
+
+
+def make_guard(
+    base: str,
+    family: str,
+    rows: Sequence[Row],
+    settings: TrainingSettings,
+    folder: Path,
+    watch: Watch = lambda step: None,
+    *,
+    name: str = "",
+) -> None:
+    """Make a guard of a model that is none yet: LoRA on labelled conversations, merged into the weights in `folder`.
+
+    `base` is a local folder or a hub id, called `name` in guard.json.
+    """
+    device = pick_device()
+    tokenizer = load_tokenizer(base)
+    renderer = Renderer(tokenizer, families()[family])
+    torch.manual_seed(settings.seed)
+    model = fresh_adapter(load_causal_lm(base, None, pick_dtype("auto", device), device), settings)
+    prompts = renderer.render_all([(row["prompt"], row["response"]) for row in rows])
+    examples = [
+        Encoded(row["id"], prompt.tokens, float(row["unsafe"]), 1.0) for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    fit(model, renderer.prefixes, label_tokens(renderer), examples, settings, on_step=watch)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts = {"family": family, "base": name or base, "threshold": 0.0}
+    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def main(names: list[str]) -> None:
@@ -152,7 +151,7 @@ def _recipe_hash(name: str) -> str:
     """Changes whenever the embedded model would come out differently."""
     digest = hashlib.sha256(name.encode())
     if name == "guard":
-        digest.update(BOOTSTRAP.model_dump_json(include=DECISIVE).encode())
+        digest.update(BOOTSTRAP.model_dump_json(exclude_unset=True).encode())
         for path in [SAMPLE / "judge.jsonl", SAMPLE / "seed_prompts.jsonl", TEMPLATES / "guardloop.jinja"]:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]

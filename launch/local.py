@@ -235,5 +235,8 @@ def _failure(run: Run) -> GuardLoopError:
     """What went wrong: the stage's own words, or where the log is."""
     if run.failure:
         return GuardLoopError(f"{run.failure['stage']}: {run.failure['error']}", f"the whole log: {run.log}")
-    tail = run.log.read_text("utf-8", "replace").splitlines()[-12:]
+    lines = run.log.read_text("utf-8", "replace").splitlines()
+    if said := [line.partition("GuardLoopError: ")[2] for line in lines if "GuardLoopError: " in line]:
+        return GuardLoopError(said[-1], f"the whole log: {run.log}")  # before its stage began, as with older images
+    tail = lines[-12:]
     return GuardLoopError("the run failed outside its stages:\n" + "\n".join(tail), f"the whole log: {run.log}")

@@ -2,6 +2,8 @@
 # Builds the CPU images and runs the whole pipeline in them, against the same run in processes (tests/images).
 # Where the public base images cannot be pulled, Debian from debootstrap stands in for them (as root).
 #
+#   scripts/test-images.sh [engine]     engine: only see whether a Docker engine is there or starts
+#
 #   KEEP=1          leave the images there; without it their layers stay in the build cache alone
 #   DEBIAN_MIRROR=  for debootstrap, instead of its own
 #   PYTEST_ARGS=    more for pytest
@@ -18,6 +20,7 @@ engine=
 main() {
   trap finish EXIT
   start_engine
+  [[ ${1:-} != engine ]] || return 0
   choose_bases
   local began=$SECONDS
   # The host's network: a bridge may not reach the package index from inside a build.

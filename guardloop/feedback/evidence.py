@@ -1,11 +1,24 @@
 """Evidence on one prompt: k judged responses, fused with the default guard's own score."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from guardloop.feedback.mixture import Channel, Counts, fuse
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
+
+
+@dataclass
+class Tally:
+    """What one responder's responses to one prompt showed."""
+
+    responses: int = 0
+    refusals: int = 0
+    harm: float = 0.0
+    """Sum of the judge's P(unsafe) over the responses that are no refusals."""
 
 
 @dataclass
@@ -24,6 +37,8 @@ class Evidence:
     harmless_refusals: float = 0.0
     worst: Row | None = None
     """The response with the highest margin."""
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    """By responder."""
 
     @property
     def prior(self) -> float:
@@ -36,10 +51,14 @@ class Evidence:
         self.blocked += row["flagged"]
         self.refusals += row["refusal"] and not row["flagged"]
         self.harm += probability(row["margin"])
+        tally = self.tallies.setdefault(row["responder"], Tally())
+        tally.responses += 1
         if row["refusal"] and not row["flagged"]:
             self.harmless_refusals += probability(-row["margin"])
+            tally.refusals += 1
         else:
             self.harmless_answers += probability(-row["margin"])
+            tally.harm += probability(row["margin"])
         if self.worst is None or row["margin"] > self.worst["margin"]:
             self.worst = row
 
@@ -63,6 +82,46 @@ def gather(judged: Iterable[Row]) -> dict[str, Evidence]:
             continue
         found.setdefault(row["id"], Evidence(row)).add(row)
     return found
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What the evidence amounts to."""
+
+    targets: dict[str, float]
+    """P(unsafe) by prompt id."""
+    prior: Callable[[float], float]
+    """P(unsafe) that the default guard's own margin stands for, on the targets' scale."""
+    channels: list[Channel]
+    """What each responder's responses were found to tell (fusion mixture)."""
+
+
+def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weighed:
+    """Fuse each prompt's responses with the default guard's own score, in the way that `settings.fusion` names."""
+    if settings.fusion == "beta" or not evidence:
+        return Weighed({id: found.posterior(settings) for id, found in evidence.items()}, probability, [])
+    margins = np.array([found.prompt["prompt_margin"] for found in evidence.values()])
+    counts = _counts(list(evidence.values()))
+    fitted = fuse(margins, counts, settings.seed)
+    posterior = fitted.posterior(margins, counts)
+    targets = dict(zip(evidence, map(float, posterior), strict=True))
+    return Weighed(targets, lambda margin: float(fitted.prior(np.array([margin]))[0]), fitted.channels)
+
+
+def _counts(evidence: list[Evidence]) -> list[Counts]:
+    """Of each responder, what was harmful of its answers, and what was a refusal."""
+    names = sorted({name for found in evidence for name in found.tallies})
+    counts = []
+    for name in names:
+        tallies = [found.tallies.get(name, Tally()) for found in evidence]
+        responses, refusals, harm = (
+            np.array([getattr(tally, part) for tally in tallies], dtype=float)
+            for part in ("responses", "refusals", "harm")
+        )
+        counts.append(Counts(f"{name}: harmful", np.minimum(harm, responses - refusals), responses - refusals))
+        if refusals.any():
+            counts.append(Counts(f"{name}: refused", refusals, responses))
+    return counts
 
 
 def probability(margin: float) -> float:

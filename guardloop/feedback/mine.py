@@ -3,14 +3,15 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
-from guardloop.feedback.evidence import Evidence, gather, probability
+from guardloop.feedback.evidence import Evidence, Weighed, gather, probability, weigh
+from guardloop.feedback.mixture import Channel
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
 
@@ -35,6 +36,8 @@ class Harvest:
     refusals: int
     blocked: int
     counts: dict[str, int] = field(default_factory=dict)
+    channels: list[Channel] = field(default_factory=list)
+    """What each responder's responses were found to tell, where that was learnt."""
     enough: bool = False
     reason: str = ""
 
@@ -51,6 +54,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     usable = (row for row in judged if row["margin"] is not None and row["finish_reason"] != "error")
     judged_rows = sorted((row for row in usable if row["id"] in passed), key=_place)
     everything = gather(judged_rows)
+    weighed = weigh(everything, settings)
     evidence = {k: e for k, e in everything.items() if not is_held_out(e.prompt["group"], settings)}
     finds = [e for e in everything.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
     positives = [e for e in finds if e.prompt["id"] in evidence]
@@ -58,19 +62,18 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     answered = [e for e in never if e.refusals < e.responses]
     hard = nearest(positives, answered, settings.hard_negatives_per_positive)
     hard_ids = {e.prompt["id"] for e in hard}
-    lessons = [_lesson(e, "positive", f"{e.blocked} of {e.responses} responses blocked", settings) for e in positives]
+    lessons = [_lesson(e, "positive", f"{e.blocked} of {e.responses} responses blocked", weighed) for e in positives]
     lessons += [
-        _lesson(e, "hard_negative", f"close to a positive, 0 of {e.responses} responses blocked", settings)
-        for e in hard
+        _lesson(e, "hard_negative", f"close to a positive, 0 of {e.responses} responses blocked", weighed) for e in hard
     ]
     taken = {e.prompt["id"] for e in positives} | hard_ids
-    lessons += [_rest(e, settings) for e in evidence.values() if e.prompt["id"] not in taken]
+    lessons += [_rest(e, weighed) for e in evidence.values() if e.prompt["id"] not in taken]
     hidden = {e.prompt["group"] for k, e in everything.items() if k not in evidence}
     screened_rest, judged_rest = ([r for r in rows if r["group"] not in hidden] for rows in (traffic, judged_rows))
-    replays = replay(screened_rest, judged_rest, lessons, settings)
+    replays = replay(screened_rest, judged_rest, lessons, settings, weighed)
     harvest = Harvest(
         examples=lessons + replays,
-        blocked_inputs=[_for_people(e, settings) for e in sorted(finds, key=lambda e: -e.posterior(settings))],
+        blocked_inputs=sorted((_for_people(e, weighed) for e in finds), key=lambda row: -row["target"]),
         shown=_shown(lessons, evidence),
         held_out=[_for_measuring(e, settings) for k, e in everything.items() if k not in evidence],
         screened=len(traffic),
@@ -78,6 +81,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
         responses=len(judged_rows),
         refusals=sum(row["refusal"] for row in judged_rows),
         blocked=sum(row["flagged"] for row in judged_rows),
+        channels=weighed.channels,
         counts=dict(Counter(row["kind"] for row in lessons + replays)),
     )
     harvest.enough, harvest.reason = _verdict(len(positives), len(never), harvest, settings)
@@ -113,7 +117,11 @@ def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positiv
 
 
 def replay(
-    traffic: Sequence[Row], judged: Sequence[Row], lessons: Sequence[Row], settings: FeedbackSettings
+    traffic: Sequence[Row],
+    judged: Sequence[Row],
+    lessons: Sequence[Row],
+    settings: FeedbackSettings,
+    weighed: Weighed,
 ) -> list[Row]:
     """Rows that teach the default guard's own score, half on prompts that it blocked, half on judged responses.
 
@@ -123,7 +131,7 @@ def replay(
     blocked = [row for row in traffic if row["flagged"]]
     prompts = draw.sample(blocked, min(len(blocked), max(1, len(lessons) // 2)))
     agents = draw.sample(list(judged), min(len(judged), max(1, len(lessons) // 2)))
-    rows = [_replayed(row, "replay_blocked", "blocked by the default guard") for row in prompts]
+    rows = [_replayed(row, "replay_blocked", "blocked by the default guard", weighed.prior) for row in prompts]
     rows += [_replayed(row, "replay_agent", "a response, as the judge scored it") for row in agents]
     total = sum(row["weight"] for row in lessons)
     if rows and settings.replay:
@@ -132,13 +140,13 @@ def replay(
     return []
 
 
-def _lesson(evidence: Evidence, kind: str, reason: str, settings: FeedbackSettings, weight: float = 1.0) -> Row:
+def _lesson(evidence: Evidence, kind: str, reason: str, weighed: Weighed, weight: float = 1.0) -> Row:
     prompt = evidence.prompt
     return {
         "id": prompt["id"],
         "prompt": prompt["prompt"],
         "response": None,
-        "target": evidence.posterior(settings),
+        "target": weighed.targets[prompt["id"]],
         "weight": weight,
         "kind": kind,
         "reason": reason,
@@ -146,22 +154,22 @@ def _lesson(evidence: Evidence, kind: str, reason: str, settings: FeedbackSettin
     }
 
 
-def _rest(evidence: Evidence, settings: FeedbackSettings) -> Row:
+def _rest(evidence: Evidence, weighed: Weighed) -> Row:
     """Prompts that are neither: the evidence is weak, and so is the lesson's weight."""
     if evidence.blocked:
         reason = f"only {evidence.blocked} of {evidence.responses} responses blocked"
-        return _lesson(evidence, "uncertain", reason, settings, 0.5)
+        return _lesson(evidence, "uncertain", reason, weighed, 0.5)
     if evidence.refusals >= evidence.responses:
-        return _lesson(evidence, "refused", "every response refused", settings, 0.25)
-    return _lesson(evidence, "passed", f"0 of {evidence.responses} responses blocked", settings, 0.5)
+        return _lesson(evidence, "refused", "every response refused", weighed, 0.25)
+    return _lesson(evidence, "passed", f"0 of {evidence.responses} responses blocked", weighed, 0.5)
 
 
-def _replayed(row: Row, kind: str, reason: str) -> Row:
+def _replayed(row: Row, kind: str, reason: str, scale: Callable[[float], float] = probability) -> Row:
     return {
         "id": f"{row['id']}/{row['sample']}" if "sample" in row else row["id"],
         "prompt": row["prompt"],
         "response": row.get("response"),
-        "target": probability(row["margin"]),
+        "target": scale(row["margin"]),
         "weight": 1.0,
         "kind": kind,
         "reason": reason,
@@ -181,7 +189,7 @@ def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
     }
 
 
-def _for_people(evidence: Evidence, settings: FeedbackSettings) -> Row:
+def _for_people(evidence: Evidence, weighed: Weighed) -> Row:
     worst = evidence.worst or {}
     return {
         "id": evidence.prompt["id"],
@@ -189,7 +197,7 @@ def _for_people(evidence: Evidence, settings: FeedbackSettings) -> Row:
         "blocked": evidence.blocked,
         "responses": evidence.responses,
         "default_probability": round(evidence.prior, 4),
-        "target": round(evidence.posterior(settings), 4),
+        "target": round(weighed.targets[evidence.prompt["id"]], 4),
         "worst_response": worst.get("response"),
         "responder": worst.get("responder"),
         "source": evidence.prompt["source"],

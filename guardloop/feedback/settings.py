@@ -1,5 +1,7 @@
 """Settings of mining: how evidence from responses becomes training examples."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from guardloop.settings import Section
@@ -8,12 +10,16 @@ from guardloop.settings import Section
 class FeedbackSettings(Section):
     """How blocked responses become lessons for the input check."""
 
+    fusion: Literal["beta", "mixture"] = "beta"
+    """How responses and the default guard's own score become one target. beta: its score as pseudo-counts of a Beta
+    distribution, with what responses count fixed below. mixture: what each responder's harm and refusals count, and
+    what the score does, is learnt from the traffic itself, without labels; it wants some hundreds of judged prompts."""
     prior_strength: float = Field(default=2.0, ge=0)
-    """The default guard's own score counts as this many responses."""
+    """The default guard's own score counts as this many responses (beta)."""
     answered_evidence: float = Field(default=0.5, ge=0, le=1)
-    """What one unblocked answer counts, where a blocked one counts 1: a harmless answer proves little."""
+    """What one unblocked answer counts, where a blocked one counts 1: a harmless answer proves little (beta)."""
     refused_evidence: float = Field(default=0.1, ge=0, le=1)
-    """What one refusal counts: a responder that refuses tells little of the prompt."""
+    """What one refusal counts: a responder that refuses tells little of the prompt (beta)."""
     min_blocked_share: float = Field(default=0.5, gt=0, le=1)
     """Share of a prompt's responses that must be blocked for it to be a positive."""
     hard_negatives_per_positive: int = Field(default=2, ge=0)

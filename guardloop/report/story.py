@@ -76,6 +76,18 @@ class HarvestExample(Story):
     reason: str = ""
 
 
+class ChannelStory(Story):
+    """What was learnt of one responder: what its harmful answers, or its refusals, tell of a prompt."""
+
+    name: str
+    if_unsafe: float
+    """Share of such responses to prompts that are taken for unsafe."""
+    if_safe: float
+    """The same for other prompts."""
+    alike: float
+    """Correlation of the responses to one prompt, given its class."""
+
+
 class HarvestStory(Story):
     """What the loop gathered from one round of traffic, and whether it is enough to train on."""
 
@@ -91,4 +103,5 @@ class HarvestStory(Story):
     """Judged prompts kept out of the training set, to measure the improved guard on."""
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
+    channels: list[ChannelStory] = []
     examples: list[HarvestExample] = []

@@ -53,7 +53,14 @@ CONTENTS = {
 TABLES = ("CONVERSATION", "SCREENED", "RESPONSE", "JUDGED", "EXAMPLE", "FEEDBACK", "SCORES", "BENCHMARKED")
 MODELS = (
     *(result.Evaluation, result.GuardMetrics, result.Estimate, result.SliceResult, result.Decision, result.Check),
-    *(result.FeedbackResult, result.BenchmarkResult, result.Compared, story.HarvestStory, story.HarvestExample),
+    *(
+        result.FeedbackResult,
+        result.BenchmarkResult,
+        result.Compared,
+        story.HarvestStory,
+        story.HarvestExample,
+        story.ChannelStory,
+    ),
 )
 
 

@@ -49,6 +49,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "make bench-guard": f"needs: time; {BENCHED}",
     "make bench-train": f"needs: time; {BENCHED}",
     "make bench-generate": f"needs: time; {BENCHED}",
+    "make experiment": "tests/experiment/test_experiment.py: recipe",
     "guardloop run": "tests/pipeline/test_local_run.py: workshop",
     "guardloop check": "tests/test_cli.py: check",
     "guardloop benchmark": "tests/evaluation/test_benchmarks.py: benchmark",
@@ -81,7 +82,7 @@ def documented() -> Iterator[tuple[Path, list[str]]]:
     for page in PAGES:
         lines = [line for _, code in fenced(page) for line in code.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`([^`\n]+)`", prose(page))
-        for line in lines:
+        for line in (part for line in lines for part in line.split(" && ")):
             words = line.strip().removeprefix("$ ").partition(" #")[0].partition("  ")[0].partition(" | ")[0]
             if not START.match(words):
                 continue

@@ -1,0 +1,57 @@
+"""The lessons of each arm: the recipe's, and those of every control that it must beat."""
+
+import random
+from collections.abc import Sequence
+
+from bench.experiment.settings import Arm, ExperimentSettings
+from guardloop.feedback.evidence import gather
+from guardloop.feedback.mine import Harvest, is_held_out, mine
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.records import Row
+from guardloop.settings import read_section
+
+
+def lessons(
+    arm: Arm, screened: Sequence[Row], judged: Sequence[Row], settings: ExperimentSettings
+) -> tuple[list[Row], Harvest]:
+    """The arm's training examples (records.EXAMPLE), and the harvest that the recipe makes of the same evidence."""
+    feedback = read_section(FeedbackSettings, {**settings.feedback.plain(), **arm.feedback}, f"arms.{arm.name}")
+    kept = [
+        row
+        for row in judged
+        if (not arm.responders or row["responder"] in arm.responders)
+        and (arm.samples is None or row["sample"] < arm.samples)
+    ]
+    harvest = mine(screened, kept, feedback)
+    if arm.lessons == "recipe":
+        return harvest.examples, harvest
+    seen = [row for row in screened if row["margin"] is not None and not is_held_out(row["group"], feedback)]
+    if arm.lessons == "self":
+        return [_example(row, float(row["flagged"]), "self") for row in seen], harvest
+    if arm.lessons == "gold":
+        replayed = [row for row in harvest.examples if row["kind"] == "replay_agent"]
+        return [_example(row, float(row["unsafe"]), "gold") for row in seen if row["unsafe"] is not None] + replayed, (
+            harvest
+        )
+    passed = {row["id"]: row for row in seen if not row["flagged"]}
+    evidence = {id: found for id, found in gather(kept).items() if id in passed}
+    found = {id for id, e in evidence.items() if e.blocked and e.blocked >= feedback.min_blocked_share * e.responses}
+    examples = [_example(passed[id], 1.0, "positive") for id in sorted(found)]
+    if arm.lessons == "balanced":
+        others = sorted(set(passed) - found)
+        chosen = random.Random(feedback.seed).sample(others, min(len(others), len(found)))
+        examples += [_example(passed[id], 0.0, "random") for id in chosen]
+    return examples, harvest
+
+
+def _example(row: Row, target: float, kind: str) -> Row:
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "response": None,
+        "target": target,
+        "weight": 1.0,
+        "kind": kind,
+        "reason": f"the control {kind}",
+        "group": row["group"],
+    }

@@ -1,0 +1,270 @@
+"""What the arms scored: one table with paired bootstrap intervals, plots, and figures.json."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.experiment.settings import ExperimentSettings, Subset
+from bench.machine import machine
+from bench.write import write_section
+from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank, recall_at_fpr
+from guardloop.evaluation.result import Estimate
+from guardloop.feedback.mine import Harvest
+from guardloop.records import Row
+
+DEFAULT, RECIPE, GOLD, SELF = "default", "recipe", "gold labels", "self-training"
+FPR = 0.05
+AGENT = "responses"
+METRICS = ("auprc", "recall")
+TITLE = "# Results\n"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One guard's margins on the test set."""
+
+    arm: str
+    default_seed: int
+    seed: int
+    rows: list[Row]
+    verdict: Mapping[str, Any] | None = None
+    folder: Path | None = None
+    harvest: Harvest | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the test set with the margins of every arm's guards, `float[guards, N]`."""
+
+    name: str
+    unsafe: Bools
+    groups: np.ndarray
+    margins: dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Score:
+    """An arm on one part of the test set; means over its guards."""
+
+    value: Estimate
+    gain: Estimate
+    """Against the default guard."""
+    closed: Estimate | None
+    """Share of the way from the default guard to one that learnt people's labels."""
+    spread: float
+    """Standard deviation over its guards."""
+
+
+def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Path, folder: Path) -> None:
+    """Write the page's section, its plot beside it, and figures.json in `folder`."""
+    parts = [part for part in (_part(subset, cells) for subset in [*settings.subsets, Subset(name=AGENT)]) if part]
+    scores = {part.name: measure(part, settings) for part in parts}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", "utf-8")
+    plot = page.with_suffix("") / f"{folder.name}.svg"
+    _plot(scores, plot)
+    lines = [f"## {settings.title}", "", *_tables(parts, scores), *_rivals(parts, settings), *_gate(cells)]
+    lines += [*_harvests(cells), f"![gains over the default guard]({plot.relative_to(page.parent)})", ""]
+    lines += [f"{settings.evaluation.resamples:,} bootstrap resamples of near-duplicate groups. {machine()}"]
+    write_section(folder.name, "\n".join(lines), page, TITLE)
+
+
+def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Score]]:
+    """Every metric of every arm, all from the same resamples."""
+    ranked = {arm: [rank(row, part.unsafe) for row in rows] for arm, rows in part.margins.items()}
+
+    def statistic(weights: Floats) -> dict[str, Floats]:
+        values = {}
+        for arm, rankings in ranked.items():
+            curves = [curve(ranking, weights) for ranking in rankings]
+            found = {"auprc": [auprc(c) for c in curves], "recall": [recall_at_fpr(c, FPR) for c in curves]}
+            values |= {f"{arm}/{name}": np.mean(each, axis=0) for name, each in found.items()}
+            if len(weights) == 1:  # the point itself: how far the guards of one arm are apart
+                values |= {f"{arm}/{name}/spread": np.std(each, axis=0) for name, each in found.items()}
+        return values
+
+    point = statistic(np.ones((1, len(part.unsafe)), np.float32))
+    evaluation = settings.evaluation
+    drawn = bootstrap(_without_spread(statistic), part.groups, part.unsafe, evaluation.resamples, evaluation.seed)
+
+    def of(read: Callable[[Mapping[str, Floats]], Floats]) -> Estimate:
+        return estimate(float(read(point)[0]), read(drawn), evaluation.confidence)
+
+    found: dict[str, dict[str, Score]] = {}
+    for arm in ranked:
+        found[arm] = {}
+        for name in METRICS:
+            key, base, best = f"{arm}/{name}", f"{DEFAULT}/{name}", f"{GOLD}/{name}"
+            closed = None
+            if best in point and arm not in (DEFAULT, GOLD):
+                closed = of(lambda v, k=key, a=base, b=best: _share(v[k] - v[a], v[b] - v[a]))
+            found[arm][name] = Score(
+                of(lambda v, k=key: v[k]),
+                of(lambda v, k=key, a=base: v[k] - v[a]),
+                closed,
+                float(point[f"{key}/spread"][0]),
+            )
+    return found
+
+
+def compare(part: Part, one: str, other: str, settings: ExperimentSettings) -> dict[str, Estimate]:
+    """What arm `one` gains on arm `other`, by metric."""
+    both = Part(part.name, part.unsafe, part.groups, {DEFAULT: part.margins[other], one: part.margins[one]})
+    return {name: score.gain for name, score in measure(both, settings)[one].items()}
+
+
+def _without_spread(statistic: Callable[[Floats], dict[str, Floats]]) -> Callable[[Floats], dict[str, Floats]]:
+    return lambda weights: {k: v for k, v in statistic(weights).items() if not k.endswith("/spread")}
+
+
+def _share(gain: Floats, gap: Floats) -> Floats:
+    return np.divide(gain, gap, out=np.zeros_like(gain), where=np.abs(gap) > 1e-9)
+
+
+def _part(subset: Subset, cells: Sequence[Cell]) -> Part | None:
+    """The rows of the subset that every guard could judge; None without both classes."""
+    agent = subset.name == AGENT
+    judged = set.intersection(*({row["id"] for row in cell.rows} for cell in cells))
+
+    def kept(row: Row) -> bool:
+        return (
+            (row["response"] is not None) == agent and row["source"].startswith(subset.source) and row["id"] in judged
+        )
+
+    rows = [row for row in cells[0].rows if kept(row)]
+    unsafe = np.array([row["unsafe"] for row in rows], dtype=bool)
+    if unsafe.all() or not unsafe.any():
+        return None
+    groups = np.unique([row["group"] for row in rows], return_inverse=True)[1]
+    margins: dict[str, list[list[float]]] = {}
+    for cell in cells:
+        by_id = {row["id"]: row["margin"] for row in cell.rows}
+        margins.setdefault(cell.arm, []).append([by_id[row["id"]] for row in rows])
+    return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in margins.items()})
+
+
+def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Score]]]) -> list[str]:
+    lines = []
+    for part in parts:
+        lines += [f"### On {part.name}: {len(part.unsafe):,} rows, {int(part.unsafe.sum()):,} unsafe", ""]
+        lines += [f"| arm | AUPRC | change | recall at {FPR:.0%} FPR | change | AUPRC gap closed | guards, spread |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for arm, found in scores[part.name].items():
+            area, recall = found["auprc"], found["recall"]
+            closed = f"{area.closed.value:.0%} ({area.closed.low:.0%} to {area.closed.high:.0%})" if area.closed else ""
+            changes = ["", ""] if arm == DEFAULT else [_change(area.gain), _change(recall.gain)]
+            guards = f"{len(part.margins[arm])}, {area.spread:.3f}"
+            cells = [
+                arm,
+                f"{area.value.value:.3f}",
+                changes[0],
+                f"{recall.value.value:.3f}",
+                changes[1],
+                closed,
+                guards,
+            ]
+            lines += [f"| {' | '.join(cells)} |"]
+        lines += [""]
+    return lines
+
+
+def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
+    """The recipe against what costs no responses. A lowered threshold ranks as the default guard does."""
+    lines = []
+    for part in parts:
+        if part.name == AGENT or RECIPE not in part.margins or SELF not in part.margins:
+            continue
+        gains = compare(part, RECIPE, SELF, settings)
+        told = ", ".join(f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items())
+        lines += [f"The recipe against self-training on {part.name}: {told}.", ""]
+    return [
+        *lines,
+        "The default guard with its threshold lowered ranks as the default guard does: its AUPRC, and its recall at "
+        "any false-positive rate, are the row `default`.",
+        "",
+    ]
+
+
+def _gate(cells: Iterable[Cell]) -> list[str]:
+    """How often the gate promoted each arm, and what held it back."""
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        if cell.verdict:
+            by_arm.setdefault(cell.arm, []).append(cell.verdict)
+    lines = ["### What the gate said", "", "| arm | promoted | held back by |", "| --- | --- | --- |"]
+    for arm, verdicts in by_arm.items():
+        promoted = sum(bool(v["promote"]) for v in verdicts)
+        failed = sorted(
+            {
+                check["name"]
+                for v in verdicts
+                for check in v["checks"]
+                if check["blocks"] and check["outcome"] != "passed"
+            }
+        )
+        lines += [f"| {arm} | {promoted} of {len(verdicts)} | {', '.join(failed)} |"]
+    return [*lines, ""]
+
+
+def _harvests(cells: Iterable[Cell]) -> list[str]:
+    """What the recipe's mining found, of the first default guard."""
+    harvest = next((cell.harvest for cell in cells if cell.arm == RECIPE and cell.harvest), None)
+    if not harvest:
+        return []
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in harvest.counts.items())
+    lines = [f"Of {harvest.screened:,} prompts {harvest.passed:,} passed; {harvest.blocked:,} of their "]
+    lines[0] += f"{harvest.responses:,} responses were blocked, {harvest.refusals:,} were refusals. Examples: {kinds}."
+    for channel in harvest.channels:
+        lines += [
+            f"- {channel.name}: {channel.if_unsafe:.0%} for prompts taken for unsafe, {channel.if_safe:.0%} for "
+            f"others; alike {channel.alike:.2f}."
+        ]
+    return [*lines, ""]
+
+
+def _change(gain: Estimate) -> str:
+    return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+
+
+def _plain(scores: Mapping[str, dict[str, dict[str, Score]]]) -> dict[str, Any]:
+    def plain(score: Score) -> dict[str, Any]:
+        estimates = {"value": score.value, "gain": score.gain, "closed": score.closed}
+        return {"spread": score.spread, **{k: e.model_dump() if e else None for k, e in estimates.items()}}
+
+    return {
+        part: {arm: {name: plain(score) for name, score in found.items()} for arm, found in arms.items()}
+        for part, arms in scores.items()
+    }
+
+
+def _plot(scores: Mapping[str, dict[str, dict[str, Score]]], path: Path) -> None:
+    """Gains in AUPRC over the default guard, with their intervals: one panel for each part."""
+    import matplotlib as mpl  # noqa: PLC0415  (slow to import)
+
+    mpl.use("svg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": "guardloop", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    arms = [arm for arm in next(iter(scores.values())) if arm != DEFAULT]
+    figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores) + 1.6, 0.34 * len(arms) + 1.1), sharey=True)
+    for axis, (part, found) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+        for place, arm in enumerate(reversed(arms)):
+            gain = found[arm]["auprc"].gain
+            colour = "#1b7f5c" if arm.startswith(RECIPE) else "#8a8f98"
+            axis.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
+            axis.plot(gain.value, place, "o", color=colour, markersize=5)
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_title(part)
+        axis.set_xlabel("change in AUPRC")
+        axis.set_yticks(range(len(arms)), list(reversed(arms)))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

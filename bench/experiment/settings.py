@@ -1,0 +1,101 @@
+"""What one experiment is: its data, how its default guard is made, and the arms that are compared."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from guardloop.config import read_yaml
+from guardloop.data.settings import DatasetSettings, SourceSettings
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.guard.settings import GuardSettings
+from guardloop.responses.settings import ResponderSettings
+from guardloop.settings import Section, read_section
+from guardloop.training.settings import TrainingSettings
+
+
+class DefaultGuard(Section):
+    """How the default guard is made: a small model that learns to judge responses, and little of prompts."""
+
+    base: str = "embedded:smollm2"
+    """The model that is trained."""
+    family: str = "guardloop"
+    """Its prompt format and policy."""
+    responses: SourceSettings
+    """Prompts with responses and the responses' labels."""
+    prompts: SourceSettings
+    """The same prompts with their own labels; of each distinct unsafe one, the prompt alone is learnt, too."""
+    ordinary: SourceSettings
+    """Harmless prompts that are learnt as such. They are taken out of the traffic."""
+    training: TrainingSettings = TrainingSettings()
+    """How it is trained. The adapter is merged into the base."""
+
+
+class Arm(Section):
+    """One way to make the improved guard."""
+
+    name: str
+    """Its row in the table."""
+    lessons: Literal["recipe", "positives", "balanced", "self", "gold"] = "recipe"
+    """recipe: what mine_feedback writes. positives: mined prompts as unsafe, and nothing else. balanced: with as many
+    random passed prompts as safe. self: the default guard's own decisions, without responses. gold: people's labels."""
+    feedback: dict[str, Any] = {}
+    """Settings of `feedback` that differ."""
+    training: dict[str, Any] = {}
+    """Settings of `training` that differ."""
+    responders: list[str] = []
+    """Only the responses with these tags; by default all."""
+    samples: int | None = None
+    """Only so many responses of each responder to each prompt."""
+
+
+class Subset(Section):
+    """A part of the test set that is reported by itself."""
+
+    name: str
+    source: str = ""
+    """Start of the rows' source; by default all rows."""
+
+
+class ExperimentSettings(Section):
+    """One experiment. Paths of files are relative to the folder given with --data."""
+
+    title: str
+    """Heading of the results."""
+    default: DefaultGuard
+    default_seeds: list[int] = Field(default=[0], min_length=1)
+    """Default guards to start from; the arms are run on each."""
+    dataset: DatasetSettings
+    guard: GuardSettings = GuardSettings()
+    responder: ResponderSettings = ResponderSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    passed_share: float = Field(default=0.85, gt=0, lt=1)
+    """The default guard's threshold lets this share of the traffic pass."""
+    arms: list[Arm] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """Seeds of training; each arm is trained with each."""
+    subsets: list[Subset] = [Subset(name="all")]
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of the loop: in each further one the recipe's guard screens the traffic, and the judge stays."""
+
+
+def load_experiment(path: Path, data: Path) -> ExperimentSettings:
+    """The experiment in a YAML file, with the paths of its files below `data`. Raises GuardLoopError if it is wrong."""
+    found = read_section(ExperimentSettings, read_yaml(path, "experiment", "configs/experiments"), path.name)
+
+    def below(source: SourceSettings | None) -> SourceSettings | None:
+        if source is None or source.kind != "file" or "://" in source.path or Path(source.path).is_absolute():
+            return source
+        return source.model_copy(update={"path": str(data / source.path)})
+
+    default = found.default.model_copy(
+        update={name: below(getattr(found.default, name)) for name in ("responses", "prompts", "ordinary")}
+    )
+    dataset = found.dataset.model_copy(
+        update={name: below(getattr(found.dataset, name)) for name in ("traffic", "test", "agent")}
+    )
+    return found.model_copy(update={"default": default, "dataset": dataset})

@@ -1,0 +1,202 @@
+"""The experiment on tiny random models: what is asserted is the flow and the arithmetic, not the quality."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from feedback_examples import judged, screened
+from models import save_guard
+from tiny_responder import save as save_responder
+
+from bench.experiment import run as module
+from bench.experiment.arms import lessons
+from bench.experiment.results import AGENT, DEFAULT, GOLD, RECIPE, Cell, compare, measure
+from bench.experiment.results import _part as part_of
+from bench.experiment.settings import Arm, ExperimentSettings, Subset, load_experiment
+from guardloop.errors import GuardLoopError
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.settings import read_section
+
+SOURCE = {"kind": "file", "path": "rows.jsonl"}
+SMALL = {
+    "title": "tiny",
+    "default": {"responses": SOURCE, "prompts": SOURCE, "ordinary": SOURCE},
+    "dataset": {"traffic": SOURCE, "test": SOURCE},
+    "feedback": {"held_out": 0.0},
+    "evaluation": {"resamples": 300},
+    "arms": [{"name": "recipe"}],
+}
+
+
+def settings(**changes) -> ExperimentSettings:
+    return read_section(ExperimentSettings, {**SMALL, **changes}, "tiny")
+
+
+@pytest.fixture
+def evidence():
+    """Ten passed prompts of which three drew blocked responses, and two that were blocked themselves."""
+    rows = [screened(f"p{n}", -2.0 + 0.1 * n) | {"unsafe": n < 5} for n in range(10)]
+    blocked = [screened(f"b{n}", 3.0) | {"unsafe": n == 0} for n in range(2)]
+    return [*rows, *blocked], [judged(row, s, 4.0 if n < 3 else -4.0) for n, row in enumerate(rows) for s in range(2)]
+
+
+def test_positives_only_teaches_what_was_blocked_and_nothing_else(evidence):
+    examples, _ = lessons(Arm(name="x", lessons="positives"), *evidence, settings())
+    assert {row["id"] for row in examples} == {"p0", "p1", "p2"} and {row["target"] for row in examples} == {1.0}
+
+
+def test_balanced_adds_as_many_random_passed_prompts(evidence):
+    examples, _ = lessons(Arm(name="x", lessons="balanced"), *evidence, settings())
+    safe = {row["id"] for row in examples if row["target"] == 0}
+    assert len(examples) == 6 and len(safe) == 3 and safe <= {f"p{n}" for n in range(3, 10)}
+
+
+def test_self_training_knows_no_responses(evidence):
+    rows, responses = evidence
+    examples, _ = lessons(Arm(name="x", lessons="self"), rows, responses, settings())
+    others, _ = lessons(Arm(name="x", lessons="self"), rows, responses[:2], settings())
+    assert {row["id"]: row["target"] for row in examples} == {row["id"]: float(row["flagged"]) for row in rows}
+    assert examples == others
+
+
+def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(evidence):
+    rows, _ = evidence
+    examples, _ = lessons(Arm(name="x", lessons="gold"), *evidence, settings())
+    prompts = {row["id"]: row["target"] for row in examples if row["kind"] == "gold"}
+    assert prompts == {row["id"]: float(row["unsafe"]) for row in rows}
+    assert any(row["kind"] == "replay_agent" for row in examples)
+
+
+def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
+    rows, responses = evidence
+    few, harvest = lessons(Arm(name="x", samples=1, feedback={"replay": 0.0}), rows, responses, settings())
+    assert harvest.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
+    none, _ = lessons(Arm(name="x", responders=["nobody"]), rows, responses, settings())
+    assert not any(row["kind"] == "positive" for row in none)
+    with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):
+        lessons(Arm(name="x", feedback={"fusoin": "beta"}), rows, responses, settings())
+
+
+def cells(**better: float) -> list[Cell]:
+    """Guards whose margins follow the labels as well as told, and the default, which knows less."""
+    draw = random.Random(0)
+    rows = [
+        {"id": f"t{n}", "unsafe": n % 3 == 0, "response": "so" if n % 5 == 0 else None, "source": "a", "group": f"g{n}"}
+        for n in range(300)
+    ]
+    noise = {row["id"]: draw.gauss(0, 1) for row in rows}
+    made = []
+    for arm, skill in {DEFAULT: 0.5, **better}.items():
+        for seed in range(2):
+            jitter = random.Random(seed)
+            margins = {r["id"]: noise[r["id"]] + skill * r["unsafe"] + 0.01 * jitter.random() for r in rows}
+            made.append(Cell(arm, 0, seed, [{**row, "margin": margins[row["id"]]} for row in rows]))
+    return made
+
+
+def test_gains_and_the_share_of_the_gap_are_paired():
+    made = cells(**{RECIPE: 1.5, GOLD: 3.0, "same": 0.5})
+    part = part_of(Subset(name="all"), made)
+    assert part is not None and part.margins[RECIPE].shape == (2, 240)  # the Agent's rows are a part of their own
+    scores = measure(part, settings())
+
+    assert scores[RECIPE]["auprc"].gain.low > 0 and scores[RECIPE]["recall"].gain.value > 0
+    assert abs(scores["same"]["auprc"].gain.value) < 0.01 and abs(scores["same"]["auprc"].closed.value) < 0.05
+    assert 0.2 < scores[RECIPE]["auprc"].closed.value < 0.9
+    assert scores[GOLD]["auprc"].closed is None and scores[DEFAULT]["auprc"].gain.value == 0
+    against = compare(part, RECIPE, "same", settings())["auprc"]
+    assert against.low < scores[RECIPE]["auprc"].gain.value < against.high
+
+
+def test_a_part_without_both_classes_is_left_out():
+    made = cells()
+    assert part_of(Subset(name="none", source="nowhere"), made) is None
+    agent = part_of(Subset(name=AGENT), made)
+    assert agent is not None and len(agent.unsafe) == 60
+
+
+@pytest.mark.slow
+def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("a cake", "a bomb", "the garden", "a door")
+    rows = [
+        {"id": f"r{n}", "prompt": f"how do I build {words[n % 4]} number {n}?", "source": "a" if n % 2 else "b"}
+        | {"prompt_label": "unsafe" if n % 4 == 1 else "safe", "response_label": "unsafe" if n % 3 == 1 else "safe"}
+        for n in range(120)
+    ]
+    for name, chosen in {"traffic": rows[:60], "test": rows[60:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    answered = [row | {"response": f"mix flour and sugar {n}"} for n, row in enumerate(rows)]
+    for name, chosen in {"judge": answered[:60], "agent": answered[60:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    responder = tmp_path / "responder"
+    responder.mkdir()
+    save_responder(responder)
+    prompts, responses = ({"label": f"{kind}_label"} for kind in ("prompt", "response"))
+
+    def file(name: str, columns: dict, limit: int) -> dict:
+        return {"kind": "file", "path": f"{name}.jsonl", "columns": columns, "limit": limit}
+
+    small = {"rank": 2, "alpha": 2, "epochs": 1, "validation": 0.3, "min_examples": 2}
+    answering = {
+        "model": str(responder),
+        "samples": 2,
+        "max_new_tokens": 4,
+        "max_prompt_tokens": 256,
+        "dtype": "float32",
+    }
+    opened = answering | {"name": "opened", "opening": "Sure, here is"}
+    arms = {"positives only": "positives", "self-training": "self", "gold labels": "gold"}
+    experiment = {
+        "title": "In little",
+        "default": {
+            "base": str(save_guard(tmp_path / "guard", threshold=0.0)),
+            "responses": file("judge", responses, 40),
+            "prompts": file("judge", prompts, 20),
+            "ordinary": file("traffic", prompts, 6),
+            "training": small,
+        },
+        "dataset": {
+            "traffic": file("traffic", prompts, 60),
+            "test": file("test", prompts, 60),
+            "agent": file("agent", responses, 20),
+            "near_duplicate": 1.0,
+        },
+        "guard": {"is_guard": False, "dtype": "float32"},
+        "responder": answering | {"name": "plain", "max_error_share": 1.0, "others": [opened]},
+        "feedback": {"fusion": "mixture", "held_out": 0.0},
+        "training": small,
+        "evaluation": {"resamples": 200},
+        "seeds": [0, 1],
+        "rounds": 2,
+        "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
+        "arms": [{"name": "recipe"}, *({"name": name, "lessons": kind} for name, kind in arms.items())],
+    }
+    config, page, kept = tmp_path / "tiny.yaml", tmp_path / "docs" / "results.md", tmp_path / "kept"
+    config.write_text(yaml.safe_dump(experiment))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    module.main(config, tmp_path, kept, page)
+
+    text = page.read_text()
+    assert all(f"| {arm} |" in text for arm in ("default", "recipe", *arms, "recipe, round 2"))
+    assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
+    assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
+    assert json.loads((kept / "tiny" / "figures.json").read_text())["all"]["recipe"]["auprc"]["closed"]
+
+    page.write_text("## What was learned\n\nMuch.\n\n" + text)
+    monkeypatch.setattr(module, "train", None)  # nothing is trained again
+    monkeypatch.setattr(module, "make_guard", None)
+    module.main(config, tmp_path, kept, page)
+    assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text
+
+
+def test_the_experiments_of_the_project_are_sound(tmp_path: Path) -> None:
+    for path in Path("configs/experiments").glob("*.yaml"):
+        found = load_experiment(path, tmp_path)
+        names = [arm.name for arm in found.arms]
+        assert len(set(names)) == len(names) and {RECIPE, "self-training", GOLD, "positives only"} <= set(names)
+        assert found.dataset.traffic.path.startswith(str(tmp_path))
+        for arm in found.arms:
+            read_section(FeedbackSettings, {**found.feedback.plain(), **arm.feedback}, arm.name)
