@@ -82,7 +82,7 @@ def documented() -> Iterator[tuple[Path, list[str]]]:
     for page in PAGES:
         lines = [line for _, code in fenced(page) for line in code.replace("\\\n", " ").splitlines()]
         lines += re.findall(r"`([^`\n]+)`", prose(page))
-        for line in (part for line in lines for part in line.split(" && ")):
+        for line in (part for whole in lines for part in whole.split(" && ")):
             words = line.strip().removeprefix("$ ").partition(" #")[0].partition("  ")[0].partition(" | ")[0]
             if not START.match(words):
                 continue
