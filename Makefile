@@ -22,7 +22,8 @@ LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
-  minikube-down ui test test-images coverage bench-guard bench-train bench-generate experiment check lint types fmt lock clean
+  minikube-down ui test test-images coverage bench-guard bench-train bench-generate experiment check lint types fmt \
+  docs docs-generate hooks lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +114,22 @@ bench-generate: ready ## Measure how fast responses are generated, and write doc
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: docs-generate build/docs-env/complete ## Build the site of the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet --site-dir build/site
+	@echo "build/site/index.html"
+
+docs-generate: ready ## Write the references of settings and files, and the pipeline's picture, from the code
+	@$(BIN)/python -W ignore -m scripts.docs
+
+# An environment of its own: the site's builder and the library need not agree on versions.
+build/docs-env/complete: requirements/docs.txt
+	@$(BIN)/python -m venv --clear build/docs-env
+	@build/docs-env/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+hooks: ready ## Check style, types and generated pages before each commit (pre-commit)
+	@$(BIN)/pre-commit install
 
 lock: ready ## Renew the locks from requirements/*.in (LOCK_ARGS=--upgrade for newer versions)
 	@scripts/lock.sh $(LOCK_ARGS)

@@ -16,6 +16,9 @@ from guardloop import __version__
 from guardloop.config import Settings, describe_fields, load_platform, load_settings
 from guardloop.errors import GuardLoopError
 from guardloop.settings import read_section
+from launch import choices
+from launch.before import app as before_app
+from launch.commands import ConfigArgument, ConfigOption, PipelineOption, PlatformOption
 from launch.commands import app as cluster_app
 
 app = typer.Typer(
@@ -26,10 +29,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the settings.")
 app.add_typer(config_app, name="config")
+app.add_typer(before_app)
 app.add_typer(cluster_app)
 console = Console(highlight=False)
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
 DEMO = Path("configs/demo.yaml")
 STOPPED = 130
 
@@ -37,14 +40,19 @@ STOPPED = 130
 @app.command()
 def run(
     config: ConfigOption = DEMO,
-    pipeline: Annotated[str, typer.Option(help="process, train, evaluate or full.")] = "full",
-    platform: Annotated[str, typer.Option(help="Where to run: a name in configs/platform, or a file.")] = "local",
-    earlier: Annotated[str, typer.Option("--from", help="The run whose artifacts train and evaluate use.")] = "latest",
+    pipeline: PipelineOption = "full",
+    platform: PlatformOption = "local",
+    earlier: Annotated[
+        str,
+        typer.Option("--from", help="The run whose artifacts train and evaluate use.", autocompletion=choices.runs),
+    ] = "latest",
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Run the pipeline on this machine."""
     from launch import local, preflight
     from launch.summary import conclude
 
+    console = Console(highlight=False, stderr=as_json)
     settings, where = load_settings(config), load_platform(platform)
     if where.cluster:
         raise GuardLoopError(
@@ -60,13 +68,20 @@ def run(
     except KeyboardInterrupt:
         console.print("nothing was promoted; `make run` starts again")
         raise
-    conclude(done, console)
+    summary = conclude(done, console)
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
 
 
 @app.command(name="compile")
 def compile_(
-    platform: Annotated[str, typer.Option(help="Where it will run: a name in configs/platform, or a file.")] = "local",
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="Settings that KFP's form starts with.")] = None,
+    platform: PlatformOption = "local",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="Settings that KFP's form starts with.", autocompletion=choices.configurations
+        ),
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the YAML files go.")] = Path("build/pipelines"),
 ) -> None:
     """Compile every pipeline to KFP's IR YAML."""
@@ -79,7 +94,7 @@ def compile_(
 
 @config_app.command()
 def show(
-    config: Annotated[Path, typer.Argument(help="Configuration file.")] = DEMO,
+    config: ConfigArgument = DEMO,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print every setting of a configuration, defaults included."""
@@ -139,7 +154,10 @@ def check(
 
 @app.command()
 def benchmark(
-    names: Annotated[list[str] | None, typer.Argument(help="Names in configs/benchmarks, or files.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names in configs/benchmarks, or files.", autocompletion=choices.benchmarks),
+    ] = None,
     config: ConfigOption = DEMO,
     adapter: Annotated[str | None, typer.Option(help="The improved guard: a folder, s3:// or models:/...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -171,6 +189,27 @@ def benchmark(
 
 def _interval(estimate: Any) -> str:
     return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+@app.command(name="demo-report")
+def demo_report(
+    out: Annotated[Path | None, typer.Option(help="Write the page here, and open nothing.")] = None,
+) -> None:
+    """Open a sample report: what a run ends with, on data that was made up."""
+    import webbrowser
+
+    from guardloop.report.sample import sample_report
+    from launch.local import home
+
+    path = out or home() / "demo-report.html"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(sample_report(), "utf-8")
+    except OSError as error:
+        raise GuardLoopError(f"cannot write {path}: {error.strerror or error}", "choose another place: --out") from None
+    console.print(str(path), soft_wrap=True, markup=False)
+    if out is None and not webbrowser.open(path.absolute().as_uri()):
+        console.print("no browser was found here: open that file in one")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from guardloop.config import PlatformSettings, load_platform, load_settings
 from guardloop.errors import GuardLoopError
+from launch import choices
 
 app = typer.Typer()
 schedule_app = typer.Typer(no_args_is_help=True, help="Recurring runs on a cluster.")
@@ -19,9 +20,17 @@ console = Console(highlight=False)
 
 FAILED = 1
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
-PipelineOption = Annotated[str, typer.Option(help="process, train, evaluate or full.")]
-PlatformOption = Annotated[str, typer.Option(help="Where to run: a name in configs/platform, or a file.")]
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="Configuration file.", autocompletion=choices.configurations)
+]
+ConfigArgument = Annotated[Path, typer.Argument(help="Configuration file.", autocompletion=choices.configurations)]
+PipelineOption = Annotated[
+    str, typer.Option(help="process, train, evaluate or full.", autocompletion=choices.pipelines)
+]
+PlatformOption = Annotated[
+    str,
+    typer.Option(help="Where to run: a name in configs/platform, or a file.", autocompletion=choices.platforms),
+]
 HostOption = Annotated[
     str | None, typer.Option(envvar="KF_PIPELINES_ENDPOINT", help="Kubeflow Pipelines, such as https://host/pipeline.")
 ]
@@ -29,7 +38,10 @@ NamespaceOption = Annotated[str | None, typer.Option(envvar="KF_PIPELINES_NAMESP
 ExperimentOption = Annotated[
     str | None, typer.Option(envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", help="Experiment of the runs.")
 ]
-KnownPlatform = Annotated[str | None, typer.Option("--platform", help="Platform whose `kubeflow` section to use.")]
+KnownPlatform = Annotated[
+    str | None,
+    typer.Option("--platform", help="Platform whose `kubeflow` section to use.", autocompletion=choices.platforms),
+]
 ArtifactOption = Annotated[
     list[str] | None,
     typer.Option("--artifact", help="NAME=URI of an earlier output, for train and evaluate; repeat for each."),
@@ -50,29 +62,35 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Follow the run until it ends; the exit code tells how.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and submit nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Submit although a check failed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Checks and run as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Run the pipeline on a cluster, through Kubeflow Pipelines."""
     from launch import submit as submitting
 
+    said = Console(highlight=False, stderr=as_json)
     where = load_platform(platform)
     order = _order(config, pipeline, platform, where, artifact)
     cluster = _cluster(where, host, namespace, experiment)
-    _preflight(cluster, order, config, force)
+    told = {"checks": [check.plain() for check in _preflight(cluster, order, config, force, said)], "run": None}
     if dry_run:
-        console.print(
+        said.print(
             f"{order.package.name}, version {order.version_name}: nothing was submitted (dry run)", soft_wrap=True
         )
-        return
-    version, reused = submitting.upload(cluster, order)
-    console.print(
-        f"{order.package.name}, version {version.display_name} ({'there already' if reused else 'uploaded'})",
-        soft_wrap=True,
-    )
-    run = submitting.start(cluster, order, version)
-    console.print(f"run {run.run_id} in experiment {escape(cluster.target.experiment)}", soft_wrap=True)
-    console.print(f"  {cluster.target.run_page(run.run_id)}", soft_wrap=True, markup=False)
-    if wait:
-        _follow(cluster, run.run_id)
+    else:
+        version, reused = submitting.upload(cluster, order)
+        said.print(
+            f"{order.package.name}, version {version.display_name} ({'there already' if reused else 'uploaded'})",
+            soft_wrap=True,
+        )
+        run = submitting.start(cluster, order, version)
+        page = cluster.target.run_page(run.run_id)
+        said.print(f"run {run.run_id} in experiment {escape(cluster.target.experiment)}", soft_wrap=True)
+        said.print(f"  {page}", soft_wrap=True, markup=False)
+        told["run"] = {"id": run.run_id, "page": page}
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    if wait and not dry_run:
+        _follow(cluster, run.run_id, said)
 
 
 @app.command()
@@ -84,7 +102,7 @@ def follow(
 ) -> None:
     """Follow a run on a cluster until it ends; the exit code tells how."""
     cluster = _cluster(_known(platform), host, namespace)
-    _follow(cluster, cluster.find_run(run).run_id)
+    _follow(cluster, cluster.find_run(run).run_id, console)
 
 
 @app.command()
@@ -187,7 +205,7 @@ def create(
     where = load_platform(platform)
     order = _order(config, pipeline, platform, where, artifact)
     cluster = _cluster(where, host, namespace, experiment)
-    _preflight(cluster, order, config, force)
+    _preflight(cluster, order, config, force, console)
     name = name or f"{order.package.name}-{config.stem}"
     made, what = schedule.create(cluster, order, name, cron)
     console.print(
@@ -285,31 +303,34 @@ def _cluster(platform: PlatformSettings, host: str | None, namespace: str | None
     )
 
 
-def _preflight(cluster: Any, order: Any, config: Path, force: bool) -> None:
-    from launch.cluster_preflight import check_all, table
+def _preflight(cluster: Any, order: Any, config: Path, force: bool, said: Console) -> list[Any]:
+    """Check what the run needs, and say it. Raises GuardLoopError where a check failed, unless it is forced."""
+    from launch.checks import failures, table
+    from launch.cluster_preflight import check_all
 
     checks = check_all(cluster, order.package, load_settings(config))
-    console.print(table(checks))
-    console.print()
-    if failed := [check.name for check in checks if check.verdict == "failed"]:
+    said.print(table(checks))
+    said.print()
+    if failed := failures(checks):
         needless = not set(failed) & {"Kubeflow Pipelines", "access"}
         if force and needless:
-            console.print(f"[yellow]going on, although these failed: {escape(', '.join(failed))}[/]", soft_wrap=True)
-            return
+            said.print(f"[yellow]going on, although these failed: {escape(', '.join(failed))}[/]", soft_wrap=True)
+            return checks
         raise GuardLoopError(
-            f"nothing was submitted: {', '.join(dict.fromkeys(failed))}",
+            f"nothing was submitted: {', '.join(failed)}",
             "mend what the table names" + ("; --force submits nevertheless" if needless else ""),
         )
+    return checks
 
 
-def _follow(cluster: Any, run_id: str) -> None:
+def _follow(cluster: Any, run_id: str, said: Console) -> None:
     """Follow a run. Raises typer.Exit with FAILED unless it succeeded."""
     from launch.follow import follow as watch
 
     try:
-        ending = watch(cluster, run_id, console)
+        ending = watch(cluster, run_id, said)
     except KeyboardInterrupt:
-        console.print(
+        said.print(
             f"\nthe run goes on: `guardloop follow {run_id}` shows it, `guardloop cancel {run_id}` stops it",
             soft_wrap=True,
         )
@@ -319,7 +340,7 @@ def _follow(cluster: Any, run_id: str) -> None:
             f"{error.what}\nthe run may go on: {cluster.target.run_page(run_id)}", f"guardloop follow {run_id}"
         ) from None
     if ending.succeeded:
-        console.print(f"[green]succeeded[/]: run {run_id}", soft_wrap=True)
+        said.print(f"[green]succeeded[/]: run {run_id}", soft_wrap=True)
         return
     told = Console(stderr=True, highlight=False)
     stage = f" in {ending.stage}" if ending.stage else ""

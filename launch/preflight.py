@@ -30,7 +30,7 @@ def check(settings: Settings, home: Path) -> None:
         key = one.api_key_env
         if key and not os.environ.get(key):
             raise GuardLoopError(f"responder.api_key_env: {key} is not set", f"export {key} with the endpoint's key")
-    _check_disk(home)
+    check_disk(home)
 
 
 def _check_source(source: SourceSettings, where: str) -> None:
@@ -45,7 +45,8 @@ def _check_source(source: SourceSettings, where: str) -> None:
         raise GuardLoopError(f"{where}: the sample has no part {source.path!r}", f"parts: {known}")
 
 
-def _check_disk(home: Path) -> None:
+def check_disk(home: Path) -> None:
+    """Raises GuardLoopError if runs cannot be written to `home`, or there is too little room."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(home).free / 2**30

@@ -18,8 +18,8 @@ SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc")
 NAMES = {"auprc": "AUPRC", "auroc": "AUROC", "f1": "F1", "fpr": "false-positive rate"}
 
 
-def conclude(run: Run, console: Console) -> None:
-    """Print the tables and the decision, and write summary.json into the run's folder."""
+def conclude(run: Run, console: Console) -> dict[str, Any]:
+    """Print the tables and the decision, and write summary.json into the run's folder. Returns what it holds."""
     evaluated, training_set = run.artifact("evaluated"), run.artifact("training_set")
     evaluation = None
     if evaluated and (evaluated / EVALUATION).is_file():
@@ -49,6 +49,7 @@ def conclude(run: Run, console: Console) -> None:
         "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
     }
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    return summary
 
 
 def _decision(run: Run, evaluation: Evaluation | None, harvest: dict[str, Any] | None) -> tuple[str, str]:

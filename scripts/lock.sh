@@ -10,7 +10,7 @@ options=("$@")
 
 main() {
   local name folder
-  for name in runtime dev tools; do
+  for name in runtime dev tools docs; do
     lock requirements "$name" --universal --python-version 3.11 --excludes excludes.txt
   done
   for folder in images/*/; do

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,6 +89,43 @@ def test_the_list_of_settings(guardloop):
     assert "guard.base" in table.replace("\n", "")
 
 
+def test_a_sample_report(guardloop, tmp_path, monkeypatch):
+    written = guardloop("demo-report", "--out", str(tmp_path / "deep" / "page.html"))
+    page = (tmp_path / "deep" / "page.html").read_text()
+    assert written == Ended(0, f"{tmp_path}/deep/page.html\n", "")
+    assert page.startswith("<!doctype html>") and "made up" in page and "Checks of the gate" in page
+
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    shown = guardloop("demo-report")
+    assert opened == [(tmp_path / "home/demo-report.html").as_uri()] and "open that file" in shown.out
+    assert (tmp_path / "home/demo-report.html").read_text() == page
+
+    (tmp_path / "file").touch()
+    refused(guardloop("demo-report", "--out", str(tmp_path / "file" / "page.html")), "cannot write", "--out")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("guardloop pl", ["plan"]),
+        ("guardloop run --platform g", ["gpu-cluster"]),
+        ("guardloop plan configs/d", ["configs/demo.yaml"]),
+        ("guardloop benchmark xs", ["xstest"]),
+        ("guardloop plan --compare 2026", ["20260101-full"]),
+    ],
+)
+def test_the_shell_completes(typed, offered, tmp_path):
+    (tmp_path / "runs" / "20260101-full").mkdir(parents=True)
+    asked = {"_GUARDLOOP_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "GUARDLOOP_HOME": str(tmp_path), **asked}
+    program = "import sys; sys.argv[0] = 'guardloop'; from guardloop.cli import app; app(prog_name='guardloop')"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=surroundings, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.split() == offered, ended.stderr
+
+
 # What it refuses
 
 
@@ -163,6 +201,14 @@ def test_wrong_usage_ends_with_the_same_code(guardloop, arguments):
     assert ended.code == 2 and "Usage" in ended.err and "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [(["rum"], "run"), (["docter"], "doctor"), (["config", "shw"], "show"), (["plan", "--compair", "x"], "--compare")],
+)
+def test_a_mistyped_word_is_answered_with_the_nearest(guardloop, arguments, near):
+    assert re.search(rf"(Did you mean|Possible options:|Did you mean one of:?) ?'?{near}", guardloop(*arguments).err)
+
+
 def test_ctrl_c_ends_with_a_word_and_its_own_code(guardloop, monkeypatch):
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
@@ -177,7 +223,7 @@ def test_ctrl_c_ends_with_a_word_and_its_own_code(guardloop, monkeypatch):
 
 def test_as_a_process_bad_input_ends_with_2_before_any_model_library_loads(tmp_path):
     program = "import sys; from guardloop.cli import main\n"
-    program += "try: main()\nfinally: sys.stdout.write(str('torch' in sys.modules))"
+    program += "try: main()\nfinally: sys.stdout.write(str(bool({'torch', 'scipy', 'mlflow'} & set(sys.modules))))"
     ended = subprocess.run(
         [sys.executable, "-c", program, "check"],
         capture_output=True,

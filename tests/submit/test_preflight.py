@@ -17,9 +17,9 @@ from guardloop.cluster import ClusterSettings
 from guardloop.config import PlatformSettings, Settings
 from guardloop.kubeflow import KubeflowSettings
 from guardloop.storage import put
-from launch import cluster_preflight
+from launch.checks import Check, hub_models
 from launch.cluster import Cluster
-from launch.cluster_preflight import Check, Package, check_all
+from launch.cluster_preflight import Package, check_all
 from launch.image_check import NotCheckedError, image_exists, split_image
 from launch.target import find_target
 
@@ -216,7 +216,7 @@ def test_kubernetes_that_cannot_be_asked(
 
 
 def hub_checks(settings: dict[str, Any]) -> list[Check]:
-    return cluster_preflight._models(Settings.model_validate(settings))
+    return hub_models(Settings.model_validate(settings))
 
 
 def test_access_to_gated_models_and_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,31 @@
+"""Write the generated pages, and the pipeline's picture into README.md and docs/index.md."""
+
+import sys
+from pathlib import Path
+
+from scripts.docs.configuration import configuration_page
+from scripts.docs.contracts import contracts_page
+from scripts.docs.flow import flow_picture, with_picture
+
+ROOT = Path(__file__).absolute().parents[2]
+
+
+def generated(root: Path = ROOT) -> dict[Path, str]:
+    """Every generated file of the repository, and what it should hold."""
+    picture = flow_picture()
+    pages = {root / "docs/configuration.md": configuration_page(), root / "docs/contracts.md": contracts_page()}
+    for name in ("README.md", "docs/index.md"):
+        pages[root / name] = with_picture((root / name).read_text("utf-8"), picture)
+    return pages
+
+
+def main() -> None:
+    """Write what changed, and name it."""
+    for path, text in generated().items():
+        if not path.is_file() or path.read_text("utf-8") != text:
+            path.write_text(text, "utf-8")
+            sys.stdout.write(f"  {path.relative_to(ROOT)}\n")
+
+
+if __name__ == "__main__":
+    main()
