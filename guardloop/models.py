@@ -86,7 +86,7 @@ def load_causal_lm(
 def _from_pretrained(factory: Any, model: str, revision: str | None, **options: Any) -> Any:
     try:
         return factory.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
-    except Exception as error:  # noqa: BLE001  (broken files raise whatever their readers stumble over)
+    except Exception as error:
         raise _explain(error, model) from error
 
 

@@ -118,7 +118,9 @@ def _table(kind: str, share: int) -> Target:
             assert isinstance(row["prompt"], str) and row["id"] and row["unsafe"] in (True, False, None)
             row["prompt"].encode()
 
-    return Target(lambda f: (f / f"rows{kind}").write_bytes(as_bytes(ROWS, kind)) and None, (f"rows{kind}",), read, share)
+    return Target(
+        lambda f: (f / f"rows{kind}").write_bytes(as_bytes(ROWS, kind)) and None, (f"rows{kind}",), read, share
+    )
 
 
 def _copy(source: Path, name: str) -> Callable[[Path], None]:
