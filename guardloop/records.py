@@ -11,14 +11,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
 
 from guardloop.errors import GuardLoopError
 
 Row = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 ROW_GROUP = 1024
 FACTS = "guardloop"
 SEALED = "guardloop.sealed"
@@ -189,6 +191,17 @@ def write_jsonl(rows: Iterable[Row], path: str | Path) -> int:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def read_json(path: str | Path, model: type[M]) -> M:
+    """The JSON file at `path` as a `model`. Raises GuardLoopError where it is missing or damaged."""
+    try:
+        return model.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise GuardLoopError(f"no such file: {path}", "run the stage that writes it") from None
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GuardLoopError(f"{path} cannot be read: {reason}", "run the stage that writes it again") from None
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -77,6 +77,10 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
         yield f"bias is {_short(config['bias'])}"
     if config.get("init_lora_weights", True) not in (True, False):  # other words name ways that read files
         yield f"init_lora_weights is {_short(config['init_lora_weights'])}"
+    yield from _odd_names(config)
+
+
+def _odd_names(config: dict[str, Any]) -> Iterator[str]:
     for key in NAMES:
         # peft takes text for a pattern, and a pattern can run for ever
         value = config.get(key) or []

@@ -1,4 +1,4 @@
-"""Whatever is in a file, its reader ends: with what the file says, or with words and a remedy. `make fuzz` tries more."""
+"""Whatever is in a file, its reader ends, with rows or with words and a remedy. `make fuzz` tries more."""
 
 import json
 import sys

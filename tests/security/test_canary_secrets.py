@@ -1,4 +1,4 @@
-"""Secrets of the environment are used where they must be, and written nowhere: canaries are planted and searched for."""
+"""Secrets of the environment are used where they must be, and written nowhere: canaries are planted and looked for."""
 
 import http.server
 import os
@@ -66,7 +66,7 @@ def echo(status: int) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(told)
 
-        do_GET = do_POST = do_PUT = do_HEAD = answer
+        do_GET = do_POST = do_PUT = do_HEAD = answer  # noqa: N815
 
         def log_message(self, *_: object) -> None: ...
 
