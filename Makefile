@@ -94,7 +94,7 @@ experiment: ready ## Compare the recipe with every control (CONFIG=configs/exper
 	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)")
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
-	@$(BIN)/pytest -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/pytest -m "not slow and not faults" -n auto --dist loadfile $(PYTEST_ARGS)
 
 lint: ready ## Check style, formatting, import rules and unused code
 	@$(BIN)/ruff check .

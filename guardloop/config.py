@@ -96,13 +96,17 @@ def read_yaml(path: str | Path, what: str, folder: str) -> dict[str, Any]:
         hint = f"did you mean {near[0]}?" if near else f"{what} files here: {', '.join(known) or 'none'}"
         raise GuardLoopError(f"{what}: no such file: {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise GuardLoopError(f"{what}: cannot read {path}: {error}") from None
+        raise GuardLoopError(f"{what}: cannot read {path}: {error}", "give a YAML file in UTF-8 text") from None
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # as PyYAML raises them
-        raise GuardLoopError(f"{what}: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise GuardLoopError(
+            f"{what}: {path} is not valid YAML: {' '.join(str(error).split())}", f"compare it with a file in {folder}"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise GuardLoopError(f"{what}: {path} must hold sections, such as `dataset:`")
+        raise GuardLoopError(
+            f"{what}: {path} must hold sections, such as `dataset:`", f"compare it with a file in {folder}"
+        )
     return values
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from guardloop.errors import GuardLoopError
@@ -65,6 +65,7 @@ def load_causal_lm(
     model: str, revision: str | None, dtype: torch.dtype, device: torch.device, quantization: str = "none"
 ) -> Any:
     """A causal language model in eval mode on `device`. Raises GuardLoopError if it cannot be had."""
+    _check_kernels(model, _from_pretrained(AutoConfig, model, revision))
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
     if in_bits := quantization in ("int8", "nf4"):
         options["quantization_config"] = (
@@ -85,8 +86,18 @@ def load_causal_lm(
 def _from_pretrained(factory: Any, model: str, revision: str | None, **options: Any) -> Any:
     try:
         return factory.from_pretrained(model, revision=revision, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
         raise _explain(error, model) from error
+
+
+def _check_kernels(model: str, config: Any) -> None:
+    """A config.json may name compiled code of the hub, which transformers would fetch and run."""
+    for kind in ("attn_implementation", "experts_implementation"):
+        if "/" in (named := str(getattr(config, f"_{kind}", None))):
+            raise GuardLoopError(
+                f"{model}: its config.json asks for the code of {named[:80]!r} as its {kind}",
+                f"take {kind} out of it, after finding out who wrote it",
+            )
 
 
 def _explain(error: Exception, model: str) -> GuardLoopError:
@@ -98,6 +109,7 @@ def _explain(error: Exception, model: str) -> GuardLoopError:
         cause = cause.__cause__ or cause.__context__
     names = {type(e).__name__ for e in chain}
     text = " ".join(str(e) for e in chain)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     if "GatedRepoError" in names or "trying to access a gated repo" in text:
         return GuardLoopError(
             f"{model}: access to this gated model was refused",
@@ -106,13 +118,11 @@ def _explain(error: Exception, model: str) -> GuardLoopError:
     if names & {"RepositoryNotFoundError", "RevisionNotFoundError"} or "is not a valid model identifier" in text:
         return GuardLoopError(f"{model}: the hub has no such model or revision", "check the id and the revision")
     if Path(model).is_dir():
-        return GuardLoopError(
-            f"{model}: not a loadable model: {str(error).splitlines()[0]}", "check the folder's files"
-        )
+        return GuardLoopError(f"{model}: not a loadable model: {reason}", "check the folder's files")
     if "safetensors" in text and "no file named" in text.lower():
         return GuardLoopError(f"{model}: has no safetensors weights", "choose a revision that has them")
     return GuardLoopError(
-        f"{model}: could not be loaded from the hub: {str(error).splitlines()[0]}",
+        f"{model}: could not be loaded from the hub: {reason}",
         "check the network and the id, or give a local folder; without a hub use configs/demo.yaml",
     )
 

@@ -3,14 +3,18 @@
 Where $GUARDLOOP_EVENTS names a file, each event is a JSON line there; else progress goes to the log now and then.
 """
 
+import errno
 import json
 import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+
+from guardloop.errors import GuardLoopError
 
 log = logging.getLogger("guardloop")
 T = TypeVar("T")
@@ -68,8 +72,12 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         seconds = _since(self._started)
         if error is not None:
+            full = _disk_full(error)
+            error = full or error
             log.error("%s: failed after %.1f s: %s", self.name, seconds, error)
-            self._emit("failed", seconds=seconds, error=str(error), known=kind.__name__ if kind else "")
+            self._emit("failed", seconds=seconds, error=str(error), known=type(error).__name__)
+            if full:
+                raise full
             return
         log.info("%s: %d items in %.1f s: %s", self.name, self.items, seconds, self.outcome)
         self._emit("done", seconds=seconds, items=self.items, outcome=self.outcome)
@@ -77,8 +85,21 @@ class Stage:
     def _emit(self, event: str, **values: Any) -> None:
         path = os.environ.get("GUARDLOOP_EVENTS")
         if path:
-            with Path(path).open("a", encoding="utf-8") as file:
+            with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, "stage": self.name, "at": time.time(), **values}) + "\n")
+
+
+def _disk_full(error: BaseException) -> GuardLoopError | None:
+    """What to tell where the disk is full, whichever library found out."""
+    if isinstance(error, GuardLoopError) or not (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    ):
+        return None
+    place = getattr(error, "filename", None)
+    return GuardLoopError(
+        f"the disk is full{f': cannot write {place}' if place else ''}",
+        "free disk space, then run this again: stages take up work that was kept",
+    )
 
 
 def _since(started: float) -> float:

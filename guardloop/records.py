@@ -2,22 +2,31 @@
 
 Bulk travels as Parquet, written in row groups so that memory does not grow with the number of rows.
 A table is its own explanation: the screen stage adds the verdict's columns to the conversation it judged.
+It is sealed with a checksum, before the footer, where other readers of Parquet see a gap; every read verifies it.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
 
 from guardloop.errors import GuardLoopError
 
 Row = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 ROW_GROUP = 1024
 FACTS = "guardloop"
+SEALED = "guardloop.sealed"
+SEAL = b"guardloop.sha256"
+SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
+TAIL_BYTES = 8  # of every Parquet file: the footer's length and its mark
 DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 """What pyarrow raises for a file that is cut off or changed."""
 
@@ -128,10 +137,11 @@ def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, facts:
             with _writing(path):
                 writer.write_table(table)
             count += len(chunk)
-        told = {FACTS: json.dumps(facts())}
+        told = {FACTS: json.dumps(facts()), SEALED: "sha256"}
         with _writing(path):
             writer.add_key_value_metadata(told)
             writer.close()
+            _seal(partial)
             partial.replace(path)
     finally:
         with suppress(OSError):
@@ -144,7 +154,9 @@ def read_table(path: str | Path, schema: pa.Schema | None = None) -> Iterator[Ro
     """Stream the rows of the Parquet file at `path`; with `schema`, refuse a file that lacks one of its columns."""
     with _reading(path), pq.ParquetFile(path) as file:
         if schema is not None and (missing := set(schema.names) - set(file.schema_arrow.names)):
-            raise GuardLoopError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+            raise GuardLoopError(
+                f"{path} lacks the columns {', '.join(sorted(missing))}", "give the table that the stage before wrote"
+            )
         for batch in file.iter_batches(batch_size=ROW_GROUP):
             yield from batch.to_pylist()
 
@@ -181,6 +193,17 @@ def write_jsonl(rows: Iterable[Row], path: str | Path) -> int:
     return count
 
 
+def read_json(path: str | Path, model: type[M]) -> M:
+    """The JSON file at `path` as a `model`. Raises GuardLoopError where it is missing or damaged."""
+    try:
+        return model.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise GuardLoopError(f"no such file: {path}", "run the stage that writes it") from None
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GuardLoopError(f"{path} cannot be read: {reason}", "run the stage that writes it again") from None
+
+
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
     """Lists of at most `size` rows."""
     chunk: list[Row] = []
@@ -193,9 +216,48 @@ def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield chunk
 
 
+def _seal(path: Path) -> None:
+    """Put the file's checksum between its rows and its footer, which is found from the end."""
+    with path.open("r+b") as file:
+        start = _footer(file)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(SEAL + digest + footer)
+
+
+def _verify(path: str | Path) -> None:
+    """Raises ValueError for a table of ours whose bytes are not those that were written."""
+    with Path(path).open("rb") as file:
+        start = _footer(file) - SEAL_BYTES
+        file.seek(max(0, start))
+        seal = file.read(SEAL_BYTES)
+        if start < 0 or not seal.startswith(SEAL):
+            if SEALED.encode() in (pq.read_metadata(path).metadata or {}):
+                raise ValueError("its checksum is missing")
+            return  # of another program
+        digest = hashlib.sha256()
+        file.seek(0)
+        while (place := file.tell()) < start:
+            digest.update(file.read(min(2**20, start - place)))
+        file.seek(start + SEAL_BYTES)
+        digest.update(file.read())
+    if seal != SEAL + digest.digest():
+        raise ValueError("its checksum differs from what was written")
+
+
+def _footer(file: BinaryIO) -> int:
+    """Where the footer of a Parquet file begins."""
+    end = file.seek(-TAIL_BYTES, os.SEEK_END)
+    return max(0, end - int.from_bytes(file.read(4), "little"))
+
+
 @contextmanager
 def _reading(path: str | Path) -> Iterator[None]:
     try:
+        _verify(path)
         yield
     except FileNotFoundError:
         raise GuardLoopError(f"no such file: {path}", "run the stage that writes it") from None

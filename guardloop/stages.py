@@ -1,6 +1,5 @@
 """The pipeline's stages: files in, files out. Each is what one component calls, and no more than a stage's story."""
 
-import json
 import os
 import shutil
 import time
@@ -32,6 +31,7 @@ from guardloop.records import (
     count_rows,
     judged_schema,
     read_facts,
+    read_json,
     read_table,
     read_tables,
     write_jsonl,
@@ -378,7 +378,7 @@ def register_model(
     with Stage("register_model") as stage:
         stage.say("recording the run")
         evaluated, training_set, adapter = Path(evaluated), Path(training_set), Path(adapter)
-        evaluation = Evaluation.model_validate_json((evaluated / EVALUATION).read_text("utf-8"))
+        evaluation = read_json(evaluated / EVALUATION, Evaluation)
         origin, data = _origin(training_set, run_id, sections)
         registry = Registry(settings)
         files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _harvest_files(training_set)
@@ -539,7 +539,7 @@ def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
     from guardloop.guard.facts import guard_facts  # noqa: PLC0415
     from guardloop.report import HarvestStory, RunStory, Source, StageCounts  # noqa: PLC0415
 
-    harvest = HarvestStory.model_validate_json((training_set / HARVEST).read_text("utf-8"))
+    harvest = read_json(training_set / HARVEST, HarvestStory)
     mined = read_facts(training_set / EXAMPLES)
     trained = guard_facts(adapter).get("training", {})
     data = facts.get("data", {})
@@ -569,9 +569,12 @@ def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
 
 
 def _figures(training_set: Path) -> dict[str, float]:
-    harvest = json.loads((training_set / HARVEST).read_text("utf-8"))
-    figures = {f"harvest_{k}": float(harvest[k]) for k in ("screened", "passed", "responses", "refusals", "blocked")}
-    return figures | {f"examples_{kind}": float(n) for kind, n in harvest["counts"].items()}
+    from guardloop.report import HarvestStory  # noqa: PLC0415
+
+    harvest = read_json(training_set / HARVEST, HarvestStory)
+    names = ("screened", "passed", "responses", "refusals", "blocked")
+    figures = {f"harvest_{name}": float(getattr(harvest, name)) for name in names}
+    return figures | {f"examples_{kind}": float(n) for kind, n in harvest.counts.items()}
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:

@@ -85,6 +85,8 @@ def put(path: str | Path, uri: str | Path) -> None:
             _upload(client, path, bucket, key)
         else:
             for file in sorted(file for file in path.rglob("*") if file.is_file()):
+                if not file.resolve().is_relative_to(path.resolve()):  # a link that would take another file along
+                    raise GuardLoopError(f"{file} leads out of {path}", "put the file itself there, or remove the link")
                 _upload(client, file, bucket, _as_prefix(key) + file.relative_to(path).as_posix())
 
 

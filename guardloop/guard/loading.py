@@ -7,6 +7,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard.adapter_files import WEIGHTS, check_adapter_files
 from guardloop.guard.facts import guard_facts
 from guardloop.guard.family import family_of
 from guardloop.guard.policy import read_policy
@@ -52,13 +53,10 @@ def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path 
 
 def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """`model` with the LoRA adapter in `folder`. Raises GuardLoopError if the folder does not hold one that fits."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise GuardLoopError(
-            f"no adapter in {folder}", "an adapter has adapter_config.json and adapter_model.safetensors"
-        )
+    check_adapter_files(folder, guard_facts(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        with safe_open(folder / WEIGHTS, "pt") as file:
             stored = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118  (a file, not a dict)
         # peft itself only warns where the adapter has other layers than the model
         if odd := stored.symmetric_difference(k for k in get_peft_model_state_dict(adapted) if "lora_" in k):

@@ -32,9 +32,11 @@ def read_policy(path: str | Path) -> Policy:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise GuardLoopError(f"guard.policy: no such file: {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise GuardLoopError(f"guard.policy: {path} is not readable YAML: {error}") from None
+        raise GuardLoopError(f"guard.policy: no such file: {path}", "check the path") from None
+    except (OSError, yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # PyYAML's
+        raise GuardLoopError(
+            f"guard.policy: {path} is not readable YAML: {' '.join(str(error).split())}", "mend or replace the file"
+        ) from None
     if not isinstance(values, dict) or not values:
         raise GuardLoopError(
             f"guard.policy: {path} has no categories", "write `S1: {name: ..., description: ...}` lines"

@@ -19,6 +19,10 @@ from guardloop.guard.policy import Policy, read_policy
 
 TEMPLATES = FAMILY_FOLDER.parent / "templates"
 SLOTS = ("\ue000q\ue001", "\ue000a\ue001")  # private-use characters stand in for the two messages
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
+)
+"""What a chat template, which is a program of its own, can fail with."""
 PROBES = ("a", "Zeta 9", "été", "?", "(x)", "\n0", "日本", "[c]", "<b>", "'s", "- x")
 
 
@@ -148,8 +152,11 @@ class Renderer:
         ]
         try:
             return str(self.tokenizer.apply_chat_template(chat, tokenize=False, **options))
-        except (jinja2.TemplateError, TypeError) as error:
-            raise GuardLoopError(f"guard.family: the chat template refused a conversation: {error}") from error
+        except TEMPLATE_ERRORS as error:
+            raise GuardLoopError(
+                f"guard.family: the chat template refused a conversation: {error}",
+                "use the guard's own tokenizer and the family that fits it",
+            ) from error
 
     def _plan(self, skeleton: list[str]) -> Plan:
         """What `_tokens` does for any messages, done as far as it can be: only stretches are left to tokenise."""

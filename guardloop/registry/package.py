@@ -38,10 +38,14 @@ def package(adapter: Path, guard: GuardSettings, folder: Path) -> None:
 
     It is served by `guardloop.registry.serving`, which is imported, never unpickled: the folder holds no code. The
     guard's settings are the model's configuration, which `mlflow.pyfunc.load_model(uri, model_config=...)` overrides.
-    Raises GuardLoopError if the guard's policy cannot be read.
+    Raises GuardLoopError if the guard's policy cannot be read, or a link leads out of the adapter's folder.
     """
     from pandas import DataFrame  # type: ignore[import-untyped]  # noqa: PLC0415  (slow to import)
 
+    if away := next((f for f in adapter.rglob("*") if not f.resolve().is_relative_to(adapter.resolve())), None):
+        raise GuardLoopError(
+            f"{away} leads out of {adapter}", "put the file itself there, if it belongs to the adapter"
+        )
     shutil.copytree(adapter, folder / ADAPTER)
     if guard.policy:
         try:

@@ -6,18 +6,13 @@ Prompts are hostile: a special token written in one stays plain text, so that no
 import re
 from typing import Any
 
-import jinja2
-
 from guardloop.errors import GuardLoopError
+from guardloop.guard.prompt import TEMPLATE_ERRORS
 
 SLOT = "\ue000prompt\ue001"  # private-use characters stand in for the prompt
 PROBES = ("How are you?", "été 9", "(x)")
 PLAIN = f"User: {SLOT}\nAssistant:"
 PLAIN_STOP = "\nUser:"
-TEMPLATE_ERRORS = (
-    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
-)
-"""What a template, which is a program of its own, can fail with."""
 
 
 class PromptError(ValueError):

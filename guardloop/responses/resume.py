@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from guardloop.errors import GuardLoopError
 from guardloop.progress import Stage
 from guardloop.records import RESPONSE, Row, count_rows, read_table, read_tables, write_table
 from guardloop.responses.respond import Progress, passed, respond
@@ -144,10 +145,10 @@ def _load(settings: ResponderSettings, stage: Stage) -> Responder:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a part can be read; one that a crash of the machine broke is thrown away."""
+    """Whether a part is as it was written; one that a crash of the machine or its disk broke is thrown away."""
     try:
-        pq.read_metadata(path)
-    except (OSError, ValueError):
+        count_rows(path)
+    except GuardLoopError:
         log.warning("%s is broken; its prompts are answered again", path)
         path.unlink()
         return False

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +121,8 @@ def _forget_old(root: Path) -> None:
     """Delete work that nobody has gone on with for KEEP_DAYS: it holds prompts and responses."""
     for folder in root.glob("*/"):
         if time.time() - folder.stat().st_mtime > KEEP_DAYS * 86400:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(Timeout), FileLock(folder / "lock").acquire(timeout=0):  # the clock may have jumped
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _weights(model: str) -> list[tuple[str, int, int]]:

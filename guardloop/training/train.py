@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard.adapter_files import CHECKSUM, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.facts import guard_facts
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
@@ -244,7 +245,8 @@ def _margins(model: Any, renderer: Renderer, rows: Sequence[Row], processes: Par
 def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
     """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
     point = {"threshold": trained.threshold, "temperature": trained.temperature}
-    facts = {**origin, **point, "training": {**asdict(trained), "settings": settings.plain()}}
+    facts = {**origin, **point, CHECKSUM: checksum(folder / WEIGHTS)}
+    facts["training"] = {**asdict(trained), "settings": settings.plain()}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(model_card(facts), "utf-8")
 
@@ -252,8 +254,7 @@ def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder:
 def _digest(adapter: Path | None) -> str:
     if adapter is None:
         return ""
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum(adapter / WEIGHTS)
 
 
 def _hash(value: object) -> str:

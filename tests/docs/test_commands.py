@@ -49,7 +49,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "make bench-guard": f"needs: time; {BENCHED}",
     "make bench-train": f"needs: time; {BENCHED}",
     "make bench-generate": f"needs: time; {BENCHED}",
-    "make experiment": "tests/experiment/test_experiment.py: recipe",
+    "make experiment": "tests/experiment/test_experiment.py: main",
     "guardloop run": "tests/pipeline/test_local_run.py: workshop",
     "guardloop check": "tests/test_cli.py: check",
     "guardloop benchmark": "tests/evaluation/test_benchmarks.py: benchmark",

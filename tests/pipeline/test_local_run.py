@@ -1,8 +1,10 @@
 """The whole pipeline through kfp.local, on tiny random models: what is asserted is the flow, not the quality."""
 
 import json
+from collections.abc import Iterator
 
 import pytest
+from canaries import CANARIES, found_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from workshop import Workshop
@@ -12,8 +14,11 @@ from launch.rates import FOLDERS, find_alike, read_past
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"))
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CANARIES.items():
+            patch.setenv(name, value)
+        yield Workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.slow
@@ -44,6 +49,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     whole = workshop.guardloop(**loose)
 
     assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert not found_in(workshop.folder, whole.stdout, whole.stderr)  # logs, artifacts, settings and MLflow
     full = workshop.summary()
     assert full["decision"] == "not promoted"  # a random guard cannot prove anything
     assert full["headline"] in " ".join(whole.stdout.split()) or "Not promoted" in whole.stdout

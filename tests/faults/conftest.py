@@ -1,0 +1,119 @@
+"""One undisturbed round of the loop on tiny models, stage by stage: what every drill starts from and must end with."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+for name in (".", "registry", "responses"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / name))
+from registry_examples import evaluation, origin
+from workshop import Workshop
+
+from guardloop import stages
+from guardloop.config import Settings
+from guardloop.records import read_table
+from guardloop.registry import Registry, RegistrySettings
+from guardloop.settings import read_section
+
+torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
+
+TIMED = {"report.html", "summary.md", "MLmodel", "mlflow.db"}
+"""Files that tell the time at which they were made."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The folder of a finished round, and the settings that made it."""
+
+    folder: Path
+    sections: dict[str, Any]
+
+    def stages(self) -> dict[str, Callable[[Path], object]]:
+        """Each stage on the finished round's tables, with its outputs below the folder that it is given."""
+        done, s = self.folder, self.sections
+        tables = [done / "verdicts"], [done / "judged"]
+        return {
+            "prepare_data": lambda o: stages.prepare_data(s["dataset"], o / "traffic", o / "test"),
+            "screen": lambda o: stages.screen(done / "traffic", o / "verdicts", s["guard"]),
+            "generate_responses": lambda o: stages.generate_responses(
+                done / "verdicts", o / "responses", s["responder"]
+            ),
+            "screen responses": lambda o: stages.screen(done / "responses", o / "judged", s["guard"]),
+            "mine_feedback": lambda o: stages.mine_feedback(*tables, o / "training_set", s["feedback"]),
+            "train_guard": lambda o: stages.train_guard(
+                done / "training_set", o / "adapter", s["guard"], s["training"], s["registry"]
+            ),
+            "screen test": lambda o: stages.screen(done / "test", o / "default", s["guard"]),
+            "screen_improved": lambda o: stages.screen_improved(
+                *(done / "test", done / "training_set", o / "improved", o / "held_out", s["guard"], done / "adapter")
+            ),
+            "score_benchmarks": lambda o: stages.score_benchmarks(
+                done / "training_set", done / "adapter", s["guard"], s["evaluation"], o / "benchmarks"
+            ),
+            "evaluate": lambda o: stages.evaluate(
+                *(done / "default", done / "improved", done / "training_set", done / "adapter", o / "evaluated"),
+                *(s["evaluation"], s["gate"]),
+                held_out=done / "held_out",
+                benchmarks=done / "benchmarks",
+            ),
+            "register_model": lambda o: stages.register_model(
+                done / "adapter", done / "evaluated", done / "training_set", "a-run", s
+            ),
+            "record_harvest": lambda o: stages.record_harvest(done / "training_set", "a-run", s),
+            "promote_model": lambda o: stages.promote_model(1, s["registry"]),
+        }
+
+    def prepare(self, stage: str, folder: Path) -> None:
+        """What has to be in the folder before the stage runs there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if stage == "promote_model":
+            registry = Registry(RegistrySettings(), database(folder))
+            registry.register_adapter(self.folder / "adapter", origin(), evaluation("passed"))
+
+
+def database(folder: Path) -> str:
+    """MLflow's address of a drill."""
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by name; names of MLflow's own making are left out of the names."""
+    found: dict[str, str] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in TIMED):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith("artifacts/"):
+            name = f"artifacts/{path.parent.name}/{path.name}"
+        assert name not in found, f"{name} is there twice"
+        found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    folder = tmp_path_factory.mktemp("loop")
+    shop = Workshop(folder / "workshop")
+    plain = shop.settings
+    settings = read_section(Settings, plain | {"guard": plain["guard"] | {"threshold": 10.0}}, "drill")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GUARDLOOP_CACHE", str(folder / "cache"))
+        first = Loop(folder / "first", settings.sections())
+        (folder / "first").mkdir()
+        for stage in ("prepare_data", "screen", "generate_responses", "screen responses"):
+            first.stages()[stage](first.folder)
+        tables = (first.folder / "verdicts", first.folder / "judged")
+        margins = sorted(row["margin"] for table in tables for row in read_table(table))
+        guard = plain["guard"] | {"threshold": margins[len(margins) // 2]}  # half of everything passes
+        training = plain["training"] | {"epochs": 4, "batch_rows": 4, "checkpoint_steps": 1}
+        sections = read_section(Settings, plain | {"guard": guard, "training": training}, "drill").sections()
+        done = Loop(folder / "done", sections)
+        (folder / "done").mkdir()
+        for name, stage in done.stages().items():
+            if name not in ("register_model", "record_harvest", "promote_model"):
+                stage(done.folder)
+    return done

@@ -1,0 +1,208 @@
+"""What the readers are fed: whole files of each kind, changed byte by byte, and what must hold whatever is in them.
+
+A case is known by its target and a number, from which all its changes follow. `python -m fuzz` (make fuzz) goes
+through many numbers; those that once found something are kept in SEEDS and run with the other tests.
+"""
+
+import json
+import random
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
+from data_tables import as_bytes
+from models import save_guard, tiny_llama, with_lora
+
+from guardloop.config import load_platform, load_settings
+from guardloop.data.settings import SourceSettings
+from guardloop.data.sources import read_conversations
+from guardloop.errors import GuardLoopError
+from guardloop.guard.adapter_files import check_adapter_files
+from guardloop.guard.facts import guard_facts
+from guardloop.guard.loading import attach_adapter, load_renderer
+from guardloop.guard.policy import read_policy
+from guardloop.guard.settings import GuardSettings
+from guardloop.records import CONVERSATION, count_rows, read_facts, read_table, write_table
+
+ROOT = Path(__file__).parents[2]
+SLOW_SECONDS = 10.0
+HOSTILE = [
+    *(b'"', b"'", b"\n", b"\r", b"\x00", b"\xff", b"\xef\xbb\xbf", b"{}", b"[[", b"]", b"}", b",", b":", b"- ", b"  "),
+    *(b"\\ud800", b"1e999", b"NaN", b"-1", b"0", b"null", b"true", b"99999999999999999999", b"PAR1", b"[" * 2000),
+    *(b"&a [*a, *a]", b"*a", b"!!python/object/apply:os.system ['true']", b"!!binary x", b"<<: ", b"? ", b"%YAML 9"),
+    *(b"{% for i in range(9) %}", b"{{ ''.__class__.__mro__ }}", b"{% raw %}", b"../../etc/passwd", b"(a+)+$"),
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader with a file that it reads; `make` writes whole files into a new folder, one of `files` is changed."""
+
+    make: Callable[[Path], None]
+    files: tuple[str, ...]
+    read: Callable[[Path], object]
+    share: int
+    """Parts of 1000 of the cases: slow readers get fewer."""
+
+
+def mutate(content: bytes, draw: random.Random) -> bytes:
+    """One to four changes: a byte, a bit, a hole, a repeat, a swap, something hostile put in, or the end cut off."""
+    data = bytearray(content)
+    for _ in range(draw.randint(1, 4)):
+        start = draw.randrange(len(data) + 1)
+        end = min(len(data), start + draw.choice([1, 2, 8, 100]))
+        change = draw.randrange(8)
+        if change == 0:
+            data[start:end] = draw.randbytes(end - start)
+        elif change == 1:
+            del data[start:end]
+        elif change == 2:
+            data[start:start] = data[start:end] * draw.choice([1, 1, 50])
+        elif change in (3, 4):
+            data[start : end if change == 4 else start] = draw.choice(HOSTILE)
+        elif change == 5 and start < len(data):
+            data[start] ^= 1 << draw.randrange(8)
+        elif change == 6:
+            other = draw.randrange(len(data) + 1)
+            data[start:end] = data[other : other + end - start]
+        elif draw.random() < 0.3:
+            del data[start:]
+    return bytes(data)
+
+
+def try_case(name: str, number: int, scratch: Path) -> str:
+    """Run one case; `read` or `refused`. Raises AssertionError, naming the case, for whatever else happens."""
+    target, draw = TARGETS[name], random.Random(zlib.crc32(f"{name}/{number}".encode()))
+    folder = scratch / name
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        target.make(folder)
+    file = folder / draw.choice(target.files)
+    whole = file.read_bytes()
+    file.write_bytes(mutate(whole, draw))
+    started = time.monotonic()
+    try:
+        target.read(folder)
+        outcome = "read"
+    except GuardLoopError as error:
+        assert error.what.strip() and error.remedy.strip(), f"{name} {number}: no remedy: {error}"
+        assert "Traceback" not in str(error), f"{name} {number}: {error}"
+        outcome = "refused"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        kept = scratch / f"{name}-{number}-{file.name}"
+        shutil.copyfile(file, kept)
+        raise AssertionError(f"{name} {number} ({kept}): {type(error).__name__}: {error}"[:600]) from error
+    finally:
+        file.write_bytes(whole)
+    assert time.monotonic() - started < SLOW_SECONDS, f"{name} {number}: took {time.monotonic() - started:.0f} s"
+    return outcome
+
+
+ROWS = [
+    {"id": str(i), "prompt": f"Prompt {i}, with 'quotes' and ümläuts", "label": i % 2, "jailbreak": i % 3 == 0}
+    for i in range(12)
+]
+
+
+def _table(kind: str, share: int) -> Target:
+    def read(folder: Path) -> None:
+        for row in read_conversations(SourceSettings(kind="file", path=str(folder / f"rows{kind}"))):
+            assert isinstance(row["prompt"], str) and row["id"] and row["unsafe"] in (True, False, None)
+            row["prompt"].encode()
+
+    return Target(
+        lambda f: (f / f"rows{kind}").write_bytes(as_bytes(ROWS, kind)) and None, (f"rows{kind}",), read, share
+    )
+
+
+def _copy(source: Path, name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        shutil.copyfile(source, folder / name)
+
+    return make
+
+
+def _record_table(folder: Path) -> None:
+    rows = [{"id": r["id"], "prompt": r["prompt"], "source": "s", "group": r["id"], "unsafe": None} for r in ROWS]
+    write_table(rows, CONVERSATION, folder / "table", lambda: {"threshold": 0.5, "data": {"hash": "abc"}})
+
+
+def _read_records(folder: Path) -> None:
+    table = folder / "table"
+    rows = list(read_table(table, CONVERSATION))
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS], "other rows than were written"
+    assert read_facts(table) == {"threshold": 0.5, "data": {"hash": "abc"}}, "other facts than were written"
+    assert count_rows(table) == len(rows)
+
+
+@cache
+def _base() -> object:
+    return tiny_llama()
+
+
+def _adapter(folder: Path) -> None:
+    with_lora(tiny_llama()).save_pretrained(folder)
+    (folder / "guard.json").write_text(json.dumps({"family": "guardloop", "threshold": 0.5, "temperature": 1.2}))
+
+
+def _check_adapter(folder: Path) -> None:
+    check_adapter_files(folder, guard_facts(folder))
+
+
+def _attach(folder: Path) -> None:
+    guard_facts(folder)
+    adapted = attach_adapter(_base(), folder)
+    adapted.unload()
+
+
+def _guard(folder: Path) -> None:
+    save_guard(folder, "llama-guard-3", threshold=0.0)
+    (folder / "model.safetensors").unlink()
+
+
+def _render(folder: Path) -> None:
+    settings = GuardSettings(base=str(folder), is_guard=False, max_text_tokens=64)
+    tokens = load_renderer(settings).render("how do I bake a cake?", "mix flour").tokens
+    assert tokens and all(isinstance(token, int) for token in tokens)
+
+
+TARGETS = {
+    "jsonl": _table(".jsonl", 280),
+    "jsonl.gz": _table(".jsonl.gz", 60),
+    "csv": _table(".csv", 250),
+    "csv.gz": _table(".csv.gz", 60),
+    "parquet": _table(".parquet", 100),
+    "records": Target(_record_table, ("table",), _read_records, 80),
+    "configuration": Target(
+        _copy(ROOT / "configs" / "demo.yaml", "c.yaml"), ("c.yaml",), lambda f: load_settings(f / "c.yaml"), 30
+    ),
+    "platform": Target(
+        _copy(ROOT / "configs" / "platform" / "minikube.yaml", "p.yaml"),
+        ("p.yaml",),
+        lambda f: load_platform(str(f / "p.yaml")),
+        30,
+    ),
+    "policy": Target(
+        _copy(ROOT / "guardloop" / "guard" / "policies" / "guardloop.yaml", "p.yaml"),
+        ("p.yaml",),
+        lambda f: read_policy(f / "p.yaml"),
+        20,
+    ),
+    "adapter_config": Target(_adapter, ("adapter_config.json", "guard.json"), _check_adapter, 75),
+    "adapter": Target(
+        _adapter, ("adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors"), _attach, 6
+    ),
+    "tokenizer": Target(_guard, ("tokenizer.json", "tokenizer_config.json", "config.json", "guard.json"), _render, 9),
+}
+"""By the name that a case has."""
+
+SEEDS: dict[str, tuple[int, ...]] = {}
+"""Cases that once ended in a traceback or took too long."""

@@ -1,0 +1,115 @@
+"""Poisoned traffic: whoever controls 5% of the prompts cannot move the benign false-positive rate past the gate.
+
+The attacker asks harmless questions of one topic in a way that draws blocked responses, so that the loop learns to
+block the topic. Mining, the choice of the threshold and the gate are the real ones; prompts are points, the guard is
+linear, and training is a logistic regression on the mined lessons.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+from feedback_examples import judged, screened
+from sklearn.linear_model import LogisticRegression
+
+from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
+from guardloop.evaluation.settings import GateSettings
+from guardloop.feedback.mine import mine
+from guardloop.feedback.settings import FeedbackSettings
+from guardloop.training.calibrate import operating_point
+from guardloop.training.train import split
+
+FEATURES, PROMPTS, TEST, MANY = 6, 1200, 1500, 20_000
+TOPIC = 2.5  # how far the attacked topic lies from the other prompts
+RUNS = 6
+GATE = GateSettings(require_agent=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One round of the loop under attack."""
+
+    promoted: bool
+    rise: float
+    """Of the false-positive rate, on very many benign prompts."""
+
+
+def points(rng: np.random.Generator, count: int, unsafe_share: float, topic_share: float):
+    """Prompts as points: the first feature tells unsafe from safe, the last one the attacked topic."""
+    unsafe = rng.random(count) < unsafe_share
+    at = rng.normal(size=(count, FEATURES))
+    at[:, 0] += 2.5 * unsafe
+    topic = ~unsafe & (rng.random(count) < topic_share)
+    at[topic, -1] += TOPIC
+    return at, unsafe
+
+
+def default_margin(at: np.ndarray) -> np.ndarray:
+    return 1.2 * at[:, 0] + 1.2 * at[:, 1] - 3.0  # it also reads something that does not matter
+
+
+@cache
+def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0.02) -> Outcome:
+    rng = np.random.default_rng(seed)
+    honest = int(PROMPTS * (1 - share))
+    at, unsafe = points(rng, honest, 0.25, topic_share)
+    poison = rng.normal(size=(PROMPTS - honest, FEATURES))
+    poison[:, -1] += TOPIC
+    at = np.vstack([at, poison])
+    blocked_share = np.concatenate([np.where(unsafe, 0.8, 0.01), np.ones(len(poison))])
+    traffic, answers = [], []
+    for i, margin in enumerate(default_margin(at)):
+        prompt = screened(str(i), float(margin))
+        traffic.append(prompt)
+        if not prompt["flagged"]:
+            draws = rng.random(4) < blocked_share[i]
+            answers += [judged(prompt, k, 3.0 if bad else -3.0) for k, bad in enumerate(draws)]
+    harvest = mine(traffic, answers, FeedbackSettings())
+    assert harvest.enough
+    lessons = [row for row in harvest.examples if row["response"] is None]
+    training, held_out = split(lessons, 0.15, seed)
+
+    def features(rows):
+        return at[[int(row["id"]) for row in rows]]
+
+    targets = np.array([row["target"] for row in training])
+    weights = np.array([row["weight"] for row in training])
+    model = LogisticRegression(C=10.0, max_iter=500).fit(
+        np.vstack([features(training)] * 2),
+        np.repeat([1, 0], len(training)),
+        np.concatenate([weights * targets, weights * (1 - targets)]) + 1e-9,
+    )
+    before = default_margin(features(held_out))
+    threshold = operating_point(held_out, model.decision_function(features(held_out)), before, 0.0, newly_blocked)
+    test_at, test_unsafe = points(rng, TEST, 0.25, topic_share)
+    margins = np.stack([default_margin(test_at), model.decision_function(test_at)])
+    rows = [
+        {
+            **{"id": str(i), "prompt": f"test {i}", "response": None, "unsafe": bool(test_unsafe[i]), "group": str(i)},
+            **{"category": None, "source": "test", "language": "en", "jailbreak": None},
+            **{"default_margin": float(margins[0, i]), "improved_margin": float(margins[1, i])},
+        }
+        for i in range(TEST)
+    ]
+    guards = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", threshold, 0.99, 0)
+    found = evaluate(rows, *guards, EvaluationSettings(resamples=300, slices=(), seed=seed), GATE)
+    benign = points(rng, MANY, 0.0, topic_share)[0]
+    rise = np.mean(model.decision_function(benign) > threshold) - np.mean(default_margin(benign) > 0)
+    return Outcome(found.decision.promote, float(rise))
+
+
+@pytest.mark.parametrize("topic_share", [0.03, 0.2])
+def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic_share: float) -> None:
+    for seed in range(RUNS):
+        outcome = attack(seed, 0.05, topic_share)
+        assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, (seed, outcome)
+
+
+def test_the_attack_works_where_nothing_stops_it() -> None:
+    assert max(attack(seed, 0.05, 0.2).rise for seed in range(RUNS)) > GATE.fpr_margin
+
+
+def test_the_same_loop_without_an_attacker_is_promoted() -> None:
+    outcomes = [attack(seed, 0.0, 0.03, newly_blocked=0.005) for seed in range(RUNS)]
+    assert sum(outcome.promoted for outcome in outcomes) >= RUNS // 2, outcomes
