@@ -19,11 +19,14 @@ EXPERIMENT ?=
 CRON ?=
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
+CASES ?= 100000
+START ?= 0
+ROWS ?= 10000,100000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
-  minikube-down ui test test-images coverage bench-guard bench-train bench-generate experiment check lint types fmt \
-  docs docs-generate hooks lock clean
+  minikube-down ui test test-images test-faults fuzz coverage bench-guard bench-train bench-generate bench-load \
+  experiment check lint types fmt docs docs-generate hooks sbom lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +85,17 @@ test: ready ## Run all tests (PYTEST_ARGS=... for a part of them)
 test-images: ready ## Build the images and compare a run in containers with one in processes
 	@scripts/test-images.sh
 
+test-faults: ready ## Fault drills: kills, bad stores, full disks (FAULT_KILLS=20 of each stage); some twenty minutes
+	@$(BIN)/pytest -m faults tests/faults $(PYTEST_ARGS)
+
+fuzz: ready ## Feed the readers damaged files (CASES=100000 START=0)
+	@$(BIN)/python -W ignore tests/fuzz --cases $(CASES) --start $(START)
+
+sbom: ready ## Write build/sbom.json: what the runtime lock installs, as CycloneDX
+	@mkdir -p build
+	@$(BIN)/cyclonedx-py requirements --output-reproducible --of JSON -o build/sbom.json requirements/runtime.txt
+	@echo build/sbom.json
+
 coverage: ready ## Run all tests and list the lines that none of them reaches
 	@$(BIN)/pytest --cov=guardloop --cov=components --cov=launch --cov=pipeline \
 	  --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
@@ -110,6 +124,9 @@ bench-train: ready ## Measure the training engine and write docs/benchmarks.md
 
 bench-generate: ready ## Measure how fast responses are generated, and write docs/benchmarks.md
 	@$(BIN)/python -m bench.generate
+
+bench-load: ready ## Measure the stages without a model as the rows grow (ROWS=10000,100000), and write docs/benchmarks.md
+	@$(BIN)/python -m bench.load --rows $(ROWS)
 
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

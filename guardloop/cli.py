@@ -66,11 +66,21 @@ def run(
     try:
         done = local.run_local(pipeline, settings, where, config.name, console, before)
     except KeyboardInterrupt:
-        console.print("nothing was promoted; `make run` starts again")
+        console.print("nothing was promoted; run the same again: responses and training go on from where they were")
         raise
     summary = conclude(done, console)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
+
+
+@app.command()
+def reproduce(run: Annotated[str, typer.Argument(help="A run of this machine, or `latest`.")] = "latest") -> None:
+    """Run an earlier run again, and compare the artifacts; exit code 1 if one differs."""
+    from launch.local import find_run
+    from launch.reproduce import reproduce as run_and_compare
+
+    if not run_and_compare(find_run(run), console):
+        raise typer.Exit(1)
 
 
 @app.command(name="compile")

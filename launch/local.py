@@ -1,14 +1,18 @@
 """Running a pipeline on this machine through kfp.local, drawn in the terminal as it goes."""
 
+import errno
 import json
 import os
+import platform as platform_module
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.errors import GuardLoopError
+from guardloop.settings import read_section
 from launch.containers import ready
 from launch.version import code_state
 
 POLL_SECONDS = 0.2
 SAY_SECONDS = 30.0
+STOP_SECONDS = 30.0
+DECISIVE = ("torch", "transformers", "peft", "tokenizers", "numpy", "scikit-learn", "pyarrow")
 KFP_WORKERS = 2  # kfp.local runs at most this many loop iterations side by side
 PARAMETERS = {
     "process": ("dataset", "guard", "responder", "feedback", "shards"),
@@ -87,10 +94,25 @@ def run_local(
 
     Raises GuardLoopError where a stage refused its input, and KeyboardInterrupt after a tidy stop.
     """
+    arguments: dict[str, Any] = {**settings.sections(), "shards": platform.shards}
+    arguments = {name: arguments[name] for name in PARAMETERS[pipeline] if name != "run_id"}
+    for name in NEEDS.get(pipeline, ()):
+        found = earlier.artifact(name) if earlier else None
+        if found is None:
+            which = f"the run {earlier.id} has no {name}" if earlier else f"{pipeline} starts from an earlier run"
+            raise GuardLoopError(which, "name a run that has one with --from RUN (or `latest`)")
+        arguments[f"{name}_uri"] = str(found)
+    return execute(_create(pipeline, arguments, settings.sections(), platform, configuration), platform, console)
+
+
+def execute(run: Run, platform: PlatformSettings, console: Console, more: Mapping[str, str] | None = None) -> Run:
+    """Execute a run whose folder is there, and draw it. `more` goes into the environment of its stages.
+
+    Raises as `run_local` does.
+    """
     if platform.runner == "docker":
         platform = platform.model_copy(update={"docker": ready(platform.docker)})
-    run = _create(pipeline, settings, platform, earlier)
-    environment = _environment(run, platform, configuration)
+        _describe(run, platform=platform.plain())
     started = time.monotonic()
     with run.log.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -98,14 +120,13 @@ def run_local(
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env={**_environment(run, platform), **(more or {})},
             start_new_session=True,
         )
         try:
             _draw(run, process, console)
         except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+            _stop(process)
             raise
     run.seconds = time.monotonic() - started
     if process.returncode != 0:
@@ -113,31 +134,95 @@ def run_local(
     return run
 
 
-def _create(pipeline: str, settings: Settings, platform: PlatformSettings, earlier: Run | None) -> Run:
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the run with its stages, by force where they do not listen."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=STOP_SECONDS)
+            return
+
+
+def run_again(earlier: Run, console: Console) -> Run:
+    """Repeat an earlier run with its own arguments, on as many threads, from nothing that it left.
+
+    It is recorded in a database of its own, so that no candidate is registered twice. Raises as `run_local` does.
+    """
+    told = json.loads((earlier.folder / "run.json").read_text("utf-8"))
+    arguments = {name: value for name, value in told["arguments"].items() if name != "run_id"}
+    for name, place in arguments.items():
+        if name.endswith("_uri") and not Path(place).exists():
+            raise GuardLoopError(f"{earlier.id} started from {place}, which is gone", "restore it")
+    platform = read_section(PlatformSettings, told["platform"], f"{earlier.id}: platform")
+    platform = platform.model_copy(update={"stage_threads": told.get("threads") or platform.stage_threads})
+    settings = yaml.safe_load((earlier.folder / "settings.yaml").read_text("utf-8"))
+    run = _create(earlier.pipeline, arguments, settings, platform, told.get("configuration", ""))
+    own = {"tracking_uri": f"sqlite:///{run.folder / 'mlflow.db'}"}
+    if "registry" in arguments:
+        guard = arguments["guard"]
+        if str(guard.get("adapter", "")).startswith("models:/"):  # the default guard stays where it is registered
+            guard = {"tracking_uri": arguments["registry"].get("tracking_uri") or tracking_uri(), **guard}
+        registry = arguments["registry"] | own
+        _describe(run, arguments=_arguments(run) | {"registry": registry, "guard": guard})
+    return execute(run, platform, console, {"GUARDLOOP_WORK": str(run.folder / "work")})
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    return dict(json.loads((run.folder / "run.json").read_text("utf-8"))["arguments"])
+
+
+def _create(
+    pipeline: str,
+    arguments: dict[str, Any],
+    sections: Mapping[str, Any],
+    platform: PlatformSettings,
+    configuration: str,
+) -> Run:
+    """The folder of a new run, with all that is needed to repeat it."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = home() / "runs" / f"{stamp}-{pipeline}"
-    arguments: dict[str, Any] = {**settings.sections(), "shards": platform.shards, "run_id": folder.name}
-    arguments = {name: arguments[name] for name in PARAMETERS[pipeline]}
-    for name in NEEDS.get(pipeline, ()):
-        found = earlier.artifact(name) if earlier else None
-        if found is None:
-            which = f"the run {earlier.id} has no {name}" if earlier else f"{pipeline} starts from an earlier run"
-            raise GuardLoopError(which, "name a run that has one with --from RUN (or `latest`)")
-        arguments[f"{name}_uri"] = str(found)
+    runs = home() / "runs"
     try:
-        folder.mkdir(parents=True)
+        folder = _new_folder(runs, f"{stamp}-{pipeline}")
+        run = Run(folder.name, pipeline, folder)
+        if "run_id" in PARAMETERS[pipeline]:
+            arguments = {**arguments, "run_id": run.id}
         described = {"pipeline": pipeline, "arguments": arguments, "created": stamp, "platform": platform.plain()}
-        (folder / "run.json").write_text(json.dumps(described, indent=2), "utf-8")
-        (folder / "settings.yaml").write_text(yaml.safe_dump(settings.sections(), sort_keys=False), "utf-8")
+        described |= {"configuration": configuration, "threads": _threads(platform), **made_with()}
+        _describe(run, **described)
+        (folder / "settings.yaml").write_text(yaml.safe_dump(dict(sections), sort_keys=False), "utf-8")
         (folder / "events.jsonl").touch()
-        latest = folder.parent / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(folder.name)
+        pointer = runs / f".latest-{run.id}"  # replaced at once, since another run may start at this moment
+        pointer.symlink_to(folder.name)
+        pointer.replace(runs / "latest")
     except OSError as error:
         raise GuardLoopError(
-            f"cannot write {folder}: {error.strerror or error}", "free disk space, or set GUARDLOOP_HOME"
+            f"cannot write {runs}: {error.strerror or error}", "free disk space, or set GUARDLOOP_HOME"
         ) from error
-    return Run(folder.name, pipeline, folder)
+    return run
+
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """A folder of its own, also where another run started in the same second."""
+    for number in range(1, 100):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(errno.EEXIST, f"too many runs called {name}")
+
+
+def _describe(run: Run, **values: Any) -> None:
+    """Add to run.json."""
+    path = run.folder / "run.json"
+    told = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps(told | values, indent=2), "utf-8")
+
+
+def made_with() -> dict[str, Any]:
+    """The code and the libraries on which a result depends."""
+    versions = {"python": platform_module.python_version(), "processor": platform_module.machine()}
+    return {"code": code_state().tag, "versions": versions | {name: version(name) for name in DECISIVE}}
 
 
 def tracking_uri() -> str:
@@ -145,18 +230,23 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
-def _environment(run: Run, platform: PlatformSettings, configuration: str) -> dict[str, str]:
-    """What the stages find in their environment: where to report and record. Nothing here changes a result."""
+def _threads(platform: PlatformSettings) -> int:
+    """Processor threads of one stage."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = platform.stage_threads or max(1, cores // min(platform.shards, KFP_WORKERS))
+    return platform.stage_threads or max(1, cores // min(platform.shards, KFP_WORKERS))
+
+
+def _environment(run: Run, platform: PlatformSettings) -> dict[str, str]:
+    """What the stages find in their environment: where to report and record, and how many threads to use."""
+    told = json.loads((run.folder / "run.json").read_text("utf-8"))
     return {
         **os.environ,
         "GUARDLOOP_EVENTS": str(run.folder / "events.jsonl"),
         "GUARDLOOP_RUN_ID": run.id,
-        "GUARDLOOP_CONFIGURATION": configuration,
-        "GUARDLOOP_GIT_SHA": code_state().tag,
+        "GUARDLOOP_CONFIGURATION": told["configuration"],
+        "GUARDLOOP_GIT_SHA": told["code"],
         "MLFLOW_TRACKING_URI": tracking_uri(),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(_threads(platform)),
         "OMP_WAIT_POLICY": "passive",  # spinning threads starve each other where cores are shared
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),

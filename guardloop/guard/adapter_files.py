@@ -92,7 +92,7 @@ def _odd_names(config: dict[str, Any]) -> Iterator[str]:
             yield f"{key} is {_short(values)}, not names with numbers"
     layers = config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers] * (layers is not None)
-    if not all(_is_number(number, int) and 0 <= number < MOST_RANK for number in numbers):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MOST_RANK for n in numbers):
         yield f"layers_to_transform is {_short(layers)}, not numbers of layers"
 
 

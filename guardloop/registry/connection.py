@@ -6,11 +6,13 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import requests  # type: ignore[import-untyped]
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
+from filelock import FileLock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from guardloop.errors import GuardLoopError
@@ -96,8 +98,8 @@ class Connection:
         """The client, made on first use: a database may be away then."""
         with _opening:
             if self._client is None:
-                if folder := self._database_folder():
-                    folder.mkdir(parents=True, exist_ok=True)
+                if database := self._database():
+                    _make_database(database)
                 self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             return self._client
 
@@ -107,8 +109,8 @@ class Connection:
         def find_or_create(client: Any) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
-                folder = self._database_folder()
-                artifacts = (folder / "artifacts").absolute().as_uri() if folder else None  # MLflow's default: the cwd
+                database = self._database()  # its artifacts are kept beside it; MLflow's default is the cwd
+                artifacts = (database.parent / "artifacts").absolute().as_uri() if database else None
                 try:
                     return str(client.create_experiment(name, artifact_location=artifacts))
                 except MlflowException as error:
@@ -138,10 +140,10 @@ class Connection:
 
         return self.attempt(f"opening the run {run_id}", find_or_create)
 
-    def _database_folder(self) -> Path | None:
-        """Where an SQLite file lies; its artifacts are kept beside it."""
-        _, separator, path = self.uri.partition(":///")
-        return Path(path).parent if separator and self.uri.startswith("sqlite") and path else None
+    def _database(self) -> Path | None:
+        """The file of an SQLite database."""
+        _, separator, path = self.uri.partition("?")[0].partition(":///")
+        return Path(path) if separator and self.uri.startswith("sqlite") and path else None
 
     def _explain(self, what: str, error: Exception) -> GuardLoopError:
         text = without_secrets(str(error))
@@ -165,6 +167,18 @@ class Connection:
         return GuardLoopError(
             f"{what}: MLflow at {self.place} refused: {reason}", "mend what it names, then run this again"
         )
+
+
+def _make_database(path: Path) -> None:
+    """Create an SQLite database, whole or not at all: MLflow cannot go on with one whose creation was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        with TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+            partial.replace(path)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -23,8 +23,8 @@ from guardloop.settings import read_section
 
 torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
 
-TIMED = {"report.html", "summary.md", "MLmodel", "mlflow.db"}
-"""Files that tell the time at which they were made."""
+TIMED = {"report.html", "summary.md", "MLmodel", "mlflow.db", "mlflow.db.lock"}
+"""Files that tell the time at which they were made, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file, by name; names of MLflow's own making are left out of the names."""
     found: dict[str, str] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in TIMED):
+        if any(part.startswith(".partial-") for part in path.parts):  # a folder that a kill left behind
+            continue
         name = path.relative_to(folder).as_posix()
         if name.startswith("artifacts/"):
             name = f"artifacts/{path.parent.name}/{path.name}"

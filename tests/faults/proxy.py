@@ -52,7 +52,7 @@ class FaultyProxy:
                 for name, value in headers:
                     if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
                         self.send_header(name, value)
-                given = dict((name.lower(), value) for name, value in headers)
+                given = {name.lower(): value for name, value in headers}
                 length = given.get("content-length", "0") if self.command == "HEAD" else str(len(content))
                 self.send_header("Content-Length", length)
                 self.end_headers()

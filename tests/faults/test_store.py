@@ -100,8 +100,8 @@ def test_stages_that_keep_their_work_in_a_bad_store_end_as_with_a_good_one(
 ) -> None:
     monkeypatch.setattr(resume, "PART_SECONDS", 0.0)
     monkeypatch.setenv("GUARDLOOP_WORK", f"s3://guardloop/work-{seed}")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "10")  # of three in a row that fail, one in forty would be told
-    proxy.meet(*FAILING, share=0.3)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
+    proxy.meet(*FAILING, share=0.15)
     s, out = loop.sections, tmp_path / "out"
     out.mkdir()
     training = s["training"] | {"checkpoints": f"s3://guardloop/checkpoints-{seed}"}
