@@ -74,12 +74,20 @@ def run(
 
 
 @app.command()
-def reproduce(run: Annotated[str, typer.Argument(help="A run of this machine, or `latest`.")] = "latest") -> None:
+def reproduce(
+    run: Annotated[
+        str, typer.Argument(help="A run of this machine, or `latest`.", autocompletion=choices.runs)
+    ] = "latest",
+    as_json: Annotated[bool, typer.Option("--json", help="The artifacts as JSON; the rest goes to stderr.")] = False,
+) -> None:
     """Run an earlier run again, and compare the artifacts; exit code 1 if one differs."""
     from launch.local import find_run
     from launch.reproduce import reproduce as run_and_compare
 
-    if not run_and_compare(find_run(run), console):
+    found = run_and_compare(find_run(run), Console(highlight=False, stderr=as_json))
+    if as_json:
+        typer.echo(json.dumps([{**vars(one), "same": one.same} for one in found], indent=2))
+    if not found or not all(one.same for one in found):
         raise typer.Exit(1)
 
 

@@ -30,8 +30,8 @@ class Compared:
         return self.before == self.after
 
 
-def reproduce(earlier: Run, console: Console) -> bool:
-    """Run `earlier` again and print how its artifacts compare. Returns whether all are the same.
+def reproduce(earlier: Run, console: Console) -> list[Compared]:
+    """Run `earlier` again, and print and return how its artifacts compare.
 
     Raises GuardLoopError where the run cannot be repeated, or left no artifacts.
     """
@@ -44,7 +44,7 @@ def reproduce(earlier: Run, console: Console) -> bool:
     console.print(
         f"{different} of {len(found)} artifacts differ" if different else f"all {len(found)} artifacts are the same"
     )
-    return bool(found) and not different
+    return found
 
 
 def changed(earlier: Run) -> Iterator[str]:
