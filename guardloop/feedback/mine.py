@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from sklearn import config_context
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
@@ -16,6 +17,7 @@ from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
 
 SHOWN = 40  # examples in the report
+CHUNK_MIB = 64  # of distances at a time; scikit-learn would take a GiB, twice
 
 
 @dataclass
@@ -110,7 +112,8 @@ def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positiv
     index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
         vectors.transform([e.prompt["prompt"] + " text" for e in positives])
     )
-    distance = index.kneighbors(vectors.transform([e.prompt["prompt"] + " text" for e in pool]))[0][:, 0]
+    with config_context(working_memory=CHUNK_MIB):
+        distance = index.kneighbors(vectors.transform([e.prompt["prompt"] + " text" for e in pool]))[0][:, 0]
     scores = np.array([e.prompt["prompt_margin"] for e in pool])
     ranks = _ranks(distance) + _ranks(-scores)
     return [pool[i] for i in np.argsort(ranks, kind="stable")[:wanted]]
