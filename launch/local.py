@@ -158,7 +158,7 @@ def run_again(earlier: Run, console: Console) -> Run:
     platform = platform.model_copy(update={"stage_threads": told.get("threads") or platform.stage_threads})
     settings = yaml.safe_load((earlier.folder / "settings.yaml").read_text("utf-8"))
     run = _create(earlier.pipeline, arguments, settings, platform, told.get("configuration", ""))
-    own = {"tracking_uri": f"sqlite:///{run.folder / 'mlflow.db'}"}
+    own = {"tracking_uri": f"sqlite:///{run.folder / 'registry' / 'mlflow.db'}"}
     if "registry" in arguments:
         guard = arguments["guard"]
         if str(guard.get("adapter", "")).startswith("models:/"):  # the default guard stays where it is registered
