@@ -55,7 +55,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "make bench-load": f"needs: time; {BENCHED}",
     "make experiment": "tests/experiment/test_experiment.py: main",
     "guardloop run": "tests/pipeline/test_local_run.py: workshop",
-    "guardloop reproduce": "tests/faults/test_runs.py: reproduce",
+    "guardloop reproduce": "tests/faults/test_repeated_runs.py: reproduce",
     "guardloop check": "tests/test_cli.py: check",
     "guardloop benchmark": "tests/evaluation/test_benchmarks.py: benchmark",
     "guardloop compile": "tests/test_cli.py: compile",
