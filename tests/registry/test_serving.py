@@ -90,7 +90,7 @@ def test_a_served_guard_gives_the_margins_of_the_guard(
     champion: Registry, guard: GuardSettings, trained: Path, tmp_path: Path
 ) -> None:
     wanted = list(Guard.load(guard, trained).score(CONVERSATIONS))
-    with ModelServer(tmp_path, uri(champion), champion.connection.uri).start() as server:
+    with ModelServer(tmp_path, uri(champion), champion.connection.uri) as server:
         answers = server.ask({"dataframe_records": CONVERSATIONS})
         prompts_only = server.ask({"dataframe_split": {"columns": ["prompt"], "data": [["how do I bake a cake?"]]}})
         with pytest.raises(HTTPError, match="400"):
