@@ -144,16 +144,19 @@ class Watch:
 
 
 def _environment(arguments: Mapping[str, Any]) -> dict[str, str]:
-    key = (arguments.get("responder") or {}).get("api_key_env")
-    names = {name for name in os.environ if PASSED_ON.fullmatch(name) or name in FILES_NAMED_BY or name == key}
+    keys = {one.get("api_key_env") for one in _responders(arguments)}
+    names = {name for name in os.environ if PASSED_ON.fullmatch(name) or name in FILES_NAMED_BY or name in keys}
     return {**{name: os.environ[name] for name in names}, "HOME": str(Path.home())}  # ~ means the same, too
 
 
 def _writable(home: Path, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:
-    """Folders that stages write to: runs, models that were downloaded, a database of MLflow."""
+    """Folders that stages write to: runs, models that were downloaded, checkpoints, a database of MLflow."""
     yield home
     yield _made(Path(environment.get("GUARDLOOP_CACHE") or Path.home() / ".cache/guardloop").absolute())
     yield _made(Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface").absolute())
+    checkpoints = (arguments.get("training") or {}).get("checkpoints")
+    if checkpoints and "://" not in checkpoints:
+        yield _made(Path(checkpoints).expanduser().absolute())
     registry = arguments.get("registry") or {}
     for uri in (environment.get("MLFLOW_TRACKING_URI"), registry.get("tracking_uri")):
         if found := SQLITE.fullmatch(uri or ""):
@@ -165,10 +168,16 @@ def _readable(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> I
     yield from _existing(environment[name] for name in FILES_NAMED_BY if name in environment)
     yield from _existing(["~/.aws"])
     dataset, guard = arguments.get("dataset") or {}, arguments.get("guard") or {}
-    tables = (dataset.get(name) or {} for name in ("traffic", "test", "agent"))
+    tables = [dataset.get(name) or {} for name in ("traffic", "test", "agent")]
+    tables += [one["source"] for one in (arguments.get("evaluation") or {}).get("benchmarks") or []]
     yield from _existing(table["path"] for table in tables if table.get("kind") == "file")
     yield from _existing(guard.get(name) for name in ("base", "adapter", "policy"))
-    yield from _existing([(arguments.get("responder") or {}).get("model")])
+    yield from _existing(one.get(name) for one in _responders(arguments) for name in ("model", "tokenizer"))
+
+
+def _responders(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    first = arguments.get("responder") or {}
+    return [first, *first.get("others", [])]
 
 
 def _existing(names: Iterable[str | None]) -> Iterator[Path]:

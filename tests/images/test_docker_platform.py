@@ -32,7 +32,9 @@ def seen(found: dict) -> dict[str, bool]:
 
 def test_stages_write_to_runs_and_caches_and_read_what_the_configuration_names(home: Path, tmp_path: Path) -> None:
     (tmp_path / "guard").mkdir()
-    (tmp_path / "prompts.csv").touch()
+    for name in ("second", "benchmark.jsonl", "prompts.csv"):
+        (tmp_path / name).touch()
+    benchmark = {"name": "b", "source": {"kind": "file", "path": str(tmp_path / "benchmark.jsonl")}}
     found = options(
         home,
         dataset={
@@ -40,14 +42,19 @@ def test_stages_write_to_runs_and_caches_and_read_what_the_configuration_names(h
             "test": {"kind": "file", "path": "s3://bucket/test.csv"},
         },
         guard={"base": str(tmp_path / "guard"), "policy": None},
-        responder={"model": "hub/model"},
+        responder={"model": "hub/model", "others": [{"model": str(tmp_path / "second")}]},
+        training={"checkpoints": str(tmp_path / "checkpoints")},
+        evaluation={"benchmarks": [benchmark]},
     )
 
     assert seen(found) == {
         str(home): True,
         str(tmp_path / "me/.cache/guardloop"): True,
         str(tmp_path / "me/.cache/huggingface"): True,
+        str(tmp_path / "checkpoints"): True,
         str(tmp_path / "prompts.csv"): False,
+        str(tmp_path / "benchmark.jsonl"): False,
+        str(tmp_path / "second"): False,
         str(tmp_path / "guard"): False,
     }
 
@@ -67,7 +74,7 @@ def test_stages_get_their_own_variables_and_no_others(
     (tmp_path / "ca.pem").touch()
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
 
-    found = options(home, responder={"api_key_env": "MY_KEY"})
+    found = options(home, responder={"others": [{"api_key_env": "MY_KEY"}]})
 
     assert found["environment"].items() >= {**given, "GUARDLOOP_RUN_ID": "run-1"}.items()
     assert not {"OTHER_TOKEN", "PATH", "PYTHONPATH"} & set(found["environment"])
