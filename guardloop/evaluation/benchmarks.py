@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from guardloop.data.clean import NearIndex, normalise
 from guardloop.data.sources import read_conversations
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.bootstrap import bootstrap
@@ -48,6 +47,8 @@ def read_benchmark(settings: BenchmarkSettings, taught: Iterable[str] = (), near
     source = settings.source
     revision = resolve_commit(source.path, source.revision, where) if source.kind == "hub" else ""
     found = Benchmark(settings, revision)
+    from guardloop.data.clean import NearIndex, normalise  # noqa: PLC0415  (measuring needs no index of texts)
+
     known, near = NearIndex(near_duplicate), NearIndex(near_duplicate)
     for number, text in enumerate(taught):
         known.add(str(number), normalise(text))
