@@ -10,6 +10,8 @@ import yaml
 from models import save_guard
 from tiny_responder import save as save_responder
 
+from guardloop.guard.engine import Guard
+from guardloop.guard.settings import GuardSettings
 from guardloop.records import read_table
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,13 @@ class Workshop:
 
     def summary(self) -> dict:
         return json.loads((self.latest / "summary.json").read_text())
+
+    def middle_of_sample(self) -> float:
+        """A threshold that lets half of the prompts of a first run through."""
+        guard = Guard.load(GuardSettings(**self.settings["guard"]))
+        sample = (ROOT / "guardloop/data/sample/test.jsonl").read_text("utf-8").splitlines()[:60]
+        margins = sorted(verdict.margin for verdict in guard.score([json.loads(line) for line in sample]))
+        return margins[len(margins) // 2]
 
     def middle_margin(self) -> float:
         """A threshold that lets half of the prompts and half of the responses of the last run through."""

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from workshop import Workshop
 
-from guardloop.guard.engine import Guard
-from guardloop.guard.settings import GuardSettings
 from guardloop.records import read_table
 from launch.images import MODEL_STAGES, STAGES, image_of
 
@@ -25,19 +23,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Workshop]:
     runs = {}
     for name, runner in {"processes": {}, "containers": DOCKER}.items():
         workshop = Workshop(tmp_path_factory.mktemp(name))
-        threshold = middle_margin(workshop)
-        ended = workshop.guardloop(runner=runner, guard={"threshold": threshold})
+        ended = workshop.guardloop(runner=runner, guard={"threshold": workshop.middle_of_sample()})
         assert ended.returncode == 0, ended.stdout + ended.stderr
         runs[name] = workshop
     return runs
-
-
-def middle_margin(workshop: Workshop) -> float:
-    """A threshold that lets half of the prompts through."""
-    guard = Guard.load(GuardSettings(**workshop.settings["guard"]))
-    sample = Path("guardloop/data/sample/test.jsonl").read_text("utf-8").splitlines()[:60]
-    margins = sorted(verdict.margin for verdict in guard.score([json.loads(line) for line in sample]))
-    return margins[len(margins) // 2]
 
 
 def test_the_decision_and_every_figure_are_the_same(both: dict[str, Workshop]) -> None:

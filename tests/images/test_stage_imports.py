@@ -1,0 +1,64 @@
+"""Each stage finds in its image all that it imports: the pipeline runs with the locks' packages and no others."""
+
+import json
+import os
+import re
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from workshop import Workshop
+
+from launch.images import MODEL_STAGES, stage_of
+from pipeline import PIPELINES
+
+IMAGES = Path(__file__).parents[2] / "images"
+TORCH = IMAGES.parent / "requirements/torch.txt"
+PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==", re.MULTILINE)
+HERE = {"guardloop"}
+
+
+@pytest.fixture
+def hidden(tmp_path: Path) -> dict[str, list[str]]:
+    """The modules that are installed here and not in the image, for each function of a stage."""
+    modules = packages_distributions()
+    functions = {}
+    for pipeline in PIPELINES.values():
+        for executor in pipeline.pipeline_spec.deployment_spec["executors"].values():
+            if "container" in executor:
+                container = executor["container"]
+                arguments = [*container["command"], *container["args"]]
+                name = arguments[arguments.index("--function_to_execute") + 1]
+                has = packages(stage_of(container["image"])) | HERE
+                functions[name] = sorted(m for m, owners in modules.items() if not {norm(o) for o in owners} & has)
+    return functions
+
+
+@pytest.mark.slow
+def test_a_run_needs_nothing_that_the_images_lack(
+    hidden: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "hidden.json"
+    told.write_text(json.dumps(hidden))
+    here = str(Path(__file__).parent / "only_locked")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("HIDDEN_FROM_STAGES", str(told))
+
+    workshop = Workshop(tmp_path)
+    ended = workshop.guardloop(guard={"threshold": workshop.middle_of_sample()})
+
+    assert "torch" in hidden["register_model"]
+    assert "torch" not in hidden["screen"]
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "register_model" in ended.stdout
+
+
+def packages(stage: str) -> set[str]:
+    """What the stage's CPU image has, by name."""
+    base = [IMAGES / "base-torch/requirements.txt", TORCH] if stage in MODEL_STAGES else []
+    locks = [IMAGES / "base-cpu/requirements.txt", IMAGES / "base-cpu/kfp.txt", IMAGES / stage / "requirements.txt"]
+    return {norm(name) for lock in locks + base for name in PINNED.findall(lock.read_text())}
+
+
+def norm(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
