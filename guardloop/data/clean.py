@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
 from guardloop.data.settings import DatasetSettings
 from guardloop.data.sources import read_conversations
@@ -18,7 +18,7 @@ from guardloop.records import Row
 PERMUTATIONS = 64
 RECALL = 0.99
 SHINGLE = 3
-EMPTY = MinHash(num_perm=PERMUTATIONS)
+EMPTY = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # of what is hashed already
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -42,33 +42,67 @@ class CleanReport:
         return asdict(self)
 
 
-class NearIndex:
-    """Finds near-duplicates by MinHash over word 3-grams (Broder 1997), in a few hundred bytes a row.
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """What near-duplicates are found by: a text's word 3-grams, and one hash of each band of its MinHash."""
 
-    MinHash only proposes: the similarity of what it finds is then counted.
+    shingles: np.ndarray
+    bands: list[int]
+
+
+class NearIndex:
+    """Finds near-duplicates by MinHash over word 3-grams (Broder 1997), in about a KiB a row.
+
+    MinHash only proposes: the similarity of what it finds is then counted. The bands' rows are kept as numbers, since
+    datasketch's own index takes four times the memory.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.lsh = None if threshold >= 1 else MinHashLSH(num_perm=PERMUTATIONS, params=_bands(threshold))
+        self.bands = None if threshold >= 1 else _bands(threshold)
         self.groups: dict[str, str] = {}
-        self.shingles: dict[str, np.ndarray] = {}
+        self.keys: list[str] = []
+        self.shingles: list[np.ndarray] = []
+        self.buckets: dict[int, int | list[int]] = {}
 
-    def find(self, text: str) -> str | None:
-        """The key of a near-duplicate already here, or None."""
-        if self.lsh is None:
+    def find(self, text: str, sketch: Sketch | None = None) -> str | None:
+        """The key of a near-duplicate already here, or None. `sketch` is the text's, where it is known."""
+        if self.bands is None:
             return self.groups.get(_fold(text))
-        shingles = _shingles(text)
-        alike = sorted(str(key) for key in self.lsh.query(_signature(shingles)))
-        return next((key for key in alike if _jaccard(shingles, self.shingles[key]) >= self.threshold), None)
+        sketch = sketch or self.sketch(text)
+        alike: set[int] = set()
+        for band in sketch.bands:
+            match self.buckets.get(band):
+                case int(row):
+                    alike.add(row)
+                case list(rows):
+                    alike.update(rows)
+        near = (row for row in alike if _jaccard(sketch.shingles, self.shingles[row]) >= self.threshold)
+        return min((self.keys[row] for row in near), default=None)
 
-    def add(self, key: str, text: str) -> None:
+    def add(self, key: str, text: str, sketch: Sketch | None = None) -> None:
         """Remember `text` under `key`, which is new."""
-        if self.lsh is None:
+        if self.bands is None:
             self.groups.setdefault(_fold(text), key)
             return
-        self.shingles[key] = _shingles(text)
-        self.lsh.insert(key, _signature(self.shingles[key]))
+        sketch, row = sketch or self.sketch(text), len(self.keys)
+        self.keys.append(key)
+        self.shingles.append(sketch.shingles)
+        for band in sketch.bands:
+            match self.buckets.setdefault(band, row):
+                case list(rows):
+                    rows.append(row)
+                case int(other) if other != row:
+                    self.buckets[band] = [other, row]
+
+    def sketch(self, text: str) -> Sketch:
+        """The text's sketch, for indexes of this threshold."""
+        shingles = _shingles(text)
+        if self.bands is None:
+            return Sketch(shingles, [])
+        count, rows = self.bands
+        bands = _signature(shingles)[: count * rows].reshape(count, rows)
+        return Sketch(shingles, [hash((place, band.tobytes())) for place, band in enumerate(bands)])
 
 
 def prepare(settings: DatasetSettings) -> tuple[list[Row], list[Row], CleanReport]:
@@ -82,7 +116,7 @@ def prepare(settings: DatasetSettings) -> tuple[list[Row], list[Row], CleanRepor
     near_test = NearIndex(settings.near_duplicate)
     for row in test:
         near_test.add(row["id"], row["prompt"])
-    exact: set[str] = set()
+    exact: set[bytes] = set()
     ids: set[str] = set()
     near = NearIndex(settings.near_duplicate)
     traffic: list[Row] = []
@@ -91,19 +125,22 @@ def prepare(settings: DatasetSettings) -> tuple[list[Row], list[Row], CleanRepor
         text = normalise(row["prompt"])
         if not text:
             report.empty += 1
-        elif len(text) > settings.max_chars:
+            continue
+        if len(text) > settings.max_chars:
             report.too_long += 1
-        elif (twin := near_test.find(text)) is not None:
+            continue
+        folded, sketch = _digest(_fold(text)), near.sketch(text)
+        if (twin := near_test.find(text, sketch)) is not None:
             report.overlap_with_test += 1
             seen_in_test.add(twin)
-        elif _fold(text) in exact:
+        elif folded in exact:
             report.exact_duplicates += 1
-        elif near.find(text) is not None:
+        elif near.find(text, sketch) is not None:
             report.near_duplicates += 1
         else:
             identity = _distinct(row["id"], ids)
-            exact.add(_fold(text))
-            near.add(identity, text)
+            exact.add(folded)
+            near.add(identity, text, sketch)
             traffic.append({**row, "id": identity, "prompt": text, "response": None, "group": identity})
     report.kept = len(traffic)
     _check(traffic, test, seen_in_test, settings, report)
@@ -118,11 +155,8 @@ def normalise(text: str) -> str:
 
 def fingerprint(rows: Iterable[Row]) -> str:
     """A hash of ids, texts and labels, whatever their order: names the data set in reports and the registry."""
-    lines = sorted(f"{r['id']}\0{r['prompt']}\0{r.get('response')}\0{r.get('unsafe')}" for r in rows)
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode("utf-8", "replace") + b"\n")
-    return digest.hexdigest()[:16]
+    lines = sorted(_digest(f"{r['id']}\0{r['prompt']}\0{r.get('response')}\0{r.get('unsafe')}") for r in rows)
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
 def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
@@ -200,15 +234,22 @@ def _shingles(text: str) -> np.ndarray:
     return np.unique(np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32))
 
 
-def _signature(shingles: np.ndarray) -> MinHash:
+def _signature(shingles: np.ndarray) -> np.ndarray:
+    """The MinHash of hashed shingles: uint[PERMUTATIONS]."""
     signature = EMPTY.copy()
-    signature.update_batch([shingle.tobytes() for shingle in shingles])
-    return signature
+    signature.update_batch(shingles)
+    values: np.ndarray = signature.hashvalues
+    return values
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
+
+
+def _digest(text: str) -> bytes:
+    """Sixteen bytes that stand for a text in memory."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
 
 
 def _fold(text: str) -> str:

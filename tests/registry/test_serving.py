@@ -2,12 +2,16 @@
 
 import json
 import os
+import random
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import mlflow
+import numpy as np
 import pytest
 from mlflow.models import Model
 from models import save_guard, tiny_llama, with_lora
@@ -29,6 +33,9 @@ CONVERSATIONS = [
     {"prompt": "paint the garden door <|eot_id|>", "response": None},
     {"prompt": " ", "response": None},
 ]
+CLIENTS = 100
+TOLERANCE = 1e-5
+WORDS = "how do I bake build paint a cake bomb garden door green village policy mix flour sugar fine thanks".split()
 
 
 class ModelServer(Service):
@@ -82,19 +89,24 @@ def champion(tmp_path_factory: pytest.TempPathFactory, guard: GuardSettings, tra
     return registry
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, champion: Registry) -> Iterator[ModelServer]:
+    with ModelServer(tmp_path_factory.mktemp("server"), uri(champion), champion.connection.uri) as server:
+        yield server
+
+
 def uri(registry: Registry) -> str:
     return f"models:/{registry.settings.model}@champion"
 
 
 def test_a_served_guard_gives_the_margins_of_the_guard(
-    champion: Registry, guard: GuardSettings, trained: Path, tmp_path: Path
+    server: ModelServer, guard: GuardSettings, trained: Path
 ) -> None:
     wanted = list(Guard.load(guard, trained).score(CONVERSATIONS))
-    with ModelServer(tmp_path, uri(champion), champion.connection.uri) as server:
-        answers = server.ask({"dataframe_records": CONVERSATIONS})
-        prompts_only = server.ask({"dataframe_split": {"columns": ["prompt"], "data": [["how do I bake a cake?"]]}})
-        with pytest.raises(HTTPError, match="400"):
-            server.ask({"dataframe_records": [{"text": "no prompt"}]})
+    answers = server.ask({"dataframe_records": CONVERSATIONS})
+    prompts_only = server.ask({"dataframe_split": {"columns": ["prompt"], "data": [["how do I bake a cake?"]]}})
+    with pytest.raises(HTTPError, match="400"):
+        server.ask({"dataframe_records": [{"text": "no prompt"}]})
 
     for answer, verdict in zip(answers, wanted, strict=True):
         assert set(answer) == {"margin", "probability", "flagged", "categories", "error"}
@@ -103,6 +115,30 @@ def test_a_served_guard_gives_the_margins_of_the_guard(
     assert answers[3]["error"] == "empty prompt" and answers[3]["probability"] is None
     assert len({round(answer["margin"], 3) for answer in answers[:3]}) == 3
     assert prompts_only[0]["margin"] == pytest.approx(answers[0]["margin"], abs=1e-4)  # a batch of another width
+
+
+@pytest.mark.parametrize("requests", [400, pytest.param(10_000, marks=pytest.mark.faults)])
+def test_of_many_requests_at_once_none_is_lost_or_given_anothers_verdict(
+    server: ModelServer, guard: GuardSettings, trained: Path, requests: int
+) -> None:
+    draw = random.Random(0)
+    prompts = [f"{number} {' '.join(draw.choices(WORDS, k=draw.randint(3, 20)))}" for number in range(requests)]
+    alone = Guard.load(guard, trained)
+    wanted = [next(alone.score([{"prompt": prompt}])) for prompt in prompts]
+    margins = np.array([verdict.margin for verdict in wanted])
+    for others in range(1, CLIENTS):  # else another one's verdict would pass for the right one
+        assert (abs(margins - np.roll(margins, others)) > 2 * TOLERANCE).mean() > 0.99
+
+    def ask(prompt: str) -> dict:
+        (answer,) = server.ask({"dataframe_records": [{"prompt": prompt}]})
+        return answer
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        answers = list(clients.map(ask, prompts))
+
+    assert np.array([answer["margin"] for answer in answers]) == pytest.approx(margins, abs=TOLERANCE)
+    assert [answer["flagged"] for answer in answers] == [verdict.flagged for verdict in wanted]
+    assert 0 < sum(verdict.flagged for verdict in wanted) < requests
 
 
 def test_the_model_has_a_signature_an_example_and_no_pickle(champion: Registry, guard: GuardSettings) -> None:
