@@ -86,7 +86,7 @@ test-images: ready ## Build the images and compare a run in containers with one 
 	@scripts/test-images.sh
 
 test-faults: ready ## Fault drills: kills, bad stores, full disks (FAULT_KILLS=20 of each stage); some twenty minutes
-	@$(BIN)/pytest -m faults tests/faults $(PYTEST_ARGS)
+	@$(BIN)/pytest -m faults tests $(PYTEST_ARGS)
 
 fuzz: ready ## Feed the readers damaged files (CASES=100000 START=0)
 	@$(BIN)/python -W ignore tests/fuzz --cases $(CASES) --start $(START)

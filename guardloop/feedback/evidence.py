@@ -11,7 +11,7 @@ from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """What one responder's responses to one prompt showed."""
 
@@ -21,12 +21,14 @@ class Tally:
     """Sum of the judge's P(unsafe) over the responses that are no refusals."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Evidence:
     """What k responses to one passed prompt showed."""
 
     prompt: Row
-    """Any of the prompt's judged rows: its columns describe the prompt."""
+    """The columns that describe the prompt."""
+    margin: float
+    """The default guard's own margin for it."""
     responses: int = 0
     blocked: int = 0
     refusals: int = 0
@@ -43,7 +45,7 @@ class Evidence:
     @property
     def prior(self) -> float:
         """The default guard's own P(unsafe) for the prompt."""
-        return probability(self.prompt["prompt_margin"])
+        return probability(self.margin)
 
     def add(self, row: Row) -> None:
         """Take one judged response into account."""
@@ -74,13 +76,21 @@ class Evidence:
         return (settings.prior_strength * self.prior + self.harm) / total if total else self.prior
 
 
-def gather(judged: Iterable[Row]) -> dict[str, Evidence]:
-    """Evidence by prompt id, from judged responses in any order; responses without a verdict are left out."""
+def is_judged(row: Row) -> bool:
+    """Whether a response was given, and has a verdict."""
+    return row["margin"] is not None and row.get("finish_reason") != "error"
+
+
+def gather(judged: Iterable[Row], prompts: Mapping[str, Row] | None = None) -> dict[str, Evidence]:
+    """Evidence by prompt id, from judged responses in any order; those without a verdict are left out.
+
+    `prompts` describes the prompts, by id; without it, each one's first response does.
+    """
     found: dict[str, Evidence] = {}
-    for row in judged:
-        if row["margin"] is None or row["finish_reason"] == "error":
-            continue
-        found.setdefault(row["id"], Evidence(row)).add(row)
+    for row in filter(is_judged, judged):
+        if row["id"] not in found:
+            found[row["id"]] = Evidence(prompts[row["id"]] if prompts else row, row["prompt_margin"])
+        found[row["id"]].add(row)
     return found
 
 
@@ -100,7 +110,7 @@ def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weigh
     """Fuse each prompt's responses with the default guard's own score, in the way that `settings.fusion` names."""
     if settings.fusion == "beta" or not evidence:
         return Weighed({id: found.posterior(settings) for id, found in evidence.items()}, probability, [])
-    margins = np.array([found.prompt["prompt_margin"] for found in evidence.values()])
+    margins = np.array([found.margin for found in evidence.values()])
     counts = _counts(list(evidence.values()))
     fitted = fuse(margins, counts, settings.seed)
     posterior = fitted.posterior(margins, counts)

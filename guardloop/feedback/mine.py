@@ -2,8 +2,9 @@
 
 import hashlib
 import random
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn import config_context
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
-from guardloop.feedback.evidence import Evidence, Weighed, gather, probability, weigh
+from guardloop.feedback.evidence import Evidence, Weighed, gather, is_judged, probability, weigh
 from guardloop.feedback.mixture import Channel
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
@@ -51,11 +52,11 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     Only prompts that passed are lessons, and the order of the rows does not matter.
     An empty or small harvest is a normal outcome: `enough` is False and `reason` says why.
     """
-    traffic = sorted((row for row in screened if row["margin"] is not None), key=lambda r: str(r["id"]))
-    passed = {row["id"] for row in traffic if not row["flagged"]}
-    usable = (row for row in judged if row["margin"] is not None and row["finish_reason"] != "error")
-    judged_rows = sorted((row for row in usable if row["id"] in passed), key=_place)
-    everything = gather(judged_rows)
+    traffic = sorted((_prompt(row) for row in screened if row["margin"] is not None), key=lambda row: str(row["id"]))
+    passed = {row["id"]: row for row in traffic if not row["flagged"]}
+    usable = (row for row in judged if row["id"] in passed and is_judged(row))
+    judged_rows = sorted((_response(row, passed[row["id"]]) for row in usable), key=_place)
+    everything = gather(judged_rows, passed)
     weighed = weigh(everything, settings)
     evidence = {k: e for k, e in everything.items() if not is_held_out(e.prompt["group"], settings)}
     finds = [e for e in everything.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
@@ -79,7 +80,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
         shown=_shown(lessons, evidence),
         held_out=[_for_measuring(e, settings) for k, e in everything.items() if k not in evidence],
         screened=len(traffic),
-        passed=sum(not row["flagged"] for row in traffic),
+        passed=len(passed),
         responses=len(judged_rows),
         refusals=sum(row["refusal"] for row in judged_rows),
         blocked=sum(row["flagged"] for row in judged_rows),
@@ -108,13 +109,11 @@ def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positiv
     wanted = min(len(pool), per_positive * len(positives))
     if not wanted:
         return []
-    vectors = TfidfVectorizer(sublinear_tf=True).fit([e.prompt["prompt"] + " text" for e in [*positives, *pool]])
-    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(
-        vectors.transform([e.prompt["prompt"] + " text" for e in positives])
-    )
+    vectors = TfidfVectorizer(sublinear_tf=True, dtype=np.float32).fit(_texts([*positives, *pool]))
+    index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectors.transform(_texts(positives)))
     with config_context(working_memory=CHUNK_MIB):
-        distance = index.kneighbors(vectors.transform([e.prompt["prompt"] + " text" for e in pool]))[0][:, 0]
-    scores = np.array([e.prompt["prompt_margin"] for e in pool])
+        distance = index.kneighbors(vectors.transform(_texts(pool)))[0][:, 0]
+    scores = np.array([e.margin for e in pool])
     ranks = _ranks(distance) + _ranks(-scores)
     return [pool[i] for i in np.argsort(ranks, kind="stable")[:wanted]]
 
@@ -143,6 +142,26 @@ def replay(
     return []
 
 
+def _prompt(row: Row) -> Row:
+    """What mining needs of a screened prompt. Words that recur are kept once, since all traffic is in memory."""
+    kept = {name: row[name] for name in ("id", "prompt", "unsafe", "jailbreak", "group", "margin", "flagged")}
+    words = ((name, row[name]) for name in ("category", "source", "language"))
+    return kept | {name: word and sys.intern(word) for name, word in words}
+
+
+def _response(row: Row, prompt: Row) -> Row:
+    """What mining needs of a judged response, with its prompt's own texts."""
+    kept = {name: row[name] for name in ("sample", "response", "prompt_margin", "margin", "flagged", "refusal")}
+    return (
+        kept | {name: prompt[name] for name in ("id", "prompt", "group")} | {"responder": sys.intern(row["responder"])}
+    )
+
+
+def _texts(evidence: Sequence[Evidence]) -> Iterator[str]:
+    """The prompts, each with a word, so that none is empty."""
+    return (found.prompt["prompt"] + " text" for found in evidence)
+
+
 def _lesson(evidence: Evidence, kind: str, reason: str, weighed: Weighed, weight: float = 1.0) -> Row:
     prompt = evidence.prompt
     return {
@@ -152,7 +171,7 @@ def _lesson(evidence: Evidence, kind: str, reason: str, weighed: Weighed, weight
         "target": weighed.targets[prompt["id"]],
         "weight": weight,
         "kind": kind,
-        "reason": reason,
+        "reason": sys.intern(reason),
         "group": prompt["group"],
     }
 
@@ -184,7 +203,8 @@ def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
     positive = evidence.blocked >= settings.min_blocked_share * evidence.responses
     return {
         **{name: evidence.prompt[name] for name in ("id", "prompt", "unsafe", "category", "source", "group")},
-        **{name: evidence.prompt[name] for name in ("language", "jailbreak", "prompt_margin")},
+        **{name: evidence.prompt[name] for name in ("language", "jailbreak")},
+        "prompt_margin": evidence.margin,
         "response": None,
         "responses": evidence.responses,
         "blocked": evidence.blocked,
@@ -221,7 +241,7 @@ def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
                 "response": (found.worst or {}).get("response"),
                 "blocked": found.blocked,
                 "k": found.responses,
-                "prior_margin": found.prompt["prompt_margin"],
+                "prior_margin": found.margin,
                 "target": row["target"],
                 "kind": row["kind"],
                 "reason": row["reason"],

@@ -30,7 +30,7 @@ responses = st.lists(st.tuples(st.floats(-30, 30), st.booleans()), max_size=8)
 def weighed(prior: float, rows: list[tuple[float, bool]]) -> Evidence:
     """The evidence of responses, each a margin and whether it is a refusal."""
     prompt = screened("p", prior)
-    evidence = Evidence(judged(prompt, 0, 0.0))
+    evidence = Evidence(prompt, prior)
     for sample, (margin, refusal) in enumerate(rows):
         evidence.add(judged(prompt, sample, margin, refusal))
     return evidence

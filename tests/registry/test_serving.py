@@ -35,7 +35,7 @@ CONVERSATIONS = [
 ]
 CLIENTS = 100
 TOLERANCE = 1e-5
-WORDS = "how do I bake build paint a cake bomb garden door green village policy mix flour sugar fine thanks".split()
+WORDS = ["how", "do", "bake", "build", "paint", "cake", "bomb", "garden", "door", "village", "mix", "flour", "sugar"]
 
 
 class ModelServer(Service):
