@@ -4,7 +4,6 @@ The store is the one that boto3 finds in the environment: AWS_ENDPOINT_URL_S3 or
 credentials, AWS_CA_BUNDLE. Failed requests are retried; large files travel in parts; the store checks their checksums.
 """
 
-import io
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -98,19 +97,6 @@ def exists(uri: str | Path) -> bool:
     with _explained(uri):
         client = _client()
         return _is_object(client, bucket, key) or next(_keys(client, bucket, _as_prefix(key)), None) is not None
-
-
-def open_text(uri: str | Path) -> TextIO:
-    """The UTF-8 text file at `uri`, opened for reading. Raises GuardLoopError as `fetch` does."""
-    bucket, key = _split(uri)
-    with _explained(uri):
-        if not bucket:
-            return _existing(key).open(encoding="utf-8")
-        # A whole download first: it is retried and checked, which a stream would not be.
-        file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by the reader)
-        _client().download_fileobj(bucket, key, file)
-        file.seek(0)
-        return io.TextIOWrapper(file, encoding="utf-8")
 
 
 def without_secrets(text: str) -> str:
