@@ -137,6 +137,7 @@ def test_an_unknown_pipeline(guardloop, tmp_path):
 def test_a_missing_configuration_or_platform(guardloop):
     refused(guardloop("run", "--config", "configs/dmo.yaml"), "did you mean configs/demo.yaml?")
     refused(guardloop("run", "--platform", "locl"), "did you mean configs/platform/local.yaml?")
+    refused(guardloop("run", "--platform", "nowhere"), "platform files here: configs/platform/docker.yaml, ")
     refused(guardloop("config", "show", "nothing.yaml"), "nothing.yaml", "configs/demo.yaml")
     refused(guardloop("check", "hello", "--config", "nothing.yaml"), "nothing.yaml")
 
