@@ -5,7 +5,6 @@ credentials, AWS_CA_BUNDLE. Failed requests are retried; large files travel in p
 """
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as StoreAway
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, without_secrets
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 REFUSED = {"401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
@@ -97,11 +96,6 @@ def exists(uri: str | Path) -> bool:
     with _explained(uri):
         client = _client()
         return _is_object(client, bucket, key) or next(_keys(client, bucket, _as_prefix(key)), None) is not None
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the user names and passwords of its URLs left out, for messages and logs."""
-    return re.sub(r"://[^/\s'\"]*@", "://", text)
 
 
 def _split(uri: str | Path) -> tuple[str, str]:

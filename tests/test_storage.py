@@ -14,8 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from guardloop.errors import GuardLoopError
-from guardloop.storage import exists, fetch, put, without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
+from guardloop.storage import exists, fetch, put
 
 sys.path.insert(0, str(Path(__file__).parent))
 from services import SECRET_KEY, S3Server
