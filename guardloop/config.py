@@ -91,9 +91,10 @@ def read_yaml(path: str | Path, what: str, folder: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:
-        known = sorted(str(p) for p in Path(folder).glob("*.yaml"))
-        near = difflib.get_close_matches(str(path), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{what} files here: {', '.join(known) or 'none'}"
+        known = {p.stem: str(p) for p in sorted(Path(folder).glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, known, n=1)
+        here = ", ".join(known.values()) or "none"
+        hint = f"did you mean {known[near[0]]}?" if near else f"{what} files here: {here}"
         raise GuardLoopError(f"{what}: no such file: {path}", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise GuardLoopError(f"{what}: cannot read {path}: {error}", "give a YAML file in UTF-8 text") from None

@@ -1,5 +1,7 @@
 """Errors that are shown to people: what is wrong, where, and what to do about it."""
 
+import re
+
 
 class GuardLoopError(Exception):
     """A problem that the user can mend. The command line prints it without a traceback and exits with code 2.
@@ -11,3 +13,8 @@ class GuardLoopError(Exception):
         super().__init__(f"{what}\n  -> {remedy}" if remedy else what)
         self.what = what
         self.remedy = remedy
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the user names and passwords of its URLs left out, for messages and logs."""
+    return re.sub(r"://[^/\s'\"]*@", "://", text)

@@ -4,15 +4,13 @@ The store is the one that boto3 finds in the environment: AWS_ENDPOINT_URL_S3 or
 credentials, AWS_CA_BUNDLE. Failed requests are retried; large files travel in parts; the store checks their checksums.
 """
 
-import io
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -28,7 +26,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as StoreAway
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, without_secrets
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 REFUSED = {"401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
@@ -98,24 +96,6 @@ def exists(uri: str | Path) -> bool:
     with _explained(uri):
         client = _client()
         return _is_object(client, bucket, key) or next(_keys(client, bucket, _as_prefix(key)), None) is not None
-
-
-def open_text(uri: str | Path) -> TextIO:
-    """The UTF-8 text file at `uri`, opened for reading. Raises GuardLoopError as `fetch` does."""
-    bucket, key = _split(uri)
-    with _explained(uri):
-        if not bucket:
-            return _existing(key).open(encoding="utf-8")
-        # A whole download first: it is retried and checked, which a stream would not be.
-        file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by the reader)
-        _client().download_fileobj(bucket, key, file)
-        file.seek(0)
-        return io.TextIOWrapper(file, encoding="utf-8")
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the user names and passwords of its URLs left out, for messages and logs."""
-    return re.sub(r"://[^/\s'\"]*@", "://", text)
 
 
 def _split(uri: str | Path) -> tuple[str, str]:

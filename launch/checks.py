@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from guardloop.config import Settings
-from guardloop.errors import GuardLoopError
-from guardloop.storage import exists, without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
+from guardloop.storage import exists
 from launch.cluster import Cluster
 
 Verdict = Literal["ok", "failed", "not checked"]

@@ -19,8 +19,7 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 from urllib3.exceptions import TimeoutError as SlowError
 
-from guardloop.errors import GuardLoopError
-from guardloop.storage import without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
 from launch.target import COOKIE, TOKEN, TOKEN_FILE, Target
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60

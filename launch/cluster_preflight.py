@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import yaml
 
 from guardloop.config import Settings
-from guardloop.errors import GuardLoopError
-from guardloop.storage import put, without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
+from guardloop.storage import put
 from launch.checks import (
     Check,
     failed,

@@ -11,8 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from guardloop.config import PlatformSettings, Settings
-from guardloop.errors import GuardLoopError
-from guardloop.storage import without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
 from launch import local, preflight
 from launch.checks import (
     Check,

@@ -137,6 +137,7 @@ def test_an_unknown_pipeline(guardloop, tmp_path):
 def test_a_missing_configuration_or_platform(guardloop):
     refused(guardloop("run", "--config", "configs/dmo.yaml"), "did you mean configs/demo.yaml?")
     refused(guardloop("run", "--platform", "locl"), "did you mean configs/platform/local.yaml?")
+    refused(guardloop("run", "--platform", "nowhere"), "platform files here: configs/platform/docker.yaml, ")
     refused(guardloop("config", "show", "nothing.yaml"), "nothing.yaml", "configs/demo.yaml")
     refused(guardloop("check", "hello", "--config", "nothing.yaml"), "nothing.yaml")
 
@@ -223,7 +224,7 @@ def test_ctrl_c_ends_with_a_word_and_its_own_code(guardloop, monkeypatch):
 
 def test_as_a_process_bad_input_ends_with_2_before_any_model_library_loads(tmp_path):
     program = "import sys; from guardloop.cli import main\n"
-    program += "try: main()\nfinally: sys.stdout.write(str(bool({'torch', 'scipy', 'mlflow'} & set(sys.modules))))"
+    program += "try: main()\nfinally: sys.stdout.write(str(bool({'torch', 'scipy', 'mlflow', 'boto3'} & set(sys.modules))))"
     ended = subprocess.run(
         [sys.executable, "-c", program, "check"],
         capture_output=True,

@@ -14,8 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from guardloop.errors import GuardLoopError
-from guardloop.storage import exists, fetch, open_text, put, without_secrets
+from guardloop.errors import GuardLoopError, without_secrets
+from guardloop.storage import exists, fetch, put
 
 sys.path.insert(0, str(Path(__file__).parent))
 from services import SECRET_KEY, S3Server
@@ -99,12 +99,6 @@ def test_exists_tells_objects_folders_and_nothing_apart(s3: S3Server, folder: Pa
     assert not exists("s3://guardloop/nowhere/")
 
 
-def test_text_is_read_from_anywhere(s3: S3Server, folder: Path) -> None:
-    put(folder, "s3://guardloop/text")
-    with open_text("s3://guardloop/text/inner/größe.txt") as remote, open_text(folder / "inner" / "größe.txt") as local:
-        assert remote.read() == local.read() == "ä"
-
-
 def test_local_paths(folder: Path, tmp_path: Path) -> None:
     assert fetch(folder, tmp_path / "unused") == folder
     assert fetch(f"file://{folder}", tmp_path / "unused") == folder
@@ -121,7 +115,7 @@ def test_nothing_there(s3: S3Server, tmp_path: Path) -> None:
         with pytest.raises(GuardLoopError, match="no such file or folder"):
             fetch(uri, tmp_path / "into")
     with pytest.raises(GuardLoopError, match=r"no such file or folder: s3://guardloop/no \(at http://127"):
-        open_text("s3://guardloop/no")
+        fetch("s3://guardloop/no", tmp_path / "into")
     with pytest.raises(GuardLoopError, match="no such bucket"):
         fetch("s3://other/key", tmp_path / "into")
     with pytest.raises(GuardLoopError, match="no such file"):

@@ -15,10 +15,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, without_secrets
 from guardloop.registry.contents import RUN_ID
 from guardloop.registry.settings import RegistrySettings
-from guardloop.storage import without_secrets
 
 # MLflow's own retries would multiply with ours, and could repeat a creation that had succeeded.
 # It also reports its use to its makers, and prints, unless told not to.

@@ -204,7 +204,7 @@ class Registry:
             raise GuardLoopError(
                 f"{self.settings.model} has no {'previous champion' if current else 'champion'} to go back "
                 f"{'to' if current else 'from'}",
-                "promote a version by its number",
+                "`guardloop promote VERSION` makes one",
             )
         self._version(previous)  # it may have been deleted
         self._move_champion(previous, current, {})
@@ -255,7 +255,7 @@ class Registry:
         if found is None:
             raise GuardLoopError(
                 f"{self.settings.model} has no version {version} in MLflow at {self.connection.place}",
-                "list the candidates for the versions that there are",
+                "`guardloop review` lists the versions",
             )
         return found
 

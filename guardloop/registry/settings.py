@@ -2,9 +2,8 @@
 
 from pydantic import Field, field_validator
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, without_secrets
 from guardloop.settings import Section
-from guardloop.storage import without_secrets
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
 
