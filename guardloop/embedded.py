@@ -26,7 +26,7 @@ from guardloop.guard.family import families
 from guardloop.guard.prompt import TEMPLATES, Renderer
 from guardloop.guard.verdict import label_tokens
 from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer, pick_device, pick_dtype
-from guardloop.progress import Stage
+from guardloop.progress import Stage, short
 from guardloop.records import Row
 from guardloop.training.adapter import fresh_adapter
 from guardloop.training.fit import fit
@@ -144,7 +144,7 @@ def main(names: list[str]) -> None:
             stage.report("bootstrapping the default guard (once)", step.number, step.total, started)
 
         folders = [embedded_model(name.removeprefix(EMBEDDED), watch) for name in names]
-        stage.done(len(folders), f"{', '.join(folder.name for folder in folders)} in {cache_folder()}")
+        stage.done(len(folders), f"{', '.join(folder.name for folder in folders)} in {short(cache_folder())}")
 
 
 def _recipe_hash(name: str) -> str:

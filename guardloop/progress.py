@@ -89,6 +89,13 @@ class Stage:
                 file.write(json.dumps({"event": event, "stage": self.name, "at": time.time(), **values}) + "\n")
 
 
+def short(path: Path) -> str:
+    """A path as people type it: from here, or from their home folder."""
+    if path.is_relative_to(Path.cwd()):
+        return str(path.relative_to(Path.cwd()))
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def _disk_full(error: BaseException) -> GuardLoopError | None:
     """What to tell where the disk is full, whichever library found out."""
     if isinstance(error, GuardLoopError) or not (

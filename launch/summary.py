@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from guardloop.evaluation.result import Estimate, Evaluation
+from guardloop.progress import short
 from guardloop.report.summary import feedback_line
 from guardloop.stages import EVALUATION, HARVEST, REPORT
 from launch.local import Run
@@ -97,9 +98,9 @@ def _interval(estimate: Estimate) -> str:
 def _places(run: Run, evaluated: Path | None) -> dict[str, str]:
     places = {}
     if evaluated:
-        places["report"] = str(evaluated / REPORT)
+        places["report"] = short(evaluated / REPORT)
     if training_set := run.artifact("training_set"):
-        places["lessons"] = f"{training_set / 'harvest.html'} and blocked_inputs.jsonl beside it"
+        places["lessons"] = f"{short(training_set / 'harvest.html')} and blocked_inputs.jsonl beside it"
     if evaluated:
         places["registry"] = "make ui opens MLflow; guardloop review lists the candidates"
-    return {**places, "log": str(run.log)}
+    return {**places, "log": short(run.log)}

@@ -9,7 +9,7 @@ import pytest
 
 from guardloop import progress
 from guardloop.errors import GuardLoopError
-from guardloop.progress import Stage
+from guardloop.progress import Stage, short
 
 
 @pytest.fixture
@@ -90,3 +90,12 @@ def test_stages_side_by_side_share_the_file(events):
         one.say("a")
         other.say("b")
     assert [event["stage"] for event in events()].count("screen [0]") == 3
+
+
+def test_paths_are_told_as_people_type_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert short(tmp_path / "work/runs/log") == "runs/log"
+    assert short(tmp_path / ".cache/guardloop") == "~/.cache/guardloop"
+    assert short(Path("/elsewhere/log")) == "/elsewhere/log"
