@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from guardloop.cluster import ClusterSettings
-from guardloop.data.settings import DatasetSettings
+from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.docker import DockerSettings
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
@@ -49,6 +49,14 @@ class Settings(Section):
         Settings that are None are left out, since KFP has no such value; None is the default of every one of them.
         """
         return self.model_dump(mode="json", exclude_none=True)
+
+    def sources(self) -> Iterator[tuple[str, SourceSettings]]:
+        """(place in the settings, source) of every table that a run reads, those of benchmarks included."""
+        for part in ("traffic", "test", "agent"):
+            if (source := getattr(self.dataset, part)) is not None:
+                yield f"dataset.{part}", source
+        for benchmark in self.evaluation.benchmarks:
+            yield f"benchmark {benchmark.name}", benchmark.source
 
 
 class PlatformSettings(Section):

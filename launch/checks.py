@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import requests
@@ -95,7 +95,7 @@ def hub_repositories(settings: Settings) -> Iterator[tuple[str, str]]:
     for model in models:
         if not model.startswith(("embedded:", ".", "/", "~")) and model.count("/") == 1:
             yield "model", model
-    for _, source in sources(settings):
+    for _, source in settings.sources():
         if source.kind == "hub":
             yield "dataset", source.path
 
@@ -119,13 +119,6 @@ def _hub_access(kind: str, name: str) -> tuple[Verdict, str, str]:
         found = f"{name}: the hub cannot be reached from here ({type(error).__name__})"
         return "not checked", found, "check the network and HF_ENDPOINT"
     return "ok", f"{name} can be read with this machine's token", ""
-
-
-def sources(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """(place in the settings, source) of every table that a run reads."""
-    for part in ("traffic", "test", "agent"):
-        if (source := getattr(settings.dataset, part)) is not None:
-            yield f"dataset.{part}", source
 
 
 def s3_object(where: str, uri: str) -> Check:

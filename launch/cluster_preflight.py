@@ -22,7 +22,6 @@ from launch.checks import (
     look,
     mlflow_server,
     s3_object,
-    sources,
 )
 from launch.cluster import Cluster
 from launch.image_check import NotCheckedError, image_exists
@@ -174,11 +173,12 @@ def _object(namespace: Namespace, kind: str, name: str, keys: set[str]) -> Check
 def _data(settings: Settings) -> list[Check]:
     """Files that the stages will read: those of this machine are not on the cluster."""
     checks = []
-    paths = [(where, source.path) for where, source in sources(settings) if source.kind == "file"]
+    paths = [(where, source.path) for where, source in settings.sources() if source.kind == "file"]
     paths += [("guard.policy", settings.guard.policy)] if settings.guard.policy else []
     paths += [("guard.adapter", settings.guard.adapter)] if settings.guard.adapter else []
-    for where, model in (("guard.base", settings.guard.base), ("responder.model", settings.responder.model)):
-        paths += [(where, model)] if model.startswith((".", "/", "~")) else []
+    models = [("guard.base", settings.guard.base)]
+    models += [("responder.model", one.model) for one in settings.responder.each() if one.kind != "openai"]
+    paths += [(where, model) for where, model in models if model.startswith((".", "/", "~"))]
     for where, path in paths:
         if path.startswith("models:/"):
             continue

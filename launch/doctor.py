@@ -23,7 +23,6 @@ from launch.checks import (
     look,
     mlflow_server,
     s3_object,
-    sources,
 )
 from launch.cluster import Cluster
 from launch.target import HOST, find_target
@@ -240,7 +239,7 @@ def _hub_account() -> tuple[Verdict, str, str]:
 
 
 def _s3(settings: Settings) -> list[Check]:
-    addresses = [(where, source.path) for where, source in sources(settings) if source.path.startswith("s3://")]
+    addresses = [(where, source.path) for where, source in settings.sources() if source.path.startswith("s3://")]
     checkpoints = settings.training.checkpoints or ""
     addresses += [("guard.adapter", settings.guard.adapter or "")] if settings.guard.adapter else []
     found = [s3_object(f"S3, {where}", path) for where, path in addresses if path.startswith("s3://")]

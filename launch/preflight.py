@@ -16,10 +16,8 @@ FREE_GIB = 2.0
 
 def check(settings: Settings, home: Path) -> None:
     """Raises GuardLoopError for whatever can be seen to fail already: files, family, policy, keys, disk."""
-    dataset = settings.dataset
-    for name, source in (("traffic", dataset.traffic), ("test", dataset.test), ("agent", dataset.agent)):
-        if source is not None:
-            _check_source(source, f"dataset.{name}")
+    for where, source in settings.sources():
+        _check_source(source, where)
     if settings.guard.family != "auto":
         family_of(settings.guard.family, settings.guard.base)
     elif not settings.guard.base.startswith("embedded:") and not Path(settings.guard.base).is_dir():

@@ -224,8 +224,10 @@ def test_access_to_gated_models_and_data(monkeypatch: pytest.MonkeyPatch) -> Non
         "guard": {"base": "meta-llama/LlamaGuard-7b", "family": "llama-guard-1"},
         "responder": {"model": "ada/no-such-model"},
         "dataset": {"traffic": {"kind": "hub", "path": "lmsys/toxic-chat"}},
+        "evaluation": {"benchmarks": ["wildguardtest", "xstest"]},
     }
-    with Hub({"lmsys/toxic-chat"}, {"meta-llama/LlamaGuard-7b"}, "hf_ada") as hub:
+    gated = {"meta-llama/LlamaGuard-7b", "allenai/wildguardmix"}
+    with Hub({"lmsys/toxic-chat", "Paul/XSTest"}, gated, "hf_ada") as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", "hf_ada")
         found = hub_checks(settings)
@@ -233,7 +235,8 @@ def test_access_to_gated_models_and_data(monkeypatch: pytest.MonkeyPatch) -> Non
     by_words = {check.found.replace(":", " ").split()[0]: check for check in found}
     assert by_words["meta-llama/LlamaGuard-7b"].verdict == "failed"
     assert "huggingface.co/meta-llama/LlamaGuard-7b" in by_words["meta-llama/LlamaGuard-7b"].remedy
-    assert by_words["ada/no-such-model"].verdict == "failed"
+    assert by_words["ada/no-such-model"].verdict == by_words["allenai/wildguardmix"].verdict == "failed"
+    assert by_words["Paul/XSTest"].verdict == "ok"
     assert by_words["lmsys/toxic-chat"].verdict == "ok" and by_words["lmsys/toxic-chat"].name == "hub dataset"
 
 
@@ -263,9 +266,18 @@ def test_models_that_no_hub_has_are_not_asked_for(look: Look) -> None:
 def test_files_of_this_machine_are_not_on_the_cluster(look: Look) -> None:
     traffic = {"kind": "file", "path": "prompts.jsonl"}
     test = {"kind": "file", "path": "/data/test.jsonl"}
-    found = look(settings={"dataset": {"traffic": traffic, "test": test}, "guard": {"base": "./my-guard"}})
+    benchmark = {"name": "ours", "kind": "safe", "licence": "none", "source": {"kind": "file", "path": "safe.csv"}}
+    found = look(
+        settings={
+            "dataset": {"traffic": traffic, "test": test},
+            "guard": {"base": "./my-guard"},
+            "responder": {"others": [{"model": "./my-responder"}]},
+            "evaluation": {"benchmarks": [benchmark]},
+        }
+    )
 
-    assert found["dataset.traffic"].verdict == found["guard.base"].verdict == "failed"
+    places = ("dataset.traffic", "guard.base", "responder.model", "benchmark ours")
+    assert {found[place].verdict for place in places} == {"failed"}
     assert found["dataset.test"].verdict == "not checked" and "s3://" in found["dataset.traffic"].remedy
 
 
