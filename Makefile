@@ -17,6 +17,7 @@ HOST ?=
 NAMESPACE ?=
 EXPERIMENT ?=
 CRON ?=
+ARGS ?=
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 CASES ?= 100000
@@ -41,15 +42,15 @@ run: ready ## Run the pipeline (CONFIG=configs/demo.yaml PIPELINE=full PLATFORM=
 	@$(BIN)/guardloop run --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM)
 
 # The platform `local` is no cluster; minikube is the nearest one.
-ON_CLUSTER = --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM:local=minikube) \
+ON_CLUSTER = --config $(CONFIG) --pipeline $(PIPELINE) --platform $(patsubst local,minikube,$(PLATFORM)) \
   $(if $(HOST),--host "$(HOST)") $(if $(NAMESPACE),--namespace "$(NAMESPACE)") \
   $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)")
 
-submit: ready ## Run the pipeline on a cluster (CONFIG= PLATFORM=minikube HOST= NAMESPACE= EXPERIMENT=)
-	@$(BIN)/guardloop submit $(ON_CLUSTER)
+submit: ready ## Run the pipeline on a cluster (CONFIG= PLATFORM=minikube HOST= NAMESPACE= EXPERIMENT= ARGS=--no-wait)
+	@$(BIN)/guardloop submit $(ON_CLUSTER) $(ARGS)
 
 schedule: ready ## Run it there again and again (CRON="0 3 * * 1", and what submit takes)
-	@$(BIN)/guardloop schedule create --cron "$(CRON)" $(ON_CLUSTER)
+	@$(BIN)/guardloop schedule create --cron "$(CRON)" $(ON_CLUSTER) $(ARGS)
 
 compile: ready ## Compile the pipelines to YAML for Kubeflow (PLATFORM=minikube CONFIG=configs/demo.yaml)
 	@$(BIN)/guardloop compile --platform $(PLATFORM) --config $(CONFIG)

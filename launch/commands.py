@@ -60,6 +60,7 @@ def submit(
     experiment: ExperimentOption = None,
     artifact: ArtifactOption = None,
     wait: Annotated[bool, typer.Option(help="Follow the run until it ends; the exit code tells how.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Take nothing from Kubeflow's cache.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and submit nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Submit although a check failed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Checks and run as JSON; the rest goes to stderr.")] = False,
@@ -69,7 +70,7 @@ def submit(
 
     said = Console(highlight=False, stderr=as_json)
     where = load_platform(platform)
-    order = _order(config, pipeline, platform, where, artifact)
+    order = _order(config, pipeline, platform, where, artifact, fresh)
     cluster = _cluster(where, host, namespace, experiment)
     told = {"checks": [check.plain() for check in _preflight(cluster, order, config, force, said)], "run": None}
     if dry_run:
@@ -203,7 +204,7 @@ def create(
 
     schedule.six_fields(cron)
     where = load_platform(platform)
-    order = _order(config, pipeline, platform, where, artifact)
+    order = _order(config, pipeline, platform, where, artifact, fresh=True)  # else the cache would answer each time
     cluster = _cluster(where, host, namespace, experiment)
     _preflight(cluster, order, config, force, console)
     name = name or f"{order.package.name}-{config.stem}"
@@ -273,7 +274,9 @@ def _each(name: str, done: str, action: Any, platform: str | None, host: str | N
         console.print(f"schedule {escape(str(one.display_name))} is {done}", soft_wrap=True)
 
 
-def _order(config: Path, pipeline: str, platform: str, where: PlatformSettings, artifacts: list[str] | None) -> Any:
+def _order(
+    config: Path, pipeline: str, platform: str, where: PlatformSettings, artifacts: list[str] | None, fresh: bool
+) -> Any:
     from launch.submit import prepare
 
     if not where.cluster:
@@ -285,7 +288,7 @@ def _order(config: Path, pipeline: str, platform: str, where: PlatformSettings, 
         if not (name and equals and "://" in uri):
             raise GuardLoopError(f"--artifact {artifact}: not NAME=URI", "for example training_set=s3://bucket/path")
         given[name] = uri
-    return prepare(pipeline, load_settings(config), where, config.name, Path(platform).stem, given)
+    return prepare(pipeline, load_settings(config), where, config.name, Path(platform).stem, given, fresh)
 
 
 def _known(platform: str | None) -> PlatformSettings:

@@ -14,18 +14,20 @@ def compile_all(
     version: str | None = None,
     settings: Settings | None = None,
     configuration: str = "",
+    fresh: bool = False,
 ) -> list[Path]:
     """Compile each pipeline into `folder`, for `platform` if it is a cluster. Returns the files.
 
     `version` is what the stages record and, where the platform names none, the images' tag; by default this checkout's.
     `settings` become the defaults of the pipelines' parameters, and `configuration` is their name in reports.
+    `fresh` keeps Kubeflow from taking results out of its cache.
     Raises GuardLoopError if images would have no immutable tag.
     """
     from google.protobuf import json_format  # noqa: PLC0415  (kfp takes a second to import)
     from kfp.compiler import pipeline_spec_builder  # noqa: PLC0415
     from kfp.pipeline_spec import pipeline_spec_pb2  # noqa: PLC0415
 
-    from launch.platform import apply_cluster  # noqa: PLC0415
+    from launch.platform import apply_cluster, tasks_of  # noqa: PLC0415
     from pipeline import PIPELINES  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +45,9 @@ def compile_all(
             pods = apply_cluster(spec, cluster, version, configuration)
         else:
             use_images(spec["deploymentSpec"]["executors"], docker)
+        if fresh:
+            for _, task in tasks_of(spec):
+                task["cachingOptions"] = {}
         _set_defaults(spec, {**defaults, "shards": platform.shards})
         pipeline_spec_builder.write_pipeline_spec_to_file(
             pipeline_spec=json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec()),

@@ -38,7 +38,7 @@ def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configurati
         container["resources"] = _resources(settings)
         container["env"] = [{"name": key, "value": value} for key, value in sorted(variables.items())]
         executors[label] = _pod(name, settings, cluster)
-    for component, task in _tasks(spec):
+    for component, task in tasks_of(spec):
         label = spec["components"][component].get("executorLabel")
         if label in stages and (policy := _retry_policy(cluster.stage(stages[label]))):
             task["retryPolicy"] = policy
@@ -92,7 +92,7 @@ def _for_stage(name: str, parts: list[Any]) -> list[Any]:
     return [part for part in parts if not part.stages or name in part.stages]
 
 
-def _tasks(spec: Spec) -> Iterator[tuple[str, Spec]]:
+def tasks_of(spec: Spec) -> Iterator[tuple[str, Spec]]:
     """(component, task) of every task in every graph."""
     for part in (spec["root"], *spec["components"].values()):
         for task in part.get("dag", {}).get("tasks", {}).values():

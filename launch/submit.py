@@ -48,10 +48,12 @@ def prepare(
     configuration: str,
     platform_name: str,
     artifacts: Mapping[str, str],
+    fresh: bool = False,
 ) -> Order:
     """Compile the pipeline for the platform and gather the run's parameters: a dict for each section of the settings.
 
-    `artifacts` are the addresses of earlier outputs that train and evaluate start from.
+    `artifacts` are the addresses of earlier outputs that train and evaluate start from. A `fresh` run takes nothing
+    from Kubeflow's cache.
     Raises GuardLoopError for an unknown pipeline, and for artifacts that lack or are too many.
     """
     if pipeline not in PARAMETERS:
@@ -71,11 +73,12 @@ def prepare(
     arguments |= {f"{name}_uri": uri for name, uri in artifacts.items()}
     code = code_state()
     with TemporaryDirectory() as folder:
-        paths = {path.stem: path for path in compile_all(Path(folder), platform, code.tag, settings, configuration)}
-        compiled = paths[pipeline]
+        files = compile_all(Path(folder), platform, code.tag, settings, configuration, fresh)
+        compiled = next(path for path in files if path.stem == pipeline)
         text, package = compiled.read_text("utf-8"), Package.read(compiled)
     order = Order(pipeline, configuration, text, package, "", arguments)
-    name = _version_name(code, f"{platform_name}-{Path(configuration).stem}", order.digest)
+    situation = f"{platform_name}-{Path(configuration).stem}{'-fresh' if fresh else ''}"
+    name = _version_name(code, situation, order.digest)
     return replace(order, version_name=name)
 
 

@@ -56,6 +56,15 @@ def test_nothing_is_installed_at_run_time(compiled: dict[str, dict], name: str) 
     assert ":latest" not in text
 
 
+def test_only_a_fresh_pipeline_takes_nothing_from_the_cache(compiled: dict[str, dict], tmp_path: Path) -> None:
+    (path,) = [path for path in compile_all(tmp_path, fresh=True) if path.stem == "full"]
+    fresh = yaml.safe_load(path.read_text())
+
+    for pipeline, caching in ((compiled["full"], True), (fresh, False)):
+        tasks = [task for dag in _dags(pipeline) for task in dag["tasks"].values()]
+        assert any(task.get("cachingOptions", {}).get("enableCache") for task in tasks) == caching
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_what_the_launcher_gives_is_what_the_pipeline_takes(compiled: dict[str, dict], name: str) -> None:
     takes = compiled[name]["root"]["inputDefinitions"]["parameters"]

@@ -40,6 +40,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled pipelines: made once, for compiling takes longer than a test."""
     folder = tmp_path_factory.mktemp("packages")
     compile_all(folder, load_platform("minikube"))
+    compile_all(folder / "fresh", load_platform("minikube"), fresh=True)
     return folder
 
 
@@ -58,8 +59,11 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: Path
     monkeypatch.setattr(target, "MOUNTED_TOKEN", tmp_path / "no-token")
     monkeypatch.setattr(target, "MOUNTED_NAMESPACE", tmp_path / "no-namespace")
     monkeypatch.setattr(submit.Package, "read", read_once)
-    compiled = [packages / f"{name}.yaml" for name in submit.PARAMETERS]
-    monkeypatch.setattr(submit, "compile_all", lambda *_, **__: compiled)
+
+    def compiled(*given: object) -> list[Path]:
+        return [packages / ("fresh" if given[-1] else "") / f"{name}.yaml" for name in submit.PARAMETERS]
+
+    monkeypatch.setattr(submit, "compile_all", compiled)
 
 
 @pytest.fixture

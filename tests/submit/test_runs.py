@@ -169,6 +169,21 @@ def test_a_schedule(schedules: Call, at: Call, server: KubeflowServer) -> None:
     assert "guardloop-demo" in at("schedule", "list").out
 
 
+def test_scheduled_runs_read_the_data_again_and_submitted_ones_when_asked(
+    schedules: Call, submits: Call, server: KubeflowServer
+) -> None:
+    schedules("--cron", "@daily")
+    submits("--no-wait")
+    submits("--no-wait", "--fresh")
+
+    cached = {version["name"]: "enableCache" in server.packages[key] for key, version in server.versions.items()}
+    assert sorted(cached.values()) == [False, True]
+    assert all(("-minikube-demo-fresh" in name) is not uses for name, uses in cached.items())
+    (made,) = server.schedules.values()
+    used = [one["pipeline_version_reference"]["pipeline_version_id"] for one in (made, *server.runs.values())]
+    assert used[0] == used[2] != used[1]
+
+
 def test_a_schedule_is_one_however_often_it_is_made(schedules: Call, server: KubeflowServer) -> None:
     assert "created" in schedules("--cron", "@daily").out
     before = list(server.schedules)
