@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,7 +43,7 @@ def examine(settings: Settings, where: PlatformSettings, home: Path) -> list[Che
         [
             lambda: [_machine(), _python(), _packages(settings)],
             lambda: [_memory(), _disk(home), _disk_of_models()],
-            lambda: [_driver(gpus, needs), _torch(gpus, needs)],
+            lambda: [_driver(gpus, needs), _torch(gpus, needs), *_compiler(gpus)],
             lambda: [_configuration(settings, home)],
             lambda: [_hub_token(settings)],
             lambda: hub_models(settings),
@@ -196,6 +197,19 @@ def _torch(gpus: list[dict[str, str]] | None, needs: list[str]) -> Check:
     if needs and not gpus:
         return Check("torch", "not checked", f"{found}: there is no GPU to try it on")
     return Check("torch", "ok", found)
+
+
+def _compiler(gpus: list[dict[str, str]] | None) -> list[Check]:
+    """Where there is a GPU: Triton, which runs the guard's compiled layers, builds a small module in C when it starts."""
+    if not gpus:
+        return []
+    name, compiler = "C compiler", os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not compiler:
+        return [Check(name, "failed", "none: code for the GPU cannot be built", "install gcc, or set CC")]
+    if not header.is_file():
+        return [Check(name, "failed", f"{compiler}, but there is no {header}", "install Python's headers (python3-dev)")]
+    return [Check(name, "ok", compiler)]
 
 
 def _configuration(settings: Settings, home: Path) -> Check:

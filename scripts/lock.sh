@@ -16,7 +16,10 @@ main() {
   for folder in images/*/; do
     case $folder in
       # torch of the default index, with its CUDA libraries; it has none of these for other systems
-      images/base-gpu/) lock "$folder" requirements --python-platform linux --python-version 3.11 ;;
+      images/base-gpu/)
+        lock "$folder" requirements --python-platform linux --python-version 3.11 \
+          --excludes <(grep -vx torch "$root/requirements/excludes.txt")
+        ;;
       # nothing is resolved: vLLM's image has the rest
       images/generate-responses-vllm/) lock "$folder" requirements --universal --python-version 3.12 --no-deps ;;
       *) lock "$folder" requirements --universal --python-version 3.11 --excludes "$root/requirements/excludes.txt" ;;

@@ -57,6 +57,17 @@ def test_a_lock_has_hashes_and_the_versions_that_the_tests_run_on(lock: Path) ->
     assert {name: version for name, version in pins.items() if tested.get(name, version) != version} == {}
 
 
+def test_images_for_a_gpu_have_what_those_for_a_cpu_have() -> None:
+    def asked(folder: str) -> set[str]:
+        lines = (ROOT / "images" / folder / "requirements.in").read_text().splitlines()
+        return {line.partition("=")[0] for line in lines if re.match(r"\w", line)}
+
+    of_torch = {"fsspec", "networkx", "setuptools", "sympy", "typing-extensions"}  # torch itself brings them
+    assert asked("base-torch") - of_torch <= asked("base-gpu")
+    assert asked("generate-responses") <= asked("generate-responses-vllm")
+    assert " gcc " in (ROOT / "images/base-gpu/Dockerfile").read_text()  # without it Triton does not start
+
+
 def test_stages_without_a_model_carry_no_torch() -> None:
     for stage in set(STAGES) - MODEL_STAGES:
         names = {name for name, _ in PINNED.findall((ROOT / "images" / stage / "requirements.txt").read_text())}

@@ -102,6 +102,23 @@ def test_a_gpu_that_torch_was_not_built_for(examine: Doctor, monkeypatch: pytest
 
 
 @pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
+def test_a_gpu_without_a_compiler_for_its_code(
+    examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    put_in_path(tmp_path, monkeypatch, "echo NVIDIA H100 80GB HBM3, 580.95.05, 81559 MiB")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    without = examine()[1]["C compiler"]
+    (tmp_path / "bin" / "gcc").symlink_to("/bin/true")
+    found = examine()[1]["C compiler"]
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    headless = examine()[1]["C compiler"]
+
+    assert without["verdict"] == headless["verdict"] == "failed" and "gcc" in without["remedy"]
+    assert "Python.h" in headless["found"] and found["found"] == f"{tmp_path}/bin/gcc"
+
+
+@pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
 def test_a_driver_that_does_not_answer_is_no_gpu(
     examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
