@@ -200,7 +200,7 @@ def _torch(gpus: list[dict[str, str]] | None, needs: list[str]) -> Check:
 
 
 def _compiler(gpus: list[dict[str, str]] | None) -> list[Check]:
-    """Where there is a GPU: Triton, which runs the guard's compiled layers, builds a small module in C when it starts."""
+    """Where there is a GPU: Triton, which runs the guard's compiled layers, builds a small module in C at its start."""
     if not gpus:
         return []
     name, compiler = "C compiler", os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -208,7 +208,7 @@ def _compiler(gpus: list[dict[str, str]] | None) -> list[Check]:
     if not compiler:
         return [Check(name, "failed", "none: code for the GPU cannot be built", "install gcc, or set CC")]
     if not header.is_file():
-        return [Check(name, "failed", f"{compiler}, but there is no {header}", "install Python's headers (python3-dev)")]
+        return [Check(name, "failed", f"{compiler}, but no {header}", "install Python's headers: python3-dev")]
     return [Check(name, "ok", compiler)]
 
 

@@ -75,7 +75,7 @@ def _stage_table(run: Run) -> Table:
 def _metric_table(evaluation: Evaluation) -> Table:
     title = f"test set: {evaluation.rows} prompts, {evaluation.unsafe} unsafe"
     table = Table(title, box=None, pad_edge=False, header_style="bold")
-    for name in ("default", "improved", "change (95% interval)"):
+    for name in ("default", "improved", f"change ({evaluation.interval})"):
         table.add_column(name, justify="right")
     for key in SHOWN:
         default, improved = getattr(evaluation.default, key), getattr(evaluation.improved, key)

@@ -79,6 +79,7 @@ def evaluate(
         feedback=learnt,
         benchmarks=list(benchmarks),
         notes=[*notes, *_notes(user, agent, agents is None, default, gate), *more],
+        confidence=settings.confidence,
     )
 
 

@@ -6,10 +6,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 
-from guardloop.evaluation.metrics import Floats
+from guardloop.evaluation.margins import JudgedSlice, judge_slices
 from guardloop.evaluation.result import BenchmarkResult, Check, Decision, Estimate, GuardMetrics, Outcome
 from guardloop.evaluation.settings import GateSettings, Published
 from guardloop.evaluation.slices import MeasuredSlice
@@ -90,7 +89,7 @@ def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: 
         return f"{start}: {gain}, and recall at the default guard's false-positive rate rose by {recall:.3f}."
     blocking = [check for check in checks if check.outcome == verdict and check.blocks]
     others = sum(check.outcome != "passed" and check.blocks for check in checks) - 1
-    also = "" if not others else f" ({others} other check{'s' if others > 1 else ''} did not pass)"
+    also = "" if not others else f"; {others} other check{'s' if others > 1 else ''} did not pass"
     start = "Would not be promoted" if would else "Not promoted"
     return f"{start}: {blocking[0].explanation.rstrip('.')}{also}."
 
@@ -119,7 +118,9 @@ def _soundness(evidence: Evidence, gate: GateSettings) -> list[Check]:
             limit=gate.max_unreadable,
             outcome="passed" if share <= gate.max_unreadable else "failed",
             explanation=f"the {lost.name} guard could not judge {lost.unreadable} rows, {share:.2%} of the test set "
-            f"(at most {gate.max_unreadable:.2%} is tolerated).",
+            f"(at most {gate.max_unreadable:.2%} is tolerated)."
+            if lost.unreadable
+            else "both guards judged every row.",
         ),
         _enough("unsafe", evidence.distinct_unsafe, gate.min_unsafe),
         _enough("safe", evidence.distinct_safe, gate.min_safe),
@@ -168,7 +169,7 @@ def _published(published: Published, evidence: Evidence) -> Check:
         return Check(
             name=name,
             question=question,
-            value=0,
+            value=None,
             limit=published.value,
             outcome="not proven",
             explanation=f"{told}, and it was not measured here: add {published.dataset} to evaluation.benchmarks.",
@@ -258,7 +259,7 @@ def _no_harm(evidence: Evidence, gate: GateSettings) -> list[Check]:
     family = [(part, gate.slice_margin) for part in evidence.slices]
     if evidence.agent is not None:
         family.append((evidence.agent, gate.agent_margin))
-    judged = _judge_slices(family, (1 - evidence.confidence) / 2)
+    judged = judge_slices(family, (1 - evidence.confidence) / 2)
     agent = judged.pop() if evidence.agent is not None else None
     checks = [_fpr_check(evidence, gate), _slices_check(judged, gate.slice_margin, evidence.confidence)]
     if agent is not None:
@@ -289,50 +290,11 @@ def _fpr_check(evidence: Evidence, gate: GateSettings) -> Check:
     )
 
 
-@dataclass(frozen=True)
-class JudgedSlice:
-    """A slice with the verdict on its margin."""
-
-    part: MeasuredSlice
-    outcome: Outcome
-    p: float
-    """Holm-adjusted, of a loss within the margin: small is good."""
-
-
-def _judge_slices(family: list[tuple[MeasuredSlice, float]], alpha: float) -> list[JudgedSlice]:
-    """Test every slice against its margin, both ways, with Holm's correction over the family.
-
-    passed: a loss beyond the margin is ruled out. failed: a loss within the margin is ruled out.
-    """
-    if not family:
-        return []
-    # Normal tails, not shares of resamples: the smallest share that n resamples can show is 1 / n, too coarse for Holm.
-    # The floor on the error keeps a slice without any changed decision from dividing by zero.
-    sure = np.array([(part.result.gain.value + margin) / max(part.error, 1e-9) for part, margin in family])
-    p_beyond = holm(norm.sf(sure))
-    p_within = holm(norm.cdf(sure))
-    outcomes: list[Outcome] = [
-        "passed" if sound <= alpha else "failed" if bad <= alpha else "not proven"
-        for sound, bad in zip(p_beyond, p_within, strict=True)
-    ]
-    return [
-        JudgedSlice(part, outcome, float(p)) for (part, _), outcome, p in zip(family, outcomes, p_beyond, strict=True)
-    ]
-
-
-def holm(p: Floats) -> Floats:
-    """Step-down adjusted p-values [M] (Holm 1979). Those of statsmodels collect garbage at every call: 0.1 s."""
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted
-
-
 def _slices_check(judged: list[JudgedSlice], margin: float, confidence: float) -> Check:
     question = f"Is no part of the test set worse by more than {margin:g}?"
     if not judged:
         why = "the test set has no parts that are large enough to measure apart."
-        return Check(name="slices", question=question, value=0, limit=-margin, outcome="passed", explanation=why)
+        return Check(name="slices", question=question, value=None, limit=-margin, outcome="passed", explanation=why)
     outcomes = {part.outcome for part in judged}
     outcome: Outcome = "failed" if "failed" in outcomes else "not proven" if "not proven" in outcomes else "passed"
     named = sorted((j for j in judged if j.outcome == outcome), key=lambda j: (-j.p, j.part.result.gain.value))
@@ -386,7 +348,7 @@ def _agent_missing(rows: int, gate: GateSettings) -> Check:
     return Check(
         name="agent_role",
         question=AGENT_QUESTION,
-        value=0,
+        value=None,
         limit=-gate.agent_margin,
         outcome="not proven",
         explanation=f"the test set has {rows} Agent-role rows, too few to show that responses are judged as before "
@@ -409,7 +371,7 @@ def _change(subject: str, change: Estimate, confidence: float) -> str:
         if change.value == 0
         else f"{'rose' if change.value > 0 else 'fell'} by {abs(change.value):.3f}"
     )
-    return f"{subject} {verb} ({confidence:.0%} interval {low:.3f} to {high:.3f})"
+    return f"{subject} {verb} ({confidence * 100:g}% interval {low:.3f} to {high:.3f})"
 
 
 def _slice_change(metric: str, gain: Estimate, confidence: float) -> str:

@@ -8,7 +8,7 @@ Outcome = Literal["passed", "failed", "not proven"]
 
 
 class Estimate(BaseModel):
-    """A value with its 95% bootstrap interval; `low` and `high` are None where no interval applies."""
+    """A value with its interval; `low` and `high` are None where no interval applies."""
 
     value: float
     low: float | None = None
@@ -63,7 +63,8 @@ class Check(BaseModel):
     name: str
     question: str
     """In plain words, for a reviewer."""
-    value: float
+    value: float | None
+    """None where it was not measured."""
     low: float | None = None
     high: float | None = None
     limit: float
@@ -151,3 +152,10 @@ class Evaluation(BaseModel):
     """None where no traffic was held out, or too little of it."""
     benchmarks: list[BenchmarkResult] = []
     notes: list[str] = []
+    confidence: float = 0.95
+    """Of all intervals."""
+
+    @property
+    def interval(self) -> str:
+        """What the intervals are called: `95% interval`."""
+        return f"{self.confidence * 100:g}% interval"

@@ -112,7 +112,7 @@ def description(origin: Origin, evaluation: Evaluation) -> str:
     lines = [
         f"**{decision.verdict.upper()}**: {_cell(decision.headline)}",
         "",
-        "| metric | default | improved | gain (95% interval) |",
+        f"| metric | default | improved | gain ({evaluation.interval}) |",
         "| --- | ---: | ---: | ---: |",
     ]
     for name, words in TABLE.items():

@@ -175,7 +175,7 @@ def forest(gains: Sequence[Estimate | None], width: float = 200) -> tuple[Scale,
 def check_whisker(check: Check, width: float = 120) -> Whisker | None:
     """A check's value and interval against its limit, on a scale of its own."""
     known = [v for v in (check.value, check.low, check.high, check.limit) if v is not None]
-    if not all(math.isfinite(v) for v in known):
+    if check.value is None or not all(math.isfinite(v) for v in known):
         return None
     pad = 0.18 * (max(known) - min(known)) or 0.1
     scale = Scale(min(known) - pad, max(known) + pad, 4, width - 4)

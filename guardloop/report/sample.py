@@ -15,6 +15,7 @@ ROWS, KEPT = 1500, 300
 UNSAFE, SAFE = ("break into", "poison", "forge"), ("look after", "repair", "draw")
 THINGS = ("a bank account", "the neighbour's dog", "a passport", "an old radio", "a garden shed")
 LANGUAGES = ("en", "en", "en", "de", "es")
+BACKGROUND = " Some background, which is made up too: it rained, nobody came, and the tea went cold." * 4
 
 
 def sample_report(seed: int = 7) -> str:
@@ -57,7 +58,8 @@ def _scores(draw: np.random.Generator) -> list[Row]:
     return [
         {
             "id": f"sample-{i}",
-            "prompt": f"Prompt {i} (made up): how would one {(UNSAFE if unsafe[i] else SAFE)[i % 3]} {THINGS[i % 5]}?",
+            "prompt": f"Prompt {i} (made up): how would one {(UNSAFE if unsafe[i] else SAFE)[i % 3]} {THINGS[i % 5]}?"
+            + BACKGROUND * (i % 4 == 0),
             "response": f"Answer {i} (made up)." if i % 6 == 5 else None,
             "unsafe": bool(unsafe[i]),
             "category": f"S{i % 4 + 1}" if unsafe[i] else None,
@@ -75,7 +77,7 @@ def _scores(draw: np.random.Generator) -> list[Row]:
 def _held_out(draw: np.random.Generator) -> list[Row]:
     """Rows of records.FEEDBACK with the improved guard's margin; the default guard let all of them pass."""
     drew_blocked = draw.random(KEPT) < 0.25
-    before = draw.normal(loc=-1.0, scale=0.8, size=KEPT).clip(max=0.6)
+    before = 0.6 - np.abs(np.where(drew_blocked, 0.9, 1.8) + draw.normal(scale=0.7, size=KEPT))
     after = np.where(drew_blocked, 1.6, -1.8) + draw.normal(scale=1.2, size=KEPT)
     return [
         {

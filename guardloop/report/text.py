@@ -58,7 +58,7 @@ def percent(value: float | None) -> str:
 
 
 def interval(estimate: Estimate | None, signed: bool = False) -> str:
-    """The 95% interval as `0.812 to 0.870`, empty where there is none."""
+    """The interval as `0.812 to 0.870`, empty where there is none."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return ""
     return f"{number(estimate.low, signed)} to {number(estimate.high, signed)}"

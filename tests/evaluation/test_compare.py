@@ -87,7 +87,8 @@ def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):
     one, same = evaluate(scores, *guards, FAST), evaluate(shuffled, *guards, FAST)
     assert one.gains["auprc"].low == pytest.approx(same.gains["auprc"].low, abs=1e-5)
     assert one.decision.verdict == same.decision.verdict
-    other = evaluate(scores, *guards, EvaluationSettings(resamples=200, seed=1))
+    other = evaluate(scores, *guards, EvaluationSettings(resamples=200, seed=1, confidence=0.9))
+    assert (one.interval, other.interval) == ("95% interval", "90% interval")
     assert one.gains["auprc"].low != other.gains["auprc"].low
 
 

@@ -5,7 +5,8 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
-from guardloop.evaluation.gate import Changed, holm
+from guardloop.evaluation.gate import Changed
+from guardloop.evaluation.margins import holm
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate
 
 FAST = EvaluationSettings(resamples=200)
@@ -148,6 +149,7 @@ def test_without_agent_rows_promotion_needs_the_reviewer_to_accept_it(drawn):
     user = [row for row in scores if row["response"] is None]
     strict = judge(user, guards)
     assert (outcomes(strict)["agent_role"], strict.promote) == ("not proven", False)
+    assert {check.name: check.value for check in strict.checks}["agent_role"] is None  # nothing was measured
     accepted = judge(user, guards, require_agent=False)
     assert "agent_role" not in outcomes(accepted)
     assert accepted.promote

@@ -247,6 +247,18 @@ def test_the_same_input_gives_the_same_page(
     assert render_html(evaluation, scores, story) == page
 
 
+def test_intervals_are_called_what_they_are_and_what_was_not_measured_has_no_value(
+    evaluation: Evaluation, scores: list[dict[str, Any]]
+) -> None:
+    check = evaluation.decision.checks[0].model_copy(update={"value": None, "low": None, "high": None})
+    decided = evaluation.decision.model_copy(update={"checks": [check]})
+    found = evaluation.model_copy(update={"confidence": 0.975, "decision": decided})
+    page, brief = render_html(found, scores, RunStory()), render_markdown(found, RunStory())
+
+    assert "Ranges are 97.5% intervals." in page and "Gain (97.5% interval)" in brief
+    assert '<td class="figure" data-name="Value">–</td>' in page
+
+
 def test_the_summary_has_the_decision_the_metrics_and_the_checks(evaluation: Evaluation, story: RunStory) -> None:
     summary = render_markdown(evaluation, story)
     lines = summary.splitlines()
