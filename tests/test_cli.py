@@ -4,25 +4,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from ended import Ended
 
 from guardloop import __version__, cli
 from guardloop.config import Settings, describe_fields
 
 ROOT = Path(__file__).parents[1]
-
-
-@dataclass
-class Ended:
-    """How a call of the command line ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ class Registry:
         if forced and not force_reason.strip():
             raise GuardLoopError(
                 f"{name} version {version} is not promoted: the gate's verdict is {verdict!r}",
-                f"read its description; `guardloop promote {version} --force REASON` promotes it, and records the reason",
+                f"read its page; `guardloop promote {version} --force REASON` promotes it and records the reason",
             )
         current = self.champion()
         if current == version:

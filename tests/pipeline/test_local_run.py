@@ -9,7 +9,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from workshop import Workshop
 
+from guardloop.guard.engine import Guard
+from guardloop.guard.settings import GuardSettings
 from guardloop.records import read_table
+from guardloop.stages import SCORE_TABLE
 from launch.rates import FOLDERS, find_alike, read_past
 
 
@@ -63,6 +66,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     assert (benchmark["name"], benchmark["rows"], benchmark["unsafe"]) == ("fire-drill", 3, 3)
     assert _recorded(workshop).data.tags["guardloop.gate_verdict"] != "nothing trained"
     assert [s["stage"] for s in full["stages"]][-1] == "register_model"
+    _check_that_each_side_was_scored_by_its_own_guard(workshop)
 
     past = read_past(workshop.latest.name)
     measured = {name: took for name, took in past.stages.items() if name in FOLDERS.values()}
@@ -84,6 +88,17 @@ def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(worksh
     assert ended.returncode == 2
     assert "overlaps with the training data" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
+
+
+def _check_that_each_side_was_scored_by_its_own_guard(workshop: Workshop) -> None:
+    """The gate's two columns are the default guard's and the improved guard's margins, and they differ."""
+    (scores,), (adapter,) = (list((workshop.latest / "artifacts").rglob(name)) for name in (SCORE_TABLE, "adapter"))
+    rows = list(read_table(scores))
+    settings = GuardSettings(**workshop.settings["guard"])
+    for column, own in (("default_margin", None), ("improved_margin", adapter)):
+        margins = [verdict.margin for verdict in Guard.load(settings, own).score(rows)]
+        assert [row[column] for row in rows] == pytest.approx(margins, abs=1e-5)
+    assert max(abs(row["improved_margin"] - row["default_margin"]) for row in rows) > 1e-3
 
 
 def _recorded(workshop: Workshop) -> Run:

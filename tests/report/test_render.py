@@ -17,6 +17,7 @@ import pytest
 
 from guardloop.evaluation.result import Evaluation
 from guardloop.report import HarvestStory, RunStory, render_harvest, render_html, render_markdown
+from guardloop.report.text import NOTHING
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_FLAGS = [
@@ -256,7 +257,7 @@ def test_intervals_are_called_what_they_are_and_what_was_not_measured_has_no_val
     page, brief = render_html(found, scores, RunStory()), render_markdown(found, RunStory())
 
     assert "Ranges are 97.5% intervals." in page and "Gain (97.5% interval)" in brief
-    assert '<td class="figure" data-name="Value">–</td>' in page
+    assert f'<td class="figure" data-name="Value">{NOTHING}</td>' in page
 
 
 def test_the_summary_has_the_decision_the_metrics_and_the_checks(evaluation: Evaluation, story: RunStory) -> None:

@@ -1,11 +1,11 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+from ended import Ended
 from kubeflow_server import KubeflowServer
 
 from guardloop import cli
@@ -15,24 +15,6 @@ from launch.compile import compile_all
 
 read_once = cache(submit.Package.read)  # reading YAML takes longer than a test
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass
-class Ended:
-    """How a call of the command line ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def all(self) -> str:
-        return self.out + self.err
-
-    @property
-    def words(self) -> str:
-        """What was printed, with the line breaks of tables undone."""
-        return " ".join(self.all.split())
 
 
 @pytest.fixture(scope="session")

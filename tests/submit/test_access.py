@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ended
+from ended import Ended
 from kubeflow_server import KubeflowServer
 from small_servers import authority_and_certificate
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Ended
+from ended import Ended
 from kubeflow_server import KubeflowServer
 from services import S3Server
 from small_servers import Hub, Reply, SmallServer

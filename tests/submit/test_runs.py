@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ended
+from ended import Ended
 from kubeflow_server import KubeflowServer, Step, task
 from small_servers import Kubernetes
 

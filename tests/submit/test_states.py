@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import Ended
+from ended import Ended
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kubeflow_server import KubeflowServer, Step, task

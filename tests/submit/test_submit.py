@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Ended
+from ended import Ended
 from kubeflow_server import HANG_UP, TIMEOUT, KubeflowServer, Step, task
 
 from guardloop.config import load_settings
