@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
@@ -28,17 +29,17 @@ from guardloop.guard.verdict import label_tokens
 from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.progress import Stage, short
 from guardloop.records import Row
-from guardloop.training.adapter import fresh_adapter
-from guardloop.training.fit import fit
 from guardloop.training.loss import Encoded
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.watch import Step
+
+if TYPE_CHECKING:
+    from guardloop.training.watch import Step
 
 FAMILY = "guardloop"
 BOOTSTRAP = TrainingSettings(
     rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
 )
-Watch = Callable[[Step], None]
+Watch = Callable[["Step"], None]
 
 
 def embedded_model(name: str, watch: Watch = lambda step: None) -> Path:
@@ -118,6 +119,9 @@ def make_guard(
 
     `base` is a local folder or a hub id, called `name` in guard.json.
     """
+    from guardloop.training.adapter import fresh_adapter  # noqa: PLC0415  (not in vLLM's image, which makes no guard)
+    from guardloop.training.fit import fit  # noqa: PLC0415
+
     device = pick_device()
     tokenizer = load_tokenizer(base)
     renderer = Renderer(tokenizer, families()[family])
@@ -140,7 +144,7 @@ def main(names: list[str]) -> None:
     with Stage("embedded models") as stage:
         started = time.monotonic()
 
-        def watch(step: Step) -> None:
+        def watch(step: "Step") -> None:
             stage.report("bootstrapping the default guard (once)", step.number, step.total, started)
 
         folders = [embedded_model(name.removeprefix(EMBEDDED), watch) for name in names]
