@@ -78,6 +78,8 @@ class ExperimentSettings(Section):
     arms: list[Arm] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of training; each arm is trained with each."""
+    shards: int = Field(default=1, ge=1)
+    """Parts of the traffic that are answered and judged side by side, where there are workers."""
     subsets: list[Subset] = [Subset(name="all")]
     rounds: int = Field(default=1, ge=1)
     """Rounds of the loop: in each further one the recipe's guard screens the traffic, and the judge stays."""
