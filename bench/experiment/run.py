@@ -109,7 +109,8 @@ class Experiment:
 
         def build(folder: Path) -> None:
             console.print(f"making the default guard, seed {seed}")
-            make_guard(locate(default.base), default.family, _taught(default), training, folder)
+            longest = default.max_text_tokens
+            make_guard(locate(default.base), default.family, _taught(default), training, folder, max_text_tokens=longest)
 
         key = default.model_copy(update={"training": training}).plain()
         return self.kept.make(f"default-{seed}", key, build)

@@ -30,6 +30,8 @@ class DefaultGuard(Section):
     """Harmless prompts that are learnt as such. They are taken out of the traffic."""
     training: TrainingSettings = TrainingSettings()
     """How it is trained. The adapter is merged into the base."""
+    max_text_tokens: int = Field(default=1024, ge=16)
+    """Longer messages keep their head and tail."""
 
 
 class Arm(Section):
