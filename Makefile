@@ -23,6 +23,7 @@ CASES ?= 100000
 START ?= 0
 ROWS ?= 10000,100000
 RUN ?= latest
+WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
@@ -104,9 +105,9 @@ coverage: ready ## Run all tests and list the lines that none of them reaches
 bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
 	@$(BIN)/python -W ignore -m bench.guard
 
-experiment: ready ## Compare the recipe with every control (CONFIG=configs/experiments/smollm2.yaml DATA=folder)
+experiment: ready ## Compare the recipe with every control (CONFIG=configs/experiments/smollm2.yaml DATA=folder WORKERS=1)
 	@$(BIN)/python -W ignore -m bench.experiment.run \
-	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)")
+	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)") --workers $(WORKERS)
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
 	@$(BIN)/pytest -m "not slow and not faults" -n auto --dist loadfile $(PYTEST_ARGS)

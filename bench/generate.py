@@ -2,8 +2,7 @@
 
 Run: python -m bench.generate            on this machine: its CPU, and its GPU if it has one
      python -m bench.generate --gpu      the GPU only
-     python -m bench.generate --read generate-gpu.json      write a table that was measured on another machine
-Prints a table and JSON, and writes a section of docs/benchmarks.md and, with --save, a JSON file.
+Prints a table and writes a section of docs/benchmarks.md; on a GPU, again after each way.
 """
 
 import argparse
@@ -13,7 +12,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.write import write_section
+from bench.machine import machine
+from bench.workload import LLAMA_7B, TINY, VOCABULARY, Size
+from bench.write import PAGE, write_section
 from guardloop.errors import GuardLoopError
 from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
 from guardloop.progress import Stage
@@ -41,8 +42,6 @@ TOXIC_CHAT_TOKENS = (4, 6, 7, 8, 9, 10, 10, 12, 13, 14, 16, 18, 21, 25, 31, 40, 
 """The lengths of ToxicChat's train prompts at SHARES, in tokens of SmolLM2."""
 LONGEST = 512
 GPU_PROMPTS, GPU_NEW_TOKENS = 1024, 256
-LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-VOCABULARY = 32_000
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}<s>assistant:"
 SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 Result = dict[str, Any]
@@ -113,14 +112,13 @@ def gpu_transformers(folder: Path) -> list[Result]:
     """`transformers.generate` on the GPU at fixed batches."""
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
     chat = ChatRenderer(load_tokenizer(str(folder)))
     tokens = [chat.encode(text) for text in plain_texts(128, seed=0)]
     generate_padded(model, tokens[:4], 1, 8, frozenset())
     rows = []
     for batch in (1, 32, 128):
-        torch.cuda.synchronize()
         started = time.perf_counter()
         made = generate_padded(model, tokens[:batch], 1, 128, frozenset())
         seconds = time.perf_counter() - started
@@ -131,7 +129,7 @@ def gpu_transformers(folder: Path) -> list[Result]:
 
 
 def gpu_vllm(folder: Path) -> list[Result]:
-    """vLLM by itself as it is by default: all prompts in one call of LLM.generate, with and without seeds."""
+    """vLLM by itself as it is by default: all prompts in one call of LLM.generate."""
     import vllm  # noqa: PLC0415
 
     settings = gpu_settings(folder)
@@ -139,11 +137,7 @@ def gpu_vllm(folder: Path) -> list[Result]:
     llm = vllm.LLM(model=str(folder), load_format="dummy", dtype="bfloat16", max_model_len=longest)
     chat = ChatRenderer(load_tokenizer(str(folder)), None, settings.max_prompt_tokens)
     generate_with_vllm(llm, chat, 9, prompts=64)
-    name = f"vLLM, LLM.generate, {GPU_PROMPTS} x {GPU_NEW_TOKENS}"
-    return [
-        generate_with_vllm(llm, chat, 1, way=name),
-        generate_with_vllm(llm, chat, 2, way=f"{name}, a seed per response", seeds=True),
-    ]
+    return [generate_with_vllm(llm, chat, 1, way=f"vLLM, LLM.generate, {GPU_PROMPTS} x {GPU_NEW_TOKENS}")]
 
 
 def gpu_stage(folder: Path) -> list[Result]:
@@ -175,17 +169,12 @@ def gpu_stage(folder: Path) -> list[Result]:
     return [*rows, _result(name, median(rates), GPU_PROMPTS / median(seconds), seconds)]
 
 
-def generate_with_vllm(
-    llm: Any, chat: ChatRenderer, seed: int, *, prompts: int = GPU_PROMPTS, way: str = "", seeds: bool = False
-) -> Result:
+def generate_with_vllm(llm: Any, chat: ChatRenderer, seed: int, *, prompts: int = GPU_PROMPTS, way: str = "") -> Result:
     """Prompts that the engine has not seen, in one call of LLM.generate."""
     import vllm  # noqa: PLC0415
 
     tokens = [{"prompt_token_ids": chat.encode(text)} for text in plain_texts(prompts, seed)]
-    parameters = [
-        vllm.SamplingParams(max_tokens=GPU_NEW_TOKENS, seed=number if seeds else None, **SAMPLING)
-        for number in range(prompts)
-    ]
+    parameters = vllm.SamplingParams(max_tokens=GPU_NEW_TOKENS, **SAMPLING)
     started = time.perf_counter()
     outputs = llm.generate(tokens, parameters, use_tqdm=False)
     seconds = time.perf_counter() - started
@@ -193,23 +182,21 @@ def generate_with_vllm(
     return _result(way, made / seconds, prompts / seconds, [seconds])
 
 
-def gpu(folder: Path) -> list[Result]:
-    """All ways that need a GPU, each in a process of its own, which gives its memory back."""
+def gpu(folder: Path) -> Iterator[list[Result]]:
+    """All ways that need a GPU, each in a process of its own, which gives its memory back; after each, all so far."""
     rows: list[Result] = []
-    for way in (gpu_transformers, gpu_vllm, gpu_stage):
+    for way in (gpu_vllm, gpu_stage, gpu_transformers):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             try:
                 found = pool.submit(way, folder).result()
             except Exception as error:  # noqa: BLE001  (a way that fails must not cost the others' figures)
-                found = [{"way": f"{(way.__doc__ or '').splitlines()[0]} Failed: {error!s:.300}"}]
+                found = [{"way": f"{(way.__doc__ or '').splitlines()[0]} Failed: {str(error).splitlines()[0]:.200}"}]
         rows += found
-        print(json.dumps(found), flush=True)  # noqa: T201  (kept if a later way takes too long)
-    rates = {row["way"]: row.get("tokens_per_second", 0) for row in rows}
-    plain = [rate for way, rate in rates.items() if way.startswith("vLLM")]
-    if plain and rows[-1]["way"].startswith("GuardLoop"):
-        share = rows[-1]["tokens_per_second"] / max(plain)
-        rows[-1]["note"] = f"{share:.1%} of vLLM's best"
-    return rows
+        plain = [row["tokens_per_second"] for row in rows if row["way"].startswith("vLLM") and "seconds" in row]
+        for row in rows:
+            if plain and row["way"].startswith("GuardLoop"):
+                row["note"] = f"{row['tokens_per_second'] / max(plain):.1%} of vLLM's best"
+        yield rows
 
 
 def gpu_settings(folder: Path) -> ResponderSettings:
@@ -219,8 +206,8 @@ def gpu_settings(folder: Path) -> ResponderSettings:
     )
 
 
-def save_llama_7b(folder: Path) -> None:
-    """The configuration of a LLaMA-7B, without weights, and a byte-level tokenizer of as many tokens."""
+def save_llama(folder: Path, size: Size) -> None:
+    """The configuration of a model of the Llama form, without weights, and a byte-level tokenizer of as many tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
     from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: PLC0415
 
@@ -233,7 +220,14 @@ def save_llama_7b(folder: Path) -> None:
     wrapped.chat_template = TEMPLATE
     wrapped.save_pretrained(folder)
     config = LlamaConfig(
-        **LLAMA_7B, vocab_size=VOCABULARY, max_position_embeddings=2048, bos_token_id=0, eos_token_id=1
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
@@ -298,8 +292,8 @@ def _cells(row: Result) -> tuple[str, str, str, str]:
     return row["way"], rate, responses, row.get("note", "")
 
 
-def show(section: str, found: dict[str, Any]) -> None:
-    """Print the table and the JSON, and write the section."""
+def show(section: str, found: dict[str, Any], page: Path) -> None:
+    """Print the table, and write the section."""
     table = Table("way", "tokens/s", "responses/s", "", title=found["what"], title_justify="left")
     markdown = [f"## {found['title']}", "", found["what"], "", "| way | tokens/s | responses/s | |"]
     markdown += ["| --- | ---: | ---: | --- |"]
@@ -307,8 +301,7 @@ def show(section: str, found: dict[str, Any]) -> None:
         table.add_row(*_cells(row))
         markdown.append(f"| {' | '.join(_cells(row))} |")
     Console(width=140).print(table)
-    print(json.dumps(found))  # noqa: T201
-    write_section(section, "\n".join(markdown))
+    write_section(section, "\n".join(markdown), page)
 
 
 def _measure_cpu(options: argparse.Namespace) -> dict[str, Any]:
@@ -325,24 +318,17 @@ def _measure_cpu(options: argparse.Namespace) -> dict[str, Any]:
     return {"title": "Generating responses on a CPU", "what": what, "rows": rows}
 
 
-def _measure_gpu() -> dict[str, Any]:
+def _measure_gpu(size: Size, page: Path) -> None:
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles for minutes where it is not installed whole
-    from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
-
-    try:
-        installed = f"vLLM {version('vllm')}"
-    except PackageNotFoundError:
-        installed = "without vLLM"
-    with tempfile.TemporaryDirectory() as folder:
-        save_llama_7b(Path(folder))
-        rows = gpu(Path(folder))
     what = (
-        f"LLaMA-7B geometry, random weights, bfloat16, on one {torch.cuda.get_device_name()}, torch "
-        f"{torch.__version__}, {installed}; prompts of random letters, lengths lognormal(3.6, 1.0) within 4 to "
-        f"{LONGEST} tokens, other prompts in each row, temperature 0.7, top_p 0.9; all rows of one run; engines loaded "
-        "and warmed up before. `python -m bench.generate --gpu`"
+        f"{size.layers} layers of {size.hidden}, random weights, bfloat16; prompts of random letters, lengths "
+        f"lognormal(3.6, 1.0) within 4 to {LONGEST} tokens, other prompts in each row, temperature 0.7, top_p 0.9; all "
+        f"rows of one run; engines loaded and warmed up before. {machine()} `python -m bench.generate --gpu`"
     )
-    return {"title": "Generating responses on a GPU", "what": what, "rows": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        save_llama(Path(folder), size)
+        for rows in gpu(Path(folder)):
+            show("generate-gpu", {"title": "Generating responses on a GPU", "what": what, "rows": rows}, page)
 
 
 def _processor() -> str:
@@ -355,27 +341,19 @@ def main() -> None:
     """Measure what this machine can, or read what another one measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="the ways that need a GPU, and no others")
-    parser.add_argument("--save", type=Path, help="write the GPU's figures, or the CPU's without one, as JSON")
-    parser.add_argument("--read", type=Path, help="take the GPU's figures from a JSON file")
+    parser.add_argument("--tiny", action="store_true", help="with --gpu: try it out with a tiny model, on any machine")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page that is written")
     parser.add_argument("--prompts", type=int, default=32, help="of the CPU part")
     parser.add_argument("--samples", type=int, default=4, help="responses per prompt (CPU)")
     parser.add_argument("--new-tokens", type=int, default=32, help="at most, per response (CPU)")
     parser.add_argument("--rounds", type=int, default=3, help="of the CPU part")
     options = parser.parse_args()
-    if options.gpu and not torch.cuda.is_available():
+    if options.gpu and not (options.tiny or torch.cuda.is_available()):
         sys.exit("bench.generate --gpu: there is no usable GPU here\n  -> run it on one, or leave --gpu out")
-    found: dict[str, dict[str, Any]] = {}
-    if options.read:
-        found["generate-gpu"] = json.loads(options.read.read_text("utf-8"))
-    else:
-        if not options.gpu:
-            found["generate"] = _measure_cpu(options)
-        if torch.cuda.is_available():
-            found["generate-gpu"] = _measure_gpu()
-    for section, measured in found.items():
-        show(section, measured)
-    if options.save:
-        options.save.write_text(json.dumps(list(found.values())[-1], indent=2) + "\n", "utf-8")
+    if not options.gpu:
+        show("generate", _measure_cpu(options), options.page)
+    if options.tiny or torch.cuda.is_available():
+        _measure_gpu(TINY if options.tiny else LLAMA_7B, options.page)
 
 
 if __name__ == "__main__":

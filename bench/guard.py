@@ -1,89 +1,123 @@
 """How many prompts a guard scores in a second, one way after another: `make bench-guard`.
 
 On a GPU: LLaMA-7B's geometry with random weights, vLLM beside it where it is installed. On a CPU: the demo's model and
-template. Writes its section of docs/benchmarks.md.
+template. Writes its section of docs/benchmarks.md, again after each way.
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from rich.table import Table
 
 from bench.machine import machine
-from bench.workload import SAFE, UNSAFE, VOCABULARY, in_nf4, llama_7b, prompts, seconds
-from bench.write import write_section
+from bench.workload import (
+    LLAMA_7B,
+    SAFE,
+    TINY,
+    UNSAFE,
+    VOCABULARY,
+    Size,
+    free,
+    in_nf4,
+    llama,
+    peak_gib,
+    prompts,
+    seconds,
+)
+from bench.write import PAGE, write_section
 from guardloop.guard.float8 import to_float8
 from guardloop.guard.forward import margins_of, trunk
+from guardloop.guard.packed import PackedForward
+from guardloop.guard.packing import BLOCK
 from guardloop.guard.scorer import Scorer
 from guardloop.guard.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
 MANY, CPU_PROMPTS = 4096, 128
 BOTH_SIZES = 180  # prompts that fill a pack of each size, so that nothing is compiled while the clock runs
-console = Console(highlight=False)
+VLLM_SECONDS = 200  # in which vLLM must have started and answered
+console = Console(highlight=False, soft_wrap=True, markup=False)
 Row = tuple[str, float | None, str]
-Rows = list[Row]
 
 
 def main(
-    only_vllm: Annotated[bool, typer.Option(hidden=True)] = False,
+    only_vllm: Annotated[Path | None, typer.Option(hidden=True)] = None,
     only_packs: Annotated[bool, typer.Option(help="This engine's packs alone, and nothing written.")] = False,
-    save: Annotated[bool, typer.Option(help="Write docs/benchmarks.md.")] = True,
+    tiny: Annotated[bool, typer.Option(help="Try the GPU part out with a tiny model, on any machine.")] = False,
+    page: Annotated[Path, typer.Option(help="The page that is written.")] = PAGE,
 ) -> None:
     """Print prompts per second for each way of scoring them."""
     if only_vllm:
-        print(json.dumps(vllm_rate()))  # noqa: T201
-        return
-    if only_packs:
+        only_vllm.write_text(json.dumps(vllm_rate()), "utf-8")
+    elif only_packs:
         before, many = prompts(MANY)
-        list(map(told, packed_ways(llama_7b(), before, many)))
-        return
-    rows, notes = on_gpu() if torch.cuda.is_available() else on_cpu()
-    table = Table("way", "prompts/s", "", box=None)
-    for way, rate, note in rows:
-        table.add_row(way, "skipped" if rate is None else f"{rate:,.1f}", note)
-    console.print(table, *notes, sep="\n")
-    if save:
-        name = "guard-gpu" if torch.cuda.is_available() else "guard-cpu"
-        write_section(name, as_markdown(rows, notes))
+        list(map(told, packed_ways(LLAMA_7B, before, many)))
+    elif tiny or torch.cuda.is_available():
+        report("guard-gpu", "one GPU", on_gpu(TINY if tiny else LLAMA_7B, 64 if tiny else MANY), page)
+    else:
+        report("guard-cpu", "a CPU", on_cpu(), page)
 
 
-def on_gpu() -> tuple[Rows, list[str]]:
-    """Every way on one GPU, with the largest differences between margins."""
-    before, many = prompts(MANY)
-    few, sample = many[:12], many[:120]
-    model = llama_7b()
-    rows: Rows = [
-        ("one by one, generate 5 tokens", rate(lambda p: generate(model, p, 1), few), ""),
-        ("batch 32, generate 5 tokens", rate(lambda p: generate(model, p, 32), many[:96]), ""),
-        ("batch 32, one forward pass of the whole prompt", rate(lambda p: whole(model, p, 32), many[:192]), ""),
-    ]
+def report(name: str, place: str, found: Iterator[Row | str], page: Path) -> None:
+    """Print rows and notes as they come, and write the section with all so far, the slowest way first."""
+    rows, notes = list[Row](), list[str]()
+    for item in found:
+        if isinstance(item, str):
+            notes.append(item)
+            console.print(item)
+        else:
+            rows.append(told(item))
+        ordered = sorted(rows, key=lambda row: (row[1] is None, row[1] or 0.0))
+        lines = [
+            f"## Guard scoring on {place} (`make bench-guard`)",
+            "",
+            "| way | prompts/s | |",
+            "| --- | ---: | --- |",
+        ]
+        lines += [f"| {way} | {'skipped' if r is None else f'{r:,.1f}'} | {note} |" for way, r, note in ordered]
+        write_section(name, "\n".join([*lines, "", *(f"{note}\n" for note in [*notes, machine()])]), page)
+
+
+def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
+    """Every way on one GPU, the fast ones first, with the largest differences between margins."""
+    before, many = prompts(count)
+    yield (
+        f"{size.layers} layers of {size.hidden}, random weights; {len(many):,} prompts behind a template of "
+        f"{len(before)} tokens, {sum(map(len, many)) / len(many) - len(before):.0f} tokens more on average."
+    )
+    if size is LLAMA_7B:
+        yield vllm_row()
+    yield from packed_ways(size, before, many)
+    model = llama(size)
     batched = Scorer(model, [before], LABELS, packed=False, batch_tokens=8192)
-    rows.append(("this engine, batches behind the cached template", rate(batched.score, many[:1024], warm=64), ""))
-    rows += packed_ways(model, before, many)
-    plain = torch.cat([whole(model, [p], 1) for p in sample])
-    packs = margins(Scorer(model, [before], LABELS, pack_tokens=8192), sample)
-    exact, exact_packs = full_precision(model, before, sample[:24])
-    notes = [
-        f"float32 (24 prompts): packs differ from whole prompts by {difference(exact_packs, exact):.1e} at most.",
-        f"bf16 against float32: whole prompts {difference(plain[:24], exact):.3f} at most, "
-        f"packs {difference(packs[:24], exact):.3f}; margins spread over {exact.std():.2f} (standard deviation).",
-    ]
-    torch.cuda.empty_cache()
-    rows.append(vllm_row())
-    return rows, [*notes, machine()]
+    yield "this engine, batches behind the cached template", rate(batched.score, many[: count // 8], warm=64), ""
+    yield "batch 32, one forward pass of the whole prompt", rate(lambda p: whole(model, p, 32), many[: count // 32]), ""
+    yield "batch 32, generate 5 tokens", rate(lambda p: generate(model, p, 32), many[: count // 64]), ""
+    yield "one by one, generate 5 tokens", rate(lambda p: generate(model, p, 1), many[:8]), ""
+    sample = many[:24]
+    plain, packed = whole(model, sample, 1), one_pack(model, before, sample)
+    model.float()
+    exact, exact_packed = whole(model, sample, 1), one_pack(model, before, sample)
+    apart = difference(exact_packed, exact)
+    yield f"float32 ({len(sample)} prompts): packs differ from whole prompts by {apart:.1e} at most."
+    yield (
+        f"bf16 against float32: whole prompts {difference(plain, exact):.3f} at most, packs "
+        f"{difference(packed, exact):.3f}; margins spread over {exact.std():.2f} (standard deviation)."
+    )
 
 
-def on_cpu() -> tuple[Rows, list[str]]:
+def on_cpu() -> Iterator[Row | str]:
     """The plain way and this engine's, with the demo's guard and template on its own traffic."""
     from guardloop.data.settings import SourceSettings  # noqa: PLC0415  (the GPU part needs none of these)
     from guardloop.data.sources import read_conversations  # noqa: PLC0415
@@ -99,44 +133,40 @@ def on_cpu() -> tuple[Rows, list[str]]:
     reference = whole(guard.model, tokens, 1, guard.labels)
     scored = torch.tensor([v.margin for v in guard.score({"prompt": text} for text in texts)])
     mean = sum(map(len, tokens)) / len(tokens)
-    rows: Rows = [
-        ("batch 32, one forward pass of the whole prompt", sorted(plain)[1], ""),
-        ("this engine (texts in, verdicts out)", sorted(ours)[1], f"{sorted(ours)[1] / sorted(plain)[1]:.1f} times"),
-    ]
+    yield "batch 32, one forward pass of the whole prompt", sorted(plain)[1], ""
+    yield "this engine (texts in, verdicts out)", sorted(ours)[1], f"{sorted(ours)[1] / sorted(plain)[1]:.1f} times"
     template = len(guard.renderer.prefixes[0])
-    notes = [
-        f"{len(texts)} prompts of the sample; {mean:.0f} tokens each, of which {template} are the shared template.",
+    yield f"{len(texts)} prompts of the sample; {mean:.0f} tokens each, of which {template} are the shared template."
+    yield (
         f"Margins differ from one-by-one passes by {difference(scored, reference):.1e} at most "
-        f"({str(guard.model.dtype).removeprefix('torch.')}).",
-        "Ways that need a GPU were skipped: there is none here.",
-        machine(),
-    ]
-    return rows, notes
+        f"({str(guard.model.dtype).removeprefix('torch.')})."
+    )
+    yield "Ways that need a GPU were skipped: there is none here."
 
 
-def packed_ways(model: Any, before: list[int], many: list[list[int]]) -> Iterator[Row]:
-    """This engine's packs: of the bf16 `model`, and of others with one thing changed."""
-    yield engine("this engine, packs, bf16", model, before, many)
-    yield engine("this engine, packs, fp8", to_float8(llama_7b()), before, many)
-    adapted = get_peft_model(llama_7b(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
-    yield engine("this engine, packs, bf16, LoRA adapter attached", adapted, before, many[: MANY // 2])
+def packed_ways(size: Size, before: list[int], many: list[list[int]]) -> Iterator[Row]:
+    """This engine's packs: of a bf16 model, and of others with one thing changed."""
+    yield engine("bf16", llama(size), before, many)
+    yield engine("fp8", to_float8(llama(size)), before, many)
+    adapted = get_peft_model(llama(size), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
+    yield engine("bf16, LoRA adapter attached", adapted, before, many[: len(many) // 2])
     del adapted
-    yield engine("this engine, packs, nf4", in_nf4(llama_7b()), before, many[: MANY // 2])
+    yield engine("nf4", in_nf4(llama(size)), before, many[: len(many) // 2])
 
 
-def engine(way: str, model: Any, before: list[int], many: list[list[int]]) -> Row:
+def engine(form: str, model: Any, before: list[int], many: list[list[int]]) -> Row:
     """This engine's rate, after a start of which the time is told."""
-    torch.cuda.reset_peak_memory_stats()
-    scorer = Scorer(model, [before], LABELS)
+    free()
+    pack = 20992 if sum(map(len, many)) > 10 * 20992 else 2048
+    scorer = Scorer(model, [before], LABELS, packed=True, pack_tokens=pack)
     cold = seconds(lambda: scorer.score(many[:BOTH_SIZES]))
     found = rate(scorer.score, many)
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    return way, found, f"first packs after {cold:.0f} s; at most {memory:.0f} GiB"
+    return f"this engine, packs, {form}", found, f"first packs after {cold:.0f} s; at most {peak_gib():.0f} GiB"
 
 
 def told(row: Row) -> Row:
     """The row, printed at once."""
-    console.print(row[0], "skipped" if row[1] is None else f"{row[1]:,.1f}", row[2], soft_wrap=True)
+    console.print(row[0], "skipped" if row[1] is None else f"{row[1]:,.1f}", row[2])
     return row
 
 
@@ -171,20 +201,13 @@ def whole(model: Any, rows: Sequence[list[int]], batch: int, labels: LabelTokens
     return torch.cat(found)
 
 
-def margins(scorer: Scorer, rows: Sequence[list[int]]) -> torch.Tensor:
-    """The scorer's margins in the order of `rows`."""
-    found = torch.zeros(len(rows), device=scorer.model.device)
-    for indices, part, _ in scorer.score(rows):
-        found[torch.tensor(indices, device=found.device)] = part
-    return found
-
-
-def full_precision(model: Any, before: list[int], sample: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margins in float32: of whole prompts, and of packs. The model stays in float32."""
-    model.float()
-    torch.cuda.empty_cache()
-    scorer = Scorer(model, [before], LABELS, pack_tokens=2048)
-    return whole(model, sample, 1), margins(scorer, sample)
+@torch.inference_mode()
+def one_pack(model: Any, before: list[int], rows: Sequence[list[int]]) -> torch.Tensor:
+    """Margins of whole prompts that are one pack."""
+    own = [row[len(before) :] for row in rows]
+    size = -(-sum(map(len, own)) // BLOCK) * BLOCK
+    forward = PackedForward(model, before, size, compiled=model.device.type == "cuda")
+    return margins_of(model, forward(own), LABELS)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -193,31 +216,38 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def vllm_row() -> Row:
-    """vLLM's rate, measured in a process of its own."""
+    """vLLM's rate, measured in a process of its own, while nothing else is on the GPU."""
     way = "vLLM, prefix caching, 1 token"
     if not find_spec("vllm"):
         return way, None, "vLLM is not installed"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.guard", "--only-vllm"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return way, None, done.stderr.strip().splitlines()[-1][:200]
-    found, version = json.loads(done.stdout.strip().splitlines()[-1])
-    return way, found, f"vLLM {version}"
+    with tempfile.TemporaryDirectory() as folder:
+        log, result = Path(folder, "log"), Path(folder, "result.json")
+        command = [sys.executable, "-m", "bench.guard", "--only-vllm", str(result)]
+        with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) as process:
+            try:
+                process.wait(VLLM_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM computes in a process of its own, which would live on
+        if not result.exists():
+            console.print(log.read_text("utf-8", "replace")[-4000:])
+            return way, None, f"vLLM failed, or had not answered after {VLLM_SECONDS} s"
+        found, version = json.loads(result.read_text("utf-8"))
+        return way, found, f"vLLM {version}"
 
 
 def vllm_rate() -> tuple[float, str]:
     """Prompts per second of vLLM with the same geometry and prompts."""
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles for minutes where it is not installed whole
     import vllm  # noqa: PLC0415
     from transformers import LlamaConfig  # noqa: PLC0415
 
     _, many = prompts(MANY)
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32,
-            num_attention_heads=32,
+            hidden_size=LLAMA_7B.hidden,
+            intermediate_size=LLAMA_7B.inner,
+            num_hidden_layers=LLAMA_7B.layers,
+            num_attention_heads=LLAMA_7B.heads,
             vocab_size=VOCABULARY,
             max_position_embeddings=4096,
             architectures=["LlamaForCausalLM"],
@@ -238,14 +268,6 @@ def vllm_rate() -> tuple[float, str]:
 
     score(many[:256])
     return MANY / seconds(lambda: score(many)), vllm.__version__
-
-
-def as_markdown(rows: Rows, notes: list[str]) -> str:
-    """The section of docs/benchmarks.md."""
-    place = "one GPU" if torch.cuda.is_available() else "a CPU"
-    lines = [f"## Guard scoring on {place} (`make bench-guard`)", "", "| way | prompts/s | |", "| --- | ---: | --- |"]
-    lines += [f"| {way} | {'skipped' if found is None else f'{found:,.1f}'} | {note} |" for way, found, note in rows]
-    return "\n".join([*lines, "", *(f"{note}\n" for note in notes)])
 
 
 if __name__ == "__main__":

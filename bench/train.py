@@ -154,14 +154,13 @@ def main() -> None:
     dtype = str(pick_dtype(guard.dtype, pick_device(guard.device))).removeprefix("torch.")
     machine = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads, {dtype}"
     console.print(f"Training on {machine} ...")
-    sections = ["### Training on a CPU", table(measure(steps, guard, settings), settings, machine)]
-    if torch.cuda.is_available():
-        sections.append(train_gpu.table())
-    else:
-        console.print("No GPU here: the rows for one are skipped.")
-    markdown = "\n\n".join(sections)
+    markdown = "\n\n".join(["### Training on a CPU", table(measure(steps, guard, settings), settings, machine)])
     console.print(Markdown(markdown))
     write_section("train", markdown)
+    if torch.cuda.is_available():
+        train_gpu.measure()
+    else:
+        console.print("No GPU here: the rows for one are skipped.")
 
 
 if __name__ == "__main__":

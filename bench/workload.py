@@ -1,7 +1,9 @@
 """What the benchmarks run on: LLaMA-7B's geometry with random weights, and prompts as long as real ones."""
 
+import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 BEFORE, AFTER, VOCABULARY = 640, 80, 32_000
 SAFE, UNSAFE = 9109, 25110
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder's geometry."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+
+
+LLAMA_7B = Size(4096, 11008, 32, 32)
+TINY = Size(64, 192, 2, 4)
+"""Tries a benchmark out in seconds, on a CPU too; its figures mean nothing."""
 
 
 def prompts(count: int, seed: int = 0) -> tuple[list[int], list[list[int]]]:
@@ -23,18 +40,17 @@ def prompts(count: int, seed: int = 0) -> tuple[list[int], list[list[int]]]:
     return before, [[*before, *draw.integers(3, VOCABULARY, n).tolist(), *after] for n in lengths]
 
 
-def llama_7b(dtype: torch.dtype = torch.bfloat16, layers: int = 32) -> Any:
-    """A random model of LLaMA-7B's geometry on the GPU."""
+def llama(size: Size, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A random model of the Llama form, on the GPU if there is one."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(
             LlamaConfig(
-                hidden_size=4096,
-                intermediate_size=11008,
-                num_hidden_layers=layers,
-                num_attention_heads=32,
-                num_key_value_heads=32,
+                hidden_size=size.hidden,
+                intermediate_size=size.inner,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.heads,
                 vocab_size=VOCABULARY,
                 max_position_embeddings=4096,
                 attn_implementation="sdpa",
@@ -56,7 +72,7 @@ def in_nf4(model: Any) -> Any:
             )
             packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             parent, _, child = name.rpartition(".")
-            setattr(decoder.get_submodule(parent), child, packed.cuda())
+            setattr(decoder.get_submodule(parent), child, packed.to(model.device))
     torch.cuda.empty_cache()
     return model
 
@@ -70,3 +86,19 @@ def seconds(work: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def peak_gib() -> float:
+    """The most GPU memory that was in use since the last call, in GiB; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def free() -> None:
+    """Give the GPU memory of models that are gone back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    peak_gib()

@@ -113,14 +113,15 @@ def make_guard(
     watch: Watch = lambda step: None,
     *,
     name: str = "",
+    max_text_tokens: int = 1024,
 ) -> None:
     """Make a guard of a model that is none yet: LoRA on labelled conversations, merged into the weights in `folder`.
 
-    `base` is a local folder or a hub id, called `name` in guard.json.
+    `base` is a local folder or a hub id, called `name` in guard.json; longer messages keep their head and tail.
     """
     device = pick_device()
     tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer, families()[family])
+    renderer = Renderer(tokenizer, families()[family], max_text_tokens=max_text_tokens)
     torch.manual_seed(settings.seed)
     model = fresh_adapter(load_causal_lm(base, None, pick_dtype("auto", device), device), settings)
     prompts = renderer.render_all([(row["prompt"], row["response"]) for row in rows])

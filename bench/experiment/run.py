@@ -1,131 +1,214 @@
 """Run an experiment: `make experiment`. Writes docs/results.md, its plot, and figures.json beside the steps.
 
-Every step is kept by the hash of what it is made from, so an experiment that was stopped goes on where it was.
+Every step is kept by the hash of what it is made from, so an experiment that was stopped goes on where it was. All
+traffic is answered once, whichever guard lets it pass: responses to a prompt depend on its own seeds alone.
 """
 
-import gc
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 
 from bench.experiment.arms import lessons
-from bench.experiment.results import Cell, write_results
+from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
 from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, load_experiment
+from bench.experiment.steps import Kept, Workers
 from guardloop import stages
 from guardloop.data.sources import read_conversations
 from guardloop.embedded import make_guard
 from guardloop.errors import GuardLoopError
 from guardloop.feedback.mine import Harvest
 from guardloop.models import locate
-from guardloop.records import CONVERSATION, SCREENED, Row, read_facts, read_table, write_jsonl, write_table
+from guardloop.records import (
+    CONVERSATION,
+    EXAMPLE,
+    SCREENED,
+    Row,
+    read_facts,
+    read_table,
+    read_tables,
+    write_jsonl,
+    write_table,
+)
 from guardloop.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
-RECIPE = "recipe"
-
-
-class Kept:
-    """Folders of finished steps, named by what they are made from."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def make(self, name: str, key: Any, build: Callable[[Path], None]) -> Path:
-        """The folder of step `name`, built first unless one with this `key` (JSON values) is there."""
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        folder = self.root / f"{name}-{digest}"
-        if not folder.is_dir():
-            partial_folder = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            partial_folder.mkdir(parents=True)
-            build(partial_folder)
-            partial_folder.rename(folder)
-            gc.collect()
-            torch.cuda.empty_cache()
-        return folder
 
 
 @dataclass(frozen=True)
 class Screened:
-    """A default guard, the traffic it screened, and the responses it judged."""
+    """A guard at its threshold, what it said of the traffic and of the test set, and the judged responses."""
 
+    default_seed: int
     guard: dict[str, Any]
-    data: Path
     traffic: Path
-    judged: Path
     test: Path
+    judged: Sequence[Path]
+    """Of all traffic, whether it passed or not."""
 
 
-def run(settings: ExperimentSettings, root: Path) -> list[Cell]:
-    """Every arm from every default guard with every seed. Returns what each scored on the test set."""
-    kept, cells = Kept(root), list[Cell]()
-    for seed in settings.default_seeds:
-        guard = {**settings.guard.plain(), "base": str(_default_guard(kept, settings.default, seed))}
-        before = _screened(kept, settings, guard)
-        cells.append(Cell("default", seed, 0, _margins(before.test)))
-        for arm in settings.arms:
-            cells += _arm(kept, settings, arm, before, seed)
-        if settings.rounds > 1:
-            cells += _rounds(kept, settings, before, seed)
-    return cells
+@dataclass(frozen=True)
+class Lessons:
+    """What an arm teaches."""
+
+    arm: Arm
+    before: Screened
+    folder: Path
+    harvest: Harvest
+    """Without its tables."""
 
 
-def _arm(
-    kept: Kept, settings: ExperimentSettings, arm: Arm, before: Screened, default_seed: int, name: str = ""
-) -> Iterator[Cell]:
-    """The arm's guard from each seed, and the gate's verdict on it."""
-    examples, harvest = lessons(arm, list(read_table(before.traffic)), list(read_table(before.judged)), settings)
-    key = [[dict(row) for row in examples], before.traffic.parent.name]
-    lessons_at = kept.make(f"{arm.name}-lessons", key, partial(_write_lessons, examples, harvest))
-    training = settings.training.model_validate({**settings.training.plain(), **arm.training})
-    for seed in settings.seeds:
-        ours = training.model_copy(update={"seed": seed, "checkpoint_steps": 0})
+class Experiment:
+    """The steps of one experiment, from its settings; each can be done by a worker."""
 
-        def build(folder: Path, ours: Any = ours) -> None:
-            console.print(f"  {arm.name}, seed {ours.seed}: {len(examples)} examples")
+    def __init__(self, settings: ExperimentSettings, root: Path) -> None:
+        self.settings = settings
+        self.kept = Kept(root)
+
+    def run(self, workers: int = 1) -> list[Cell]:
+        """Every arm from every default guard with every seed. Returns what each scored on the test set."""
+        settings = self.settings
+        with Workers(workers) as side_by_side:
+            guards = side_by_side.map(self.default_guard, settings.default_seeds)
+            self.data()
+            answers = side_by_side.map(self.answered, range(settings.shards))
+            judged = side_by_side.map(self.judged, product(guards, answers))
+            told = [
+                (seed, self._guard(base), judged[n * settings.shards : (n + 1) * settings.shards])
+                for n, (seed, base) in enumerate(zip(settings.default_seeds, guards, strict=True))
+            ]
+            before = side_by_side.map(self.screened, told)
+            cells = [Cell(DEFAULT, b.default_seed, 0, _margins(b.test)) for b in before]
+            arms, seeds, recipe = settings.arms, settings.seeds, RECIPE
+            for number in range(1, settings.rounds + 1):
+                taught = side_by_side.map(self.lessons, product(arms, before))
+                made = side_by_side.map(self.trained, product(taught, seeds))
+                cells += made
+                if number < settings.rounds:  # the recipe's guard becomes the default, and the judge stays
+                    champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == seeds[0]}
+                    told = [
+                        (b.default_seed, {**b.guard, "adapter": f"{champions[b.default_seed]}/adapter"}, b.judged)
+                        for b in before
+                    ]
+                    before = side_by_side.map(self.screened, told)
+                    (again,) = (arm for arm in arms if arm.name == recipe)
+                    recipe = f"{RECIPE}, round {number + 1}"
+                    arms, seeds = [again.model_copy(update={"name": recipe})], seeds[:1]
+        return cells
+
+    def default_guard(self, seed: int) -> Path:
+        """The folder of the default guard that is made with `seed`."""
+        default = self.settings.default
+        training = default.training.model_copy(update={"seed": seed})
+
+        def build(folder: Path) -> None:
+            console.print(f"making the default guard, seed {seed}")
+            longest = default.max_text_tokens
+            make_guard(locate(default.base), default.family, _taught(default), training, folder, max_text_tokens=longest)
+
+        key = default.model_copy(update={"training": training}).plain()
+        return self.kept.make(f"default-{seed}", key, build)
+
+    def data(self) -> Path:
+        """The traffic without the prompts that made the default guard, and the test set."""
+        settings = self.settings
+
+        def build(folder: Path) -> None:
+            known = {row["prompt"] for row in read_conversations(settings.default.ordinary)}
+            traffic = [row for row in read_conversations(settings.dataset.traffic) if row["prompt"] not in known]
+            columns = [name for name in CONVERSATION.names if name != "group"]
+            write_jsonl(({name: row.get(name) for name in columns} for row in traffic), folder / "traffic.jsonl")
+            source = {"kind": "file", "path": str(folder / "traffic.jsonl"), "columns": {"label": "unsafe"}}
+            dataset = settings.dataset.plain() | {"traffic": source}
+            stages.prepare_data(dataset, folder / "traffic.parquet", folder / "test.parquet")
+
+        return self.kept.make("data", [settings.dataset.plain(), settings.default.ordinary.plain()], build)
+
+    def answered(self, shard: int) -> Path:
+        """Responses to one shard of all traffic."""
+        data, responder, shards = self.data(), self.settings.responder.plain(), self.settings.shards
+
+        def build(folder: Path) -> None:
+            everyone = list(read_table(data / "traffic.parquet"))[shard::shards]
+            let_through = {"margin": 0.0, "flagged": False, "truncated": False}
+            write_table(({**row, **let_through} for row in everyone), SCREENED, folder / "traffic.parquet")
+            stages.generate_responses(folder / "traffic.parquet", folder / "responses.parquet", responder)
+
+        return self.kept.make(f"responses-{shard}-of-{shards}", [data.name, responder], build)
+
+    def judged(self, pair: tuple[Path, Path]) -> Path:
+        """The table of one shard's responses, judged by a default guard."""
+        base, answers = pair
+        guard = self._guard(base)
+
+        def build(folder: Path) -> None:
+            stages.screen(answers / "responses.parquet", folder / "judged.parquet", guard, what="judge")
+
+        return self.kept.make("judged", [answers.name, guard], build) / "judged.parquet"
+
+    def screened(self, told: tuple[int, dict[str, Any], Sequence[Path]]) -> Screened:
+        """The traffic and the test set under a guard, whose threshold lets `passed_share` of the traffic pass."""
+        default_seed, guard, judged = told
+        data, share = self.data(), self.settings.passed_share
+
+        def build(folder: Path) -> None:
+            stages.screen(data / "traffic.parquet", folder / "scored.parquet", guard)
+            rows = list(read_table(folder / "scored.parquet"))
+            threshold = float(np.quantile([row["margin"] for row in rows if row["margin"] is not None], share))
+            facts = {**read_facts(folder / "scored.parquet"), "threshold": threshold}
+            again = ({**row, "flagged": row["margin"] is not None and row["margin"] > threshold} for row in rows)
+            write_table(again, SCREENED, folder / "traffic.parquet", lambda: facts)
+            stages.screen(data / "test.parquet", folder / "test.parquet", {**guard, "threshold": threshold})
+
+        made = self.kept.make("screened", [data.name, guard, share], build)
+        guard = {**guard, "threshold": float(read_facts(made / "traffic.parquet")["threshold"])}
+        return Screened(default_seed, guard, made / "traffic.parquet", made / "test.parquet", judged)
+
+    def lessons(self, pair: tuple[Arm, Screened]) -> Lessons:
+        """What an arm teaches the guard that screened the traffic."""
+        arm, before = pair
+        traffic = list(read_table(before.traffic))
+        margins = {row["id"]: row["margin"] for row in traffic if row["margin"] is not None and not row["flagged"]}
+        judged = [
+            {**row, "prompt_margin": margins[row["id"]]} for row in read_tables(before.judged) if row["id"] in margins
+        ]
+        examples, harvest = lessons(arm, traffic, judged, self.settings)
+        key = [[dict(row) for row in examples], before.traffic.parent.name]
+        folder = self.kept.make(
+            f"{arm.name}-lessons", key, lambda folder: stages.write_harvest(harvest, folder, {}, examples)
+        )
+        return Lessons(arm, before, folder, replace(harvest, examples=[], blocked_inputs=[], shown=[], held_out=[]))
+
+    def trained(self, pair: tuple[Lessons, int]) -> Cell:
+        """The arm's guard with one seed, and the gate's verdict on it."""
+        taught, seed = pair
+        arm, before, settings = taught.arm, taught.before, self.settings
+        training = settings.training.model_validate({**settings.training.plain(), **arm.training})
+        training = training.model_copy(update={"seed": seed, "checkpoint_steps": 0})
+
+        def build(folder: Path) -> None:
+            examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
+            console.print(f"{arm.name}, seed {seed}: {len(examples)} examples")
             guard = settings.guard.model_validate(before.guard)
-            train(examples, guard, ours, folder / "adapter", checked=False)
-            stages.screen(
-                before.data / "test.parquet", folder / "test.parquet", before.guard, adapter=folder / "adapter"
-            )
-            tables = (before.test, folder / "test.parquet", lessons_at, folder / "adapter", folder / "gate")
+            train(examples, guard, training, folder / "adapter", checked=False)
+            test = folder / "test.parquet"
+            stages.screen(self.data() / "test.parquet", test, before.guard, adapter=folder / "adapter")
+            tables = (before.test, test, taught.folder, folder / "adapter", folder / "gate")
             stages.evaluate(*tables, settings.evaluation.plain(), settings.gate.plain())
 
-        made = kept.make(f"{arm.name}-{seed}", [lessons_at.name, ours.plain()], build)
+        made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
         verdict = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))["decision"]
-        yield Cell(name or arm.name, default_seed, seed, _margins(made / "test.parquet"), verdict, made, harvest)
+        margins = _margins(made / "test.parquet")
+        return Cell(arm.name, before.default_seed, seed, margins, verdict, made, taught.harvest)
 
-
-def _rounds(kept: Kept, settings: ExperimentSettings, before: Screened, default_seed: int) -> Iterator[Cell]:
-    """Further rounds: the recipe's guard of the round before screens the traffic; the judge stays the first default."""
-    (arm,) = (arm for arm in settings.arms if arm.name == RECIPE)
-    for number in range(2, settings.rounds + 1):
-        (last,) = _arm(kept, settings.model_copy(update={"seeds": settings.seeds[:1]}), arm, before, default_seed)
-        assert last.folder
-        guard = {**before.guard, "adapter": str(last.folder / "adapter")}
-        before = _screened(kept, settings, guard, judge=before.guard)
-        yield from _arm(kept, settings, arm, before, default_seed, name=f"{RECIPE}, round {number}")
-
-
-def _default_guard(kept: Kept, default: DefaultGuard, seed: int) -> Path:
-    training = default.training.model_copy(update={"seed": seed})
-    seeded = default.model_copy(update={"training": training})
-
-    def build(folder: Path) -> None:
-        console.print(f"making the default guard, seed {seed}")
-        make_guard(locate(default.base), default.family, _taught(default), training, folder)
-
-    return kept.make(f"default-{seed}", seeded.plain(), build)
+    def _guard(self, base: Path) -> dict[str, Any]:
+        return {**self.settings.guard.plain(), "base": str(base)}
 
 
 def _taught(default: DefaultGuard) -> list[Row]:
@@ -133,55 +216,6 @@ def _taught(default: DefaultGuard) -> list[Row]:
     prompts = {row["prompt"]: row for row in read_conversations(default.prompts) if row["unsafe"]}
     rows += [{**row, "response": None, "id": f"{row['id']}/prompt"} for row in prompts.values()]
     return rows + [{**row, "unsafe": False} for row in read_conversations(default.ordinary)]
-
-
-def _screened(
-    kept: Kept, settings: ExperimentSettings, guard: dict[str, Any], judge: dict[str, Any] | None = None
-) -> Screened:
-    """Screen the traffic, generate and judge responses, and score the test set."""
-    data = kept.make("data", [settings.dataset.plain(), settings.default.ordinary.plain()], partial(_data, settings))
-    key = [data.name, guard, judge, settings.passed_share]
-
-    def screen(folder: Path) -> None:
-        stages.screen(data / "traffic.parquet", folder / "scored.parquet", guard)
-        rows = list(read_table(folder / "scored.parquet"))
-        margins = [row["margin"] for row in rows if row["margin"] is not None]
-        threshold = float(np.quantile(margins, settings.passed_share))
-        facts = {**read_facts(folder / "scored.parquet"), "threshold": threshold}
-        again = ({**row, "flagged": row["margin"] is not None and row["margin"] > threshold} for row in rows)
-        write_table(again, SCREENED, folder / "traffic.parquet", lambda: facts)
-        stages.screen(data / "test.parquet", folder / "test.parquet", {**guard, "threshold": threshold})
-
-    traffic = kept.make("screened", key, screen)
-    threshold = float(read_facts(traffic / "traffic.parquet")["threshold"])
-
-    def respond(folder: Path) -> None:
-        stages.generate_responses(traffic / "traffic.parquet", folder / "responses.parquet", settings.responder.plain())
-        stages.screen(folder / "responses.parquet", folder / "judged.parquet", judge or guard)
-
-    responses = kept.make("judged", [traffic.name, settings.responder.plain()], respond)
-    return Screened(
-        {**guard, "threshold": threshold},
-        data,
-        traffic / "traffic.parquet",
-        responses / "judged.parquet",
-        traffic / "test.parquet",
-    )
-
-
-def _data(settings: ExperimentSettings, folder: Path) -> None:
-    """The traffic without the prompts that made the default guard, and the test set."""
-    known = {row["prompt"] for row in read_conversations(settings.default.ordinary)}
-    traffic = [row for row in read_conversations(settings.dataset.traffic) if row["prompt"] not in known]
-    columns = [name for name in CONVERSATION.names if name != "group"]
-    write_jsonl(({name: row.get(name) for name in columns} for row in traffic), folder / "traffic.jsonl")
-    source = {"kind": "file", "path": str(folder / "traffic.jsonl"), "columns": {"label": "unsafe"}}
-    dataset = settings.dataset.plain() | {"traffic": source}
-    stages.prepare_data(dataset, folder / "traffic.parquet", folder / "test.parquet")
-
-
-def _write_lessons(examples: list[Row], harvest: Harvest, folder: Path) -> None:
-    stages.write_harvest(harvest, folder, {}, examples)
 
 
 def _margins(table: Path) -> list[Row]:
@@ -193,11 +227,12 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of its files.", envvar="GUARDLOOP_DATA")] = Path(),
     folder: Annotated[Path, typer.Option(help="Where finished steps are kept.")] = Path(".guardloop/experiments"),
     results: Annotated[Path, typer.Option(help="The page that is written.")] = Path("docs/results.md"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the GPUs and cores.")] = 1,
 ) -> None:
     """Compare the recipe with every control."""
     try:
         settings = load_experiment(config, data)
-        cells = run(settings, folder / config.stem)
+        cells = Experiment(settings, folder / config.stem).run(workers)
         write_results(settings, cells, results, folder / config.stem)
     except GuardLoopError as error:
         console.print(f"[red]error:[/] {error}")

@@ -30,6 +30,8 @@ class DefaultGuard(Section):
     """Harmless prompts that are learnt as such. They are taken out of the traffic."""
     training: TrainingSettings = TrainingSettings()
     """How it is trained. The adapter is merged into the base."""
+    max_text_tokens: int = Field(default=1024, ge=16)
+    """Longer messages keep their head and tail."""
 
 
 class Arm(Section):
@@ -78,6 +80,8 @@ class ExperimentSettings(Section):
     arms: list[Arm] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of training; each arm is trained with each."""
+    shards: int = Field(default=1, ge=1)
+    """Parts of the traffic that are answered and judged side by side, where there are workers."""
     subsets: list[Subset] = [Subset(name="all")]
     rounds: int = Field(default=1, ge=1)
     """Rounds of the loop: in each further one the recipe's guard screens the traffic, and the judge stays."""

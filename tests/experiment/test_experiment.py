@@ -170,6 +170,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         "evaluation": {"resamples": 200},
         "seeds": [0, 1],
         "rounds": 2,
+        "shards": 2,
         "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
         "arms": [{"name": "recipe"}, *({"name": name, "lessons": kind} for name, kind in arms.items())],
     }
@@ -177,7 +178,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     config.write_text(yaml.safe_dump(experiment))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
-    module.main(config, tmp_path, kept, page)
+    module.main(config, tmp_path, kept, page, workers=2)
 
     text = page.read_text()
     assert all(f"| {arm} |" in text for arm in ("default", "recipe", *arms, "recipe, round 2"))
@@ -188,7 +189,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     page.write_text("## What was learned\n\nMuch.\n\n" + text)
     monkeypatch.setattr(module, "train", None)  # nothing is trained again
     monkeypatch.setattr(module, "make_guard", None)
-    module.main(config, tmp_path, kept, page)
+    module.main(config, tmp_path, kept, page, workers=1)
     assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text
 
 
