@@ -23,12 +23,13 @@ LOCK_ARGS ?=
 CASES ?= 100000
 START ?= 0
 ROWS ?= 10000,100000
+RUN ?= latest
 WORKERS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
   minikube-down ui test test-images test-faults fuzz coverage bench-guard bench-train bench-generate bench-load \
-  experiment check lint types fmt docs docs-generate hooks sbom lock clean
+  experiment check lint types fmt docs docs-generate screenshots hooks sbom lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -140,6 +141,9 @@ docs: docs-generate build/docs-env/complete ## Build the site of the documentati
 
 docs-generate: ready ## Write the references of settings and files, and the pipeline's picture, from the code
 	@$(BIN)/python -W ignore -m scripts.docs
+
+screenshots: ready ## Make the pictures of docs/pictures anew from a finished run (RUN=latest); needs Chromium
+	@$(BIN)/python -W ignore -m scripts.screenshots $(RUN)
 
 # An environment of its own: the site's builder and the library need not agree on versions.
 build/docs-env/complete: requirements/docs.txt

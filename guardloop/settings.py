@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, without_secrets
 
 S = TypeVar("S", bound="Section")
 
@@ -31,6 +31,16 @@ def read_section(model: type[S], values: object, where: str) -> S:
             "\n".join(_explain(model, problem, where) for problem in error.errors()),
             "run `guardloop config fields` for every setting with its meaning and default",
         ) from None
+
+
+def without_credentials(uri: str | None, where: str) -> str | None:
+    """`uri` itself. Raises GuardLoopError if it holds a password: settings are stored in pipelines and runs."""
+    if uri and without_secrets(uri) != uri:
+        raise GuardLoopError(
+            f"{where} holds credentials: {without_secrets(uri)}",
+            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
+        )
+    return uri
 
 
 def _explain(model: type[Section], problem: Any, where: str) -> str:

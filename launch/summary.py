@@ -12,7 +12,7 @@ from rich.table import Table
 from guardloop.evaluation.result import Estimate, Evaluation
 from guardloop.progress import short
 from guardloop.report.summary import feedback_line
-from guardloop.stages import EVALUATION, HARVEST, REPORT
+from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
 from launch.local import Run
 
 SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc")
@@ -37,7 +37,7 @@ def conclude(run: Run, console: Console) -> dict[str, Any]:
     colour = {"promoted": "green", "done": "green"}.get(decision, "yellow")
     console.print()
     console.print(Panel(escape(words), title=decision, border_style=colour, title_align="left", width=100))
-    for name, place in _places(run, evaluated).items():
+    for name, place in _places(run, evaluated, training_set).items():
         console.print(f"  {name:<9} {place}", soft_wrap=True)
     summary = {
         "run": run.id,
@@ -95,12 +95,21 @@ def _interval(estimate: Estimate) -> str:
     return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
 
 
-def _places(run: Run, evaluated: Path | None) -> dict[str, str]:
+def _places(run: Run, evaluated: Path | None, training_set: Path | None) -> dict[str, str]:
+    """Where to look next; what people open has a link in the run's folder, which is shorter to type."""
     places = {}
     if evaluated:
-        places["report"] = short(evaluated / REPORT)
-    if training_set := run.artifact("training_set"):
-        places["lessons"] = f"{short(training_set / 'harvest.html')} and blocked_inputs.jsonl beside it"
+        places["report"] = short(_link(run, evaluated / REPORT))
+    if training_set:
+        _link(run, training_set / BLOCKED_INPUTS)
+        places["lessons"] = f"{short(_link(run, training_set / HARVEST_PAGE))} and {BLOCKED_INPUTS} beside it"
     if evaluated:
         places["registry"] = "make ui opens MLflow; guardloop review lists the candidates"
     return {**places, "log": short(run.log)}
+
+
+def _link(run: Run, file: Path) -> Path:
+    link = run.folder / file.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.relative_to(run.folder))
+    return link

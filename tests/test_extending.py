@@ -94,7 +94,7 @@ def test_stage(name: str) -> None:
     used = {node.attr for node in ast.walk(ast.parse(inspect.getsource(pipeline))) if isinstance(node, ast.Attribute)}
     assert name in components.__all__, f"components/__init__.py does not export {name}"
     assert name in used, f"pipeline.py does not use {name}"
-    assert hasattr(stages, name), f"guardloop/stages.py has no function {name}"
+    assert hasattr(stages, name), f"guardloop/stages/__init__.py does not export {name}"
     assert image in get_args(StageName), f"guardloop/cluster.py: StageName lacks {image}"
     assert image in STAGES, f"launch/images.py: STAGES lacks {image}"
     assert (ROOT / "images" / image / "Dockerfile").is_file(), f"no images/{image}/Dockerfile"

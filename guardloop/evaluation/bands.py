@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from guardloop.evaluation.bootstrap import bootstrap
-from guardloop.evaluation.metrics import Bools, Floats, Ints, curve, rank, ratio, recall_at_fpr
+from guardloop.evaluation.metrics import Bools, Floats, Ints, Weights, curve, rank, ratio, recall_at_fpr
 
 RESAMPLES = 400
 GRID = np.linspace(0, 1, 51)
@@ -24,7 +24,7 @@ def curve_bands(margins: Floats, unsafe: Bools, group: Ints, seed: int = 0) -> t
     """Bands of the precision-recall and the ROC curve of `margins[N]`; both classes must be present."""
     ranking = rank(margins, unsafe)
 
-    def statistic(weights: Floats) -> dict[str, Floats]:
+    def statistic(weights: Weights) -> dict[str, Floats]:
         c = curve(ranking, weights)
         precision = ratio(c.caught, c.caught + c.blocked)
         values: dict[str, Floats] = {}

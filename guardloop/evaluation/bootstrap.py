@@ -1,13 +1,16 @@
 """Stratified cluster bootstrap: whole near-duplicate groups are redrawn, within strata of equal labels."""
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
-from guardloop.evaluation.metrics import Bools, Floats, Ints
+from guardloop.evaluation.metrics import Bools, Floats, Ints, Weights
 from guardloop.evaluation.result import Estimate
 
-Statistic = Callable[[Floats], Mapping[str, Floats]]
+Counts = NDArray[np.int32]
+Statistic = Callable[[Weights], Mapping[str, Floats]]
 """weights[B, N] -> named values [B]."""
 
 BLOCK_CELLS = 1 << 19
@@ -19,12 +22,18 @@ def bootstrap(statistic: Statistic, groups: Ints, unsafe: Bools, resamples: int,
 
     groups[N] are group numbers 0 .. G-1, unsafe[N] the labels.
     """
-    blocks = [dict(statistic(weights)) for weights in resample_weights(groups, unsafe, resamples, seed)]
+    drawn = resample_weights(groups, unsafe, resamples, seed)
+    blocks = []
+    with ThreadPoolExecutor(1) as ahead:  # numpy computes outside the interpreter's lock
+        following = ahead.submit(next, drawn, None)
+        while (weights := following.result()) is not None:
+            following = ahead.submit(next, drawn, None)
+            blocks.append(dict(statistic(weights)))
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> Iterator[Floats]:
-    """Blocks float32[B, N] of how often each row was drawn; `resamples` rows of weights in all.
+def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> Iterator[Counts]:
+    """Blocks int32[B, N] of how often each row was drawn; `resamples` rows of weights in all.
 
     A group's stratum is the set of labels it holds: unsafe, safe, or both. A mixed group is thus redrawn whole,
     and every resample holds both classes if the data do.
@@ -34,20 +43,25 @@ def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> 
     has_safe = np.bincount(groups, weights=~unsafe, minlength=size) > 0
     stratum = has_unsafe + 2 * has_safe
     strata = [np.flatnonzero(stratum == kind) for kind in (1, 2, 3)]
+    members = np.concatenate(strata)
+    place = np.zeros(size, np.int64)  # of a group in `members`
+    place[members] = np.arange(len(members))
+    rows = place[groups]
     rng = np.random.default_rng(seed)
     block = max(1, min(resamples, BLOCK_CELLS // len(groups)))
     for start in range(0, resamples, block):
         draws = min(block, resamples - start)
-        counts = np.zeros((draws, size), np.float32)
-        for members in strata:
-            counts[:, members] = _draw(rng, draws, len(members))
-        yield counts[:, groups]
+        counts = [_draw(rng, draws, len(kind)) for kind in strata]
+        yield np.concatenate(counts, axis=1).take(rows, axis=1)
 
 
-def _draw(rng: np.random.Generator, draws: int, size: int) -> Ints:
-    """How often each of `size` things comes up in `size` draws with replacement: int64[draws, size]."""
-    picked = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None] if size else np.zeros(0, int)
-    return np.bincount(picked.ravel(), minlength=draws * size).reshape(draws, size)
+def _draw(rng: np.random.Generator, draws: int, size: int) -> Counts:
+    """How often each of `size` things comes up in `size` draws with replacement: int32[draws, size]."""
+    if not size:
+        return np.zeros((draws, 0), np.int32)
+    picked = rng.integers(size, size=(draws, size))
+    picked += size * np.arange(draws)[:, None]
+    return np.bincount(picked.ravel(), minlength=draws * size).astype(np.int32).reshape(draws, size)
 
 
 def estimate(value: float, samples: Floats, confidence: float) -> Estimate:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from guardloop.evaluation.bootstrap import bootstrap
-from guardloop.evaluation.metrics import Floats, auprc, curve, rank, recall_at_fpr
+from guardloop.evaluation.metrics import Floats, Weights, auprc, curve, rank, recall_at_fpr
 from guardloop.evaluation.paired import GuardRun, paired_estimate
 from guardloop.evaluation.result import Estimate, FeedbackResult
 from guardloop.evaluation.settings import EvaluationSettings
@@ -38,11 +38,11 @@ def measure_feedback(
     }
     rankings = {name: rank(values, unsafe) for name, values in margins.items()}
     flagged = margins["improved"] > improved.threshold
-    blocked = (flagged & ~unsafe).astype(np.float32)
+    blocked = flagged & ~unsafe
 
-    def statistic(weights: Floats) -> dict[str, Floats]:
+    def statistic(weights: Weights) -> dict[str, Floats]:
         curves = {name: curve(ranking, weights) for name, ranking in rankings.items()}
-        newly_blocked = (weights @ blocked / curves["improved"].safe).astype(np.float64)
+        newly_blocked = weights[:, blocked].sum(axis=1) / curves["improved"].safe
         values: dict[str, Floats] = {}
         for name, found in curves.items():  # each read off its own curve, so that neither has the finer threshold
             values |= {f"{name}/auprc": auprc(found), f"{name}/matched": recall_at_fpr(found, newly_blocked)}

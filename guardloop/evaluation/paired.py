@@ -8,9 +8,10 @@ import numpy as np
 from guardloop.evaluation.bootstrap import bootstrap, estimate
 from guardloop.evaluation.metrics import (
     Floats,
+    Weights,
     auprc,
     auroc,
-    calibration_columns,
+    calibration,
     calibration_metrics,
     curve,
     decision_metrics,
@@ -65,27 +66,29 @@ def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Fl
     return Compared(metric=metric, default=of(before), improved=of(after), gain=gain)
 
 
-def _statistic(table: Table, default: GuardRun, improved: GuardRun, bins: int) -> Callable[[Floats], dict[str, Floats]]:
+def _statistic(
+    table: Table, default: GuardRun, improved: GuardRun, bins: int
+) -> Callable[[Weights], dict[str, Floats]]:
     """Every metric of both guards, named "default/auprc" and so on, as a function of weights[B, N]."""
     guards = {}
     for name, margins, run in (("default", table.default, default), ("improved", table.improved, improved)):
         flagged = margins > run.threshold
-        counts = np.stack([flagged & table.unsafe, flagged & ~table.unsafe], axis=1)
-        calibration = calibration_columns(margins, run.temperature, table.unsafe, bins)
-        guards[name] = rank(margins, table.unsafe), np.concatenate([counts, calibration], axis=1)
+        caught, blocked = (np.flatnonzero(flagged & of) for of in (table.unsafe, ~table.unsafe))
+        calibrated = calibration(margins, run.temperature, table.unsafe, bins)
+        guards[name] = rank(margins, table.unsafe), caught, blocked, calibrated
 
-    def statistic(weights: Floats) -> dict[str, Floats]:
+    def statistic(weights: Weights) -> dict[str, Floats]:
         values: dict[str, Floats] = {}
-        for name, (ranking, columns) in guards.items():
+        for name, (ranking, caught, blocked, calibrated) in guards.items():
             c = curve(ranking, weights)
-            sums = weights @ columns.astype(weights.dtype)
-            metrics = decision_metrics(sums[:, 0], sums[:, 1], c.unsafe, c.safe)
-            metrics |= calibration_metrics(sums[:, 2:], c.unsafe + c.safe)
+            tp, fp = (weights.take(rows, axis=1).sum(axis=1) for rows in (caught, blocked))
+            metrics = decision_metrics(tp, fp, c.unsafe, c.safe)
+            metrics |= calibration_metrics(calibrated, weights)
             metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
             metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
             values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
             # both guards are read off their own curve, at the default's rate in the same resample
-            values[f"{name}/recall_at_default_fpr"] = recall_at_fpr(c, values["default/fpr"].astype(np.float64))
+            values[f"{name}/recall_at_default_fpr"] = recall_at_fpr(c, values["default/fpr"])
         return values
 
     return statistic

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guardloop.evaluation.bootstrap import bootstrap, estimate
-from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank
+from guardloop.evaluation.metrics import Bools, Floats, Weights, auprc, curve, rank
 from guardloop.evaluation.result import SliceResult
 from guardloop.evaluation.settings import Dimension, EvaluationSettings
 from guardloop.evaluation.table import Table
@@ -59,7 +59,7 @@ def measure(
     if metric == "auprc":
         rankings = [rank(scores, kept.unsafe) for scores in (kept.default, kept.improved)]
 
-        def statistic(weights: Floats) -> dict[str, Floats]:
+        def statistic(weights: Weights) -> dict[str, Floats]:
             default, improved = (auprc(curve(ranking, weights)) for ranking in rankings)
             return {"default": default, "improved": improved}
     else:
@@ -83,10 +83,11 @@ def measure(
     return MeasuredSlice(result, error=float(gains.std()))
 
 
-def flag_rates(flagged: Bools, weights: Floats) -> dict[str, Floats]:
+def flag_rates(flagged: Bools, weights: Weights) -> dict[str, Floats]:
     """Weighted share flagged by the default and the improved guard: `flagged[N, 2]`, weights[B, N]."""
-    rates = weights @ flagged.astype(weights.dtype) / weights.sum(axis=1, keepdims=True)
-    return {"default": rates[:, 0], "improved": rates[:, 1]}
+    counts = [weights.take(np.flatnonzero(column), axis=1).sum(axis=1) for column in flagged.T]
+    default, improved = (count / weights.sum(axis=1) for count in counts)
+    return {"default": default, "improved": improved}
 
 
 def _metric(table: Table, min_rows: int) -> Metric | None:

@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from guardloop.registry.settings import without_credentials
-from guardloop.settings import Section
+from guardloop.settings import Section, without_credentials
 
 
 class GuardSettings(Section):

@@ -2,8 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from guardloop.errors import GuardLoopError, without_secrets
-from guardloop.settings import Section
+from guardloop.settings import Section, without_credentials
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
 
@@ -24,13 +23,3 @@ class RegistrySettings(Section):
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
         return without_credentials(uri, "registry.tracking_uri")
-
-
-def without_credentials(uri: str | None, where: str) -> str | None:
-    """`uri` itself. Raises GuardLoopError if it holds a password: settings are stored in pipelines and runs."""
-    if uri and without_secrets(uri) != uri:
-        raise GuardLoopError(
-            f"{where} holds credentials: {without_secrets(uri)}",
-            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
-        )
-    return uri

@@ -5,13 +5,12 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from guardloop.errors import GuardLoopError
-
-MODULE = "guardloop.training.processes"
 
 
 def is_child() -> bool:
@@ -19,8 +18,8 @@ def is_child() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def train_in_processes(count: int, arguments: dict[str, Any]) -> dict[str, float]:
-    """Call the train stage with `arguments` in `count` processes at once; returns the figures of the first.
+def train_in_processes(count: int, module: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """Run `module`, which calls `child`, in `count` processes at once; returns the figures of the first.
 
     Raises GuardLoopError if one of them fails, which has said why by then.
     """
@@ -28,7 +27,7 @@ def train_in_processes(count: int, arguments: dict[str, Any]) -> dict[str, float
         call, figures = Path(folder) / "call.json", Path(folder) / "figures.json"
         call.write_text(json.dumps(arguments), "utf-8")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        ended = subprocess.run([*torchrun, "-m", MODULE, str(call), str(figures)], check=False)
+        ended = subprocess.run([*torchrun, "-m", module, str(call), str(figures)], check=False)
         if ended.returncode or not figures.is_file():
             raise GuardLoopError(
                 f"train_guard: one of {count} processes failed",
@@ -38,22 +37,17 @@ def train_in_processes(count: int, arguments: dict[str, Any]) -> dict[str, float
     return found
 
 
-def main(call: Path, figures: Path) -> None:
-    """One of the processes: the first one speaks for all."""
-    from guardloop.stages import train_guard  # noqa: PLC0415  (it calls this module)
-
+def child(train: Callable[..., dict[str, float]]) -> None:
+    """One of the processes: calls `train` with the arguments of all. The first one speaks for all."""
+    call, figures = map(Path, sys.argv[1:])
     first = os.environ["RANK"] == "0"
     if not first:
         logging.disable(logging.ERROR)
         for name in ("GUARDLOOP_EVENTS", "GUARDLOOP_RUN_ID"):
             os.environ.pop(name, None)
-    found = train_guard(**json.loads(call.read_text("utf-8")))
-    if first:
-        figures.write_text(json.dumps(found), "utf-8")
-
-
-if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        found = train(**json.loads(call.read_text("utf-8")))
     except GuardLoopError as error:
         sys.exit(f"{error}")
+    if first:
+        figures.write_text(json.dumps(found), "utf-8")

@@ -1,22 +1,22 @@
-"""Write the generated pages, and the pipeline's picture into README.md and docs/index.md."""
+"""Write the generated pages, and the pipeline's picture."""
 
 import sys
 from pathlib import Path
 
 from scripts.docs.configuration import configuration_page
 from scripts.docs.contracts import contracts_page
-from scripts.docs.flow import flow_picture, with_picture
+from scripts.docs.flow import flow_picture
 
 ROOT = Path(__file__).absolute().parents[2]
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
     """Every generated file of the repository, and what it should hold."""
-    picture = flow_picture()
-    pages = {root / "docs/configuration.md": configuration_page(), root / "docs/contracts.md": contracts_page()}
-    for name in ("README.md", "docs/index.md"):
-        pages[root / name] = with_picture((root / name).read_text("utf-8"), picture)
-    return pages
+    return {
+        root / "docs/configuration.md": configuration_page(),
+        root / "docs/contracts.md": contracts_page(),
+        root / "docs/pictures/pipeline.svg": flow_picture(),
+    }
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "make lint": "needs: itself; the workflow runs it",
     "make docs": "needs: a package index; the workflow runs it",
     "make docs-generate": "tests/docs/test_pages.py: generated",
+    "make screenshots": "needs: Chromium and a finished run; tests/docs/test_pictures.py looks at what it made",
     "make hooks": "needs: git's hooks, which tests leave alone",
     "make help": "tests/docs/test_commands.py: help",
     "make clean": "needs: a checkout that may be emptied",

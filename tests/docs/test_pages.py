@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, anchors, links, name
+from pages import PAGES, ROOT, anchors, fenced, links, name
 
-from guardloop.config import Settings, describe_fields
+from guardloop.config import Settings, describe_fields, load_settings
 from scripts.docs.__main__ import generated
-from scripts.docs.flow import flow_picture
+from scripts.docs.flow import Node, compiled_graph, flow_picture
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -50,9 +50,30 @@ def test_the_picture_has_every_task_of_the_pipeline() -> None:
     picture = flow_picture()
     shown = ("prepare_data", "screen prompts", "generate_responses", "screen responses", "mine_feedback", "train_guard")
     shown += ("screen test (default)", "screen test (improved)", "score_benchmarks", "evaluate", "register_model")
-    assert all(f'["{task}"]' in picture for task in (*shown, "promote_model", "record_harvest"))
-    assert picture.count("subgraph") == picture.count("\n" + "  end") + picture.count("    end")
-    assert picture in (ROOT / "README.md").read_text()
+    assert all(f">{task}</text>" in picture for task in (*shown, "promote_model", "record_harvest"))
+    assert picture.count('class="frame"') == 6 and picture.count('class="arrow"') == 12
+
+
+def test_in_the_picture_tasks_are_inside_their_frame_and_beside_each_other() -> None:
+    graph = compiled_graph()
+    flow_picture(graph)
+
+    def check(frame: Node) -> None:
+        for i, part in enumerate(frame.parts):
+            assert frame.x < part.x and part.x + part.width < frame.x + frame.width, part.label
+            assert frame.y < part.y and part.y + part.height < frame.y + frame.height, part.label
+            for other in frame.parts[:i]:
+                apart = part.x >= other.x + other.width or other.x >= part.x + part.width
+                assert apart or part.y >= other.y + other.height or other.y >= part.y + part.height, part.label
+            check(part)
+
+    check(graph)
+
+
+def test_the_configuration_in_the_readme_is_one(tmp_path: Path) -> None:
+    (shown,) = [code for language, code in fenced(ROOT / "README.md") if language == "yaml"]
+    (tmp_path / "ours.yaml").write_text(shown)
+    assert load_settings(tmp_path / "ours.yaml").responder.model == "our-assistant"
 
 
 def test_the_site_has_every_page() -> None:

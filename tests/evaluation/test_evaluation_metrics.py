@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, f1_score,
 from guardloop.evaluation.metrics import (
     auprc,
     auroc,
-    calibration_columns,
+    calibration,
     calibration_metrics,
     curve,
     decision_metrics,
@@ -64,7 +64,7 @@ def test_a_weight_is_that_many_copies_of_the_row(rows):
 def test_each_weighting_has_its_own_value_and_its_own_fpr():
     rng = np.random.default_rng(0)
     scores, unsafe = rng.normal(size=200).round(1), rng.random(200) < 0.3
-    weights = rng.integers(0, 4, size=(7, 200)).astype(np.float32)
+    weights = rng.integers(0, 4, size=(7, 200), dtype=np.int32)
     fprs = np.linspace(0, 0.6, 7)
     together = curve(rank(scores, unsafe), weights)
     for b in range(7):
@@ -103,9 +103,9 @@ def test_a_guard_that_flags_nothing_has_precision_and_f1_zero():
     assert found["accuracy"][0] == 0.8
 
 
-def calibration(margins, unsafe, weights=None, temperature=1.0, bins=15):
+def calibrated(margins, unsafe, weights=None, temperature=1.0, bins=15):
     weights = np.ones((1, len(margins))) if weights is None else weights
-    found = calibration_metrics(weights @ calibration_columns(margins, temperature, unsafe, bins), weights.sum(axis=1))
+    found = calibration_metrics(calibration(margins, temperature, unsafe, bins), weights)
     return {name: value[0] for name, value in found.items()}
 
 
@@ -114,23 +114,23 @@ def test_brier_is_that_of_scikit_learn():
     margins, unsafe, weights = rng.normal(size=300) * 3, rng.random(300) < 0.4, rng.integers(0, 4, (1, 300))
     for temperature in (1.0, 2.5):
         wanted = brier_score_loss(unsafe, 1 / (1 + np.exp(-margins / temperature)), sample_weight=weights[0])
-        assert calibration(margins, unsafe, weights, temperature)["brier"] == pytest.approx(wanted)
+        assert calibrated(margins, unsafe, weights, temperature)["brier"] == pytest.approx(wanted)
 
 
 def test_ece_is_the_gap_between_confidence_and_frequency():
     unsafe = np.arange(100) < 50
-    assert calibration(np.zeros(100), unsafe)["ece"] == pytest.approx(0)  # says 0.5, is 0.5
-    assert calibration(np.full(100, 50.0), unsafe)["ece"] == pytest.approx(0.5)  # says 1, is 0.5
-    assert calibration(np.where(unsafe, 50.0, -50.0), unsafe)["ece"] == pytest.approx(0, abs=1e-9)
-    assert calibration(np.where(unsafe, -50.0, 50.0), unsafe)["ece"] == pytest.approx(1)
+    assert calibrated(np.zeros(100), unsafe)["ece"] == pytest.approx(0)  # says 0.5, is 0.5
+    assert calibrated(np.full(100, 50.0), unsafe)["ece"] == pytest.approx(0.5)  # says 1, is 0.5
+    assert calibrated(np.where(unsafe, 50.0, -50.0), unsafe)["ece"] == pytest.approx(0, abs=1e-9)
+    assert calibrated(np.where(unsafe, -50.0, 50.0), unsafe)["ece"] == pytest.approx(1)
 
 
 def test_the_weighted_ece_is_that_of_copied_rows():
     rng = np.random.default_rng(2)
     margins, unsafe, weights = rng.normal(size=80), rng.random(80) < 0.4, rng.integers(0, 4, 80)
     many = np.repeat(np.arange(80), weights)
-    assert calibration(margins, unsafe, weights[None])["ece"] == pytest.approx(
-        calibration(margins[many], unsafe[many])["ece"]
+    assert calibrated(margins, unsafe, weights[None])["ece"] == pytest.approx(
+        calibrated(margins[many], unsafe[many])["ece"]
     )
 
 
@@ -138,6 +138,6 @@ def test_the_right_temperature_calibrates():
     rng = np.random.default_rng(3)
     log_odds = rng.normal(size=20_000) * 2
     unsafe = rng.random(20_000) < 1 / (1 + np.exp(-log_odds))
-    errors = {t: calibration(3 * log_odds, unsafe, temperature=t)["ece"] for t in (1.0, 3.0, 9.0)}
+    errors = {t: calibrated(3 * log_odds, unsafe, temperature=t)["ece"] for t in (1.0, 3.0, 9.0)}
     assert errors[3.0] < 0.02
     assert min(errors[1.0], errors[9.0]) > 0.05

@@ -204,5 +204,8 @@ TARGETS = {
 }
 """By the name that a case has."""
 
-SEEDS: dict[str, tuple[int, ...]] = {}
-"""Cases that once ended in a traceback or took too long."""
+SEEDS: dict[str, tuple[int, ...]] = {
+    "records": (335, 868, 880),  # other rows than were written, before tables had a checksum
+    "tokenizer": (150, 156, 219, 266),  # an exception of the tokenizer's own
+}
+"""Cases that once went wrong."""

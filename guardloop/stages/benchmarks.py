@@ -1,0 +1,102 @@
+"""Both guards on public benchmarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guardloop.evaluation.result import BenchmarkResult
+from guardloop.evaluation.settings import EvaluationSettings
+from guardloop.guard.settings import GuardSettings
+from guardloop.progress import Stage
+from guardloop.records import BENCHMARKED, EXAMPLE, Row, read_table, write_table
+from guardloop.settings import read_section
+from guardloop.stages.files import EXAMPLES, Sections
+from guardloop.stages.guard import load_guard
+
+
+@dataclass(frozen=True)
+class ScoredBenchmarks:
+    """Rows of BENCHMARKED, what is to be told of each benchmark, and the guards' thresholds."""
+
+    rows: list[Row]
+    facts: dict[str, Row]
+    thresholds: dict[str, float]
+
+
+def score_benchmarks(
+    training_set: str | Path, adapter: str | Path | None, guard: Sections, evaluation: Sections, scores: str | Path
+) -> dict[str, float]:
+    """Score both guards on the public benchmarks that `evaluation` names, and write a table of BENCHMARKED.
+
+    Rows like something in the training set are left out. Without benchmarks the table is empty, and no guard is loaded.
+    """
+    settings = read_section(EvaluationSettings, evaluation, "evaluation")
+    if not settings.benchmarks:
+        write_table([], BENCHMARKED, scores)
+        return {}
+    with Stage("score_benchmarks") as stage:
+        taught = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
+        found = _score(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, taught)
+        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.facts)
+        stage.done(count, ", ".join(f"{facts['rows']} {name}" for name, facts in found.facts.items()))
+    return {f"{name}_rows": float(facts["rows"]) for name, facts in found.facts.items()}
+
+
+def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: EvaluationSettings) -> list[BenchmarkResult]:
+    """Score and measure the guards on the benchmarks that `settings` names, without a pipeline.
+
+    Without an adapter the default guard stands on both sides.
+    """
+    from guardloop.evaluation.paired import GuardRun
+    from guardloop.guard.loading import fetch_adapter
+
+    folder = fetch_adapter(adapter, guard.tracking_uri)
+    with Stage("score_benchmarks") as stage:
+        found = _score(stage, settings, guard, folder, [])
+        stage.done(len(found.rows), ", ".join(found.facts))
+    runs = [GuardRun(name, threshold, 1.0, 0) for name, threshold in found.thresholds.items()]
+    return measured(found.facts, found.rows, runs[0], runs[-1], settings)
+
+
+def measured(
+    facts: dict[str, Row], rows: list[Row], default: Any, improved: Any, settings: EvaluationSettings
+) -> list[BenchmarkResult]:
+    """Every benchmark, measured on its rows of BENCHMARKED."""
+    from guardloop.evaluation.benchmarks import measure_benchmark
+
+    found = []
+    for benchmark in settings.benchmarks:
+        own = [row for row in rows if row["benchmark"] == benchmark.name]
+        result = measure_benchmark(own, benchmark, default, improved, settings)
+        found.append(result.model_copy(update=facts[benchmark.name]))
+    return found
+
+
+def _score(
+    stage: Stage, settings: EvaluationSettings, guard: GuardSettings, adapter: str | Path | None, taught: Sequence[str]
+) -> ScoredBenchmarks:
+    from guardloop.evaluation.benchmarks import read_benchmark
+
+    stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
+    read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
+    rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
+    thresholds: dict[str, float] = {}
+    for name, own in {"default": None, **({"improved": adapter} if adapter else {})}.items():
+        stage.say(f"loading the {name} guard")
+        model = load_guard(guard, own)
+        thresholds[name] = model.threshold
+        scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
+        for row, verdict in scored:
+            row[f"{name}_margin"] = verdict.margin
+        del model  # two large guards need not fit at once
+    facts = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
+    whole = []
+    for row in rows:
+        row.setdefault("improved_margin", row["default_margin"])
+        if row["default_margin"] is not None and row["improved_margin"] is not None:
+            whole.append(row)
+    for name, told in facts.items():
+        told["rows"] = sum(row["benchmark"] == name for row in whole)
+        told["unreadable"] = sum(row["benchmark"] == name for row in rows) - told["rows"]
+    return ScoredBenchmarks(whole, facts, thresholds)

@@ -1,0 +1,30 @@
+"""From raw data to the traffic and the locked test set."""
+
+from pathlib import Path
+
+from guardloop.data.settings import DatasetSettings
+from guardloop.progress import Stage
+from guardloop.records import CONVERSATION, write_table
+from guardloop.settings import read_section
+from guardloop.stages.files import Sections
+
+
+def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path) -> dict[str, float]:
+    """Write the cleaned traffic and the locked test set. Returns the counts of what was kept and dropped."""
+    from guardloop.data.clean import fingerprint, prepare
+
+    settings = read_section(DatasetSettings, dataset, "dataset")
+    with Stage("prepare_data") as stage:
+        stage.say(f"reading {settings.name}")
+        rows, test_rows, report = prepare(settings)
+        facts = {
+            "dataset": settings.name,
+            "revision": settings.traffic.revision or "",
+            "hash": fingerprint([*rows, *test_rows]),
+            "counts": report.plain(),
+        }
+        write_table(rows, CONVERSATION, traffic, lambda: facts)
+        write_table(test_rows, CONVERSATION, test, lambda: facts)
+        dropped = report.read - report.kept
+        stage.done(report.read, f"{report.kept} prompts to screen, {dropped} dropped; {len(test_rows)} test rows")
+    return {name: float(value) for name, value in report.plain().items()}

@@ -1,0 +1,118 @@
+"""Both guards on the locked test set, the decision, and its report."""
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from guardloop.errors import GuardLoopError
+from guardloop.evaluation.result import Evaluation
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.progress import Stage
+from guardloop.records import BENCHMARKED, SCORES, SCREENED, Row, read_facts, read_json, read_table, write_table
+from guardloop.settings import read_section
+from guardloop.stages.benchmarks import measured
+from guardloop.stages.files import EVALUATION, EXAMPLES, HARVEST, REPORT, SCORE_TABLE, SUMMARY, Sections
+
+
+def evaluate(
+    default_scores: str | Path,
+    improved_scores: str | Path,
+    training_set: str | Path,
+    adapter: str | Path,
+    folder: str | Path,
+    evaluation: Sections,
+    gate: Sections,
+    *,
+    held_out: str | Path | None = None,
+    benchmarks: str | Path | None = None,
+) -> Evaluation:
+    """Compare both guards on the locked test set and decide. Writes evaluation.json, report.html and summary.md.
+
+    `held_out` is the held-out feedback as the improved guard scored it; `benchmarks` what score_benchmarks wrote.
+    """
+    from guardloop.evaluation.compare import evaluate as compare
+    from guardloop.evaluation.paired import GuardRun
+    from guardloop.report import render_html, render_markdown
+
+    settings = read_section(EvaluationSettings, evaluation, "evaluation")
+    gates = read_section(GateSettings, gate, "gate")
+    folder = Path(folder)
+    with Stage("evaluate") as stage:
+        stage.say(f"comparing the guards with {settings.resamples:,} bootstrap resamples")
+        facts = [read_facts(default_scores), read_facts(improved_scores)]
+        rows = list(_paired(default_scores, improved_scores))
+        runs = [
+            GuardRun(name, f["threshold"], f["median_label_mass"], f["unreadable"], f.get("temperature", 1.0))
+            for name, f in zip(("default", "improved"), facts, strict=True)
+        ]
+        told = read_facts(benchmarks) if benchmarks else {}
+        scored = list(read_table(benchmarks, BENCHMARKED)) if benchmarks and told else []
+        shown = measured(told, scored, runs[0], runs[1], settings) if told else []
+        learnt = read_table(held_out) if held_out else None
+        found = compare(rows, runs[0], runs[1], settings, gates, feedback=learnt, benchmarks=shown)
+        story = _story(facts[0], Path(training_set), Path(adapter))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(rows, SCORES, folder / SCORE_TABLE)
+        (folder / EVALUATION).write_text(found.model_dump_json(indent=2), "utf-8")
+        (folder / REPORT).write_text(render_html(found, rows, story), "utf-8")
+        (folder / SUMMARY).write_text(render_markdown(found, story), "utf-8")
+        stage.done(found.rows + found.agent_rows, found.decision.headline)
+    return found
+
+
+def curves_of(scores: str | Path, guard: str) -> tuple[list[float], list[float], list[float]]:
+    """ROC curve of `guard` (default or improved) on the User-role rows: FPRs, recalls, thresholds, thinned out."""
+    from sklearn.metrics import roc_curve
+
+    rows = [row for row in read_table(scores, SCORES) if row["response"] is None]
+    fpr, recall, thresholds = roc_curve([r["unsafe"] for r in rows], [r[f"{guard}_margin"] for r in rows])
+    step = max(1, len(fpr) // 200)
+    return fpr[1::step].tolist(), recall[1::step].tolist(), thresholds[1::step].tolist()
+
+
+def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator[Row]:
+    """Rows that both guards could judge, with both margins."""
+    pairs = zip(read_table(default_scores, SCREENED), read_table(improved_scores, SCREENED), strict=True)
+    for default, improved in pairs:
+        if default["id"] != improved["id"]:
+            raise GuardLoopError(
+                "evaluate: the two score tables are not of the same test set", "screen one test set with both guards"
+            )
+        if default["margin"] is not None and improved["margin"] is not None:
+            yield {**default, "default_margin": default["margin"], "improved_margin": improved["margin"]}
+
+
+def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
+    """What the report tells of the run besides the evaluation."""
+    from guardloop.guard.facts import guard_facts
+    from guardloop.report import HarvestStory, RunStory, Source, StageCounts
+
+    harvest = read_json(training_set / HARVEST, HarvestStory)
+    mined = read_facts(training_set / EXAMPLES)
+    trained = guard_facts(adapter).get("training", {})
+    data = facts.get("data", {})
+    judged = mined.get("judged", {}).get("data", {})
+    return RunStory(
+        run_id=os.environ.get("GUARDLOOP_RUN_ID", ""),
+        created=datetime.now(UTC),
+        configuration=os.environ.get("GUARDLOOP_CONFIGURATION", ""),
+        dataset=Source(name=data.get("dataset", ""), revision=data.get("revision", "")),
+        guard=Source(name=facts.get("guard", ""), revision=facts.get("revision", "")),
+        responders=[Source(name=r["responder"], revision=r["revision"]) for r in judged.get("responders", [])],
+        git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
+        data_hash=data.get("hash", ""),
+        counts=StageCounts(
+            prompts=harvest.screened,
+            flagged=harvest.screened - harvest.passed,
+            passed=harvest.passed,
+            responses=harvest.responses,
+            refusals=harvest.refusals,
+            blocked=harvest.blocked,
+            positives=harvest.counts.get("positive", 0),
+            hard_negatives=harvest.counts.get("hard_negative", 0),
+            replay=sum(n for kind, n in harvest.counts.items() if kind.startswith("replay")),
+        ),
+        training={k: v for k, v in trained.items() if isinstance(v, int | float)},
+    )

@@ -1,0 +1,102 @@
+"""What a run made, recorded and registered; the champion."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from guardloop.evaluation.result import Evaluation
+from guardloop.guard.settings import GuardSettings
+from guardloop.progress import Stage
+from guardloop.records import read_facts, read_json
+from guardloop.registry.settings import RegistrySettings
+from guardloop.settings import read_section
+from guardloop.stages.files import (
+    BLOCKED_INPUTS,
+    EVALUATION,
+    EXAMPLES,
+    HARVEST,
+    HARVEST_PAGE,
+    REPORT,
+    SUMMARY,
+    Sections,
+)
+
+
+def record_harvest(training_set: str | Path, run_id: str, sections: Sections) -> None:
+    """Record in MLflow a run that ended early, since its harvest was too small to train on."""
+    from guardloop.registry import Registry
+
+    settings = read_section(RegistrySettings, sections["registry"], "registry")
+    with Stage("record_harvest") as stage:
+        training_set = Path(training_set)
+        origin, data = _origin(training_set, run_id, sections)
+        Registry(settings).record_run(
+            origin, sections, files=_harvest_files(training_set), data=data, figures=_figures(training_set)
+        )
+        stage.done(1, "recorded a run that trained nothing")
+
+
+def register_model(
+    adapter: str | Path, evaluated: str | Path, training_set: str | Path, run_id: str, sections: Sections
+) -> int:
+    """Record the run in MLflow and register the adapter as the `candidate`. Returns its version."""
+    from guardloop.registry import Registry
+
+    settings = read_section(RegistrySettings, sections["registry"], "registry")
+    with Stage("register_model") as stage:
+        stage.say("recording the run")
+        evaluated, training_set, adapter = Path(evaluated), Path(training_set), Path(adapter)
+        evaluation = read_json(evaluated / EVALUATION, Evaluation)
+        origin, data = _origin(training_set, run_id, sections)
+        registry = Registry(settings)
+        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _harvest_files(training_set)
+        registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
+        guard = read_section(GuardSettings, sections["guard"], "guard")
+        version = registry.register_adapter(adapter, origin, evaluation, guard)
+        stage.done(1, f"{settings.model} version {version} is the candidate")
+    return version
+
+
+def promote_model(version: int, registry: Sections) -> None:
+    """Make the version the champion; the one before is kept as `previous`."""
+    from guardloop.registry import Registry
+
+    settings = read_section(RegistrySettings, registry, "registry")
+    with Stage("promote_model") as stage:
+        before = Registry(settings).promote(version)
+        was = f"; version {before} is kept as previous" if before else ""
+        stage.done(1, f"{settings.model} version {version} is the champion{was}")
+
+
+def _origin(training_set: Path, run_id: str, sections: Sections) -> tuple[Any, list[Any]]:
+    """What a run was made from, and the data that it read."""
+    from guardloop.registry import DataSource, Origin
+
+    facts = read_facts(training_set / EXAMPLES).get("screened", {})
+    data = facts.get("data", {})
+    origin = Origin(
+        run_id=run_id,
+        git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
+        data_hash=data.get("hash", ""),
+        base_model=facts.get("guard", ""),
+        base_revision=facts.get("revision", ""),
+    )
+    sources = []
+    for role in ("traffic", "test") if data else ():
+        source = sections.get("dataset", {}).get(role, {})
+        uri = ":".join(filter(None, (source.get("kind"), source.get("path"), source.get("revision"))))
+        sources.append(DataSource(name=f"{data['dataset']} {role}", digest=data["hash"], role=role, uri=uri))
+    return origin, sources
+
+
+def _harvest_files(training_set: Path) -> dict[str, Path]:
+    return {name: training_set / name for name in (BLOCKED_INPUTS, HARVEST, HARVEST_PAGE)}
+
+
+def _figures(training_set: Path) -> dict[str, float]:
+    from guardloop.report import HarvestStory
+
+    harvest = read_json(training_set / HARVEST, HarvestStory)
+    names = ("screened", "passed", "responses", "refusals", "blocked")
+    figures = {f"harvest_{name}": float(getattr(harvest, name)) for name in names}
+    return figures | {f"examples_{kind}": float(n) for kind, n in harvest.counts.items()}

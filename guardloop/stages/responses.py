@@ -1,0 +1,42 @@
+"""Responses to the prompts that passed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from guardloop.progress import Stage
+from guardloop.records import RESPONSE, Row, read_facts, write_table
+from guardloop.responses.settings import ResponderSettings
+from guardloop.settings import read_section
+from guardloop.stages.files import Sections
+
+
+def generate_responses(
+    screened: str | Path, responses: str | Path, responder: Sections, shard: int = 0
+) -> dict[str, float]:
+    """Sample k responses of each responder to every prompt of a screened table that was not flagged.
+
+    Killed and run again on the same table with the same settings, it goes on where it was.
+    """
+    from guardloop.responses.resume import answered
+
+    settings = read_section(ResponderSettings, responder, "responder")
+    counts = {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
+    facts = read_facts(screened)
+    with Stage("generate_responses", shard if facts.get("shards", 1) > 1 else None) as stage:
+
+        def counted() -> Iterator[Row]:
+            for row in answered(screened, settings, stage):
+                counts["responses"] += 1
+                counts["refusals"] += row["refusal"]
+                counts["errors"] += row["finish_reason"] == "error"
+                counts["tokens"] += row["tokens"]
+                yield row
+
+        everyone = [{"responder": one.tag, "revision": one.revision or ""} for one in settings.each()]
+        described = {"data": facts.get("data", {}), "responders": everyone}
+        write_table(counted(), RESPONSE, responses, lambda: {**described, **counts})
+        samples = sum(one.samples for one in settings.each())
+        prompts = counts["responses"] // samples
+        outcome = f"{samples} responses to each of {prompts} passed prompts, {counts['refusals']} refusals"
+        stage.done(counts["responses"], outcome)
+    return {k: float(v) for k, v in counts.items()}

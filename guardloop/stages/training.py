@@ -1,0 +1,61 @@
+"""From a training set to an adapter."""
+
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from guardloop.guard.settings import GuardSettings
+from guardloop.progress import Stage
+from guardloop.records import EXAMPLE, read_table
+from guardloop.registry.settings import RegistrySettings
+from guardloop.settings import read_section
+from guardloop.stages.files import EXAMPLES, Sections
+from guardloop.training.processes import is_child, train_in_processes
+from guardloop.training.settings import TrainingSettings
+
+
+def train_guard(
+    training_set: str | Path, adapter: str | Path, guard: Sections, training: Sections, registry: Sections
+) -> dict[str, float]:
+    """Train the improved guard: a LoRA adapter folder with its own guard.json. Returns figures.
+
+    Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
+    """
+    settings = read_section(TrainingSettings, training, "training")
+    if settings.processes > 1 and not is_child():
+        arguments = {"training_set": str(training_set), "adapter": str(adapter)}
+        sections = {"guard": guard, "training": training, "registry": registry}
+        return train_in_processes(settings.processes, "guardloop.stages", arguments | sections)
+    from guardloop.registry.training_log import TrainingLog
+    from guardloop.training.train import train
+
+    examples = list(read_table(Path(training_set) / EXAMPLES, EXAMPLE))
+    run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
+    curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
+    with Stage("train_guard") as stage, curves or nullcontext():
+        stage.say("loading the default guard")
+        started = time.monotonic()
+
+        def watch(seed: int, step: Any) -> None:
+            metrics = step.metrics()
+            name = "" if settings.seeds == 1 else f"seed_{seed}/"
+            if curves:
+                curves.log(step.number, {f"{name}{metric}": value for metric, value in metrics.items()})
+            note = f"loss {step.loss:.3f}, {metrics['examples_per_second']:.1f} examples/s"
+            stage.report(f"{name}step", step.number, step.total, started, note)
+
+        made = train(examples, read_section(GuardSettings, guard, "guard"), settings, Path(adapter), on_step=watch)
+        stage.done(made.examples, f"{made.steps} steps, loss {made.first_loss:.3f} -> {made.last_loss:.3f}")
+    figures = {
+        "examples": made.examples,
+        "steps": made.steps,
+        "first_loss": made.first_loss,
+        "last_loss": made.last_loss,
+        "scale": made.scale,
+        "threshold": made.threshold,
+        "temperature": made.temperature,
+        "held_out_auprc": made.held_out_auprc or 0.0,
+    }
+    return {k: float(v) for k, v in figures.items()}
