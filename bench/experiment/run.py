@@ -109,8 +109,8 @@ class Experiment:
 
         def build(folder: Path) -> None:
             console.print(f"making the default guard, seed {seed}")
-            longest = default.max_text_tokens
-            make_guard(locate(default.base), default.family, _taught(default), training, folder, max_text_tokens=longest)
+            rows, longest = _taught(default), default.max_text_tokens
+            make_guard(locate(default.base), default.family, rows, training, folder, max_text_tokens=longest)
 
         key = default.model_copy(update={"training": training}).plain()
         return self.kept.make(f"default-{seed}", key, build)

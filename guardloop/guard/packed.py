@@ -23,7 +23,6 @@ from guardloop.models import cache_folder
 HOPPER_TILES: Any = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}  # measured on it
 VARIANTS = 64  # of the compiled layer: sizes, roles, with and without an adapter, with and without gradient
 FORMS = ("llama", "mistral")
-WIDE = 1024  # narrower models are bound by the launching of kernels, and compiling takes longer than what is saved
 BLOCK_TENSORS = [
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
 ]
@@ -34,11 +33,6 @@ def fits(model: Any) -> bool:
     """Whether the model's layers have the form that is written out here."""
     config = trunk(model).config
     return config.model_type in FORMS and not getattr(config, "sliding_window", None)
-
-
-def pays(model: Any) -> bool:
-    """Whether packs are worth their compilation: on a GPU, for models whose passes are more than launches."""
-    return model.device.type == "cuda" and fits(model) and trunk(model).config.hidden_size >= WIDE
 
 
 class PackedForward:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits, margins_of
-from guardloop.guard.packed import PackedForward, fits, pays
+from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
 from guardloop.guard.verdict import LabelTokens
 
@@ -38,7 +38,7 @@ class Scorer:
         self.labels = labels
         self.batch_tokens = batch_tokens
         self.pack_tokens = pack_tokens
-        self.packed = pays(model) if packed is None else packed and fits(model)
+        self.packed = (model.device.type == "cuda" if packed is None else packed) and fits(model)
         self._caches: dict[Prefix, PrefixCache] = {}
         self._packs: dict[tuple[Prefix, int], PackedForward] = {}
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedType
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import PrefixCache, behind, label_logits, trunk
-from guardloop.guard.packed import pays
+from guardloop.guard.packed import fits
 from guardloop.guard.verdict import LabelTokens
 from guardloop.training.checkpoint import (
     ADAPTER,
@@ -187,7 +187,7 @@ class Training:
         self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.packs = None
-        if pays(model):
+        if model.device.type == "cuda" and fits(model):
             share = settings.gradient_checkpointing
             self.packs = Packs(model, prefixes, labels.lead, largest=settings.pack_tokens, checkpointed=share)
         self.learner = Learner(model, prefixes, labels, settings.category_weight, self.packs)
