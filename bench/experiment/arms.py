@@ -3,7 +3,9 @@
 import random
 from collections.abc import Sequence
 
-from bench.experiment.settings import Arm, ExperimentSettings
+from sklearn.metrics import average_precision_score
+
+from bench.experiment.settings import Arm, ExperimentSettings, Subset
 from guardloop.feedback.evidence import gather
 from guardloop.feedback.mine import Harvest, is_held_out, mine
 from guardloop.feedback.settings import FeedbackSettings
@@ -42,6 +44,25 @@ def lessons(
         chosen = random.Random(feedback.seed).sample(others, min(len(others), len(found)))
         examples += [_example(passed[id], 0.0, "random") for id in chosen]
     return examples, harvest
+
+
+def ranking(
+    examples: Sequence[Row], screened: Sequence[Row], subsets: Sequence[Subset]
+) -> dict[str, tuple[float, float]]:
+    """AUPRC of the default guard's own score and of the targets on the passed prompts, by subset that has both classes.
+
+    People's labels are looked at here to see what was taught, and nowhere else.
+    """
+    taught = {row["id"]: row["target"] for row in examples if row["response"] is None}
+    known = [row for row in screened if row["id"] in taught and not row["flagged"] and row["unsafe"] is not None]
+    found = {}
+    for subset in subsets:
+        rows = [row for row in known if row["source"].startswith(subset.source)]
+        labels = [row["unsafe"] for row in rows]
+        if len(set(labels)) > 1:
+            own, target = ([row["margin"] for row in rows], [taught[row["id"]] for row in rows])
+            found[subset.name] = (average_precision_score(labels, own), average_precision_score(labels, target))
+    return found
 
 
 def _example(row: Row, target: float, kind: str) -> Row:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Cell:
     verdict: Mapping[str, Any] | None = None
     folder: Path | None = None
     harvest: Harvest | None = None
+    ranking: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """AUPRC of the default guard's own score and of the targets on the passed prompts, by subset."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,12 @@ def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Pat
     plot = page.with_suffix("") / f"{folder.name}.svg"
     _plot(scores, plot)
     lines = [f"## {settings.title}", "", *_tables(parts, scores), *_rivals(parts, settings), *_gate(cells)]
-    lines += [*_harvests(cells), f"![gains over the default guard]({plot.relative_to(page.parent)})", ""]
+    lines += [
+        *_harvests(cells),
+        *_rankings(cells),
+        f"![gains over the default guard]({plot.relative_to(page.parent)})",
+        "",
+    ]
     lines += [f"{settings.evaluation.resamples:,} bootstrap resamples of near-duplicate groups. {machine()}"]
     write_section(folder.name, "\n".join(lines), page, TITLE)
 
@@ -225,6 +232,21 @@ def _harvests(cells: Iterable[Cell]) -> list[str]:
             f"others; alike {channel.alike:.2f}."
         ]
     return [*lines, ""]
+
+
+def _rankings(cells: Iterable[Cell]) -> list[str]:
+    """How well the targets rank the passed prompts; means over default guards."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for cell in cells:
+        for subset, pair in cell.ranking.items():
+            found.setdefault(subset, {}).setdefault(cell.arm, []).append(pair)
+    lines = []
+    for subset, arms in found.items():
+        lines += [f"### What the targets know of the passed prompts: {subset}", ""]
+        lines += ["| arm | AUPRC of the default guard's own score | of the targets |", "| --- | ---: | ---: |"]
+        lines += [f"| {arm} | {np.mean(pairs, 0)[0]:.3f} | {np.mean(pairs, 0)[1]:.3f} |" for arm, pairs in arms.items()]
+        lines += [""]
+    return lines
 
 
 def _change(gain: Estimate) -> str:

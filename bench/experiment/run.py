@@ -15,7 +15,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bench.experiment.arms import lessons
+from bench.experiment.arms import lessons, ranking
 from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
 from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, load_experiment
 from bench.experiment.steps import Kept, Workers
@@ -62,6 +62,7 @@ class Lessons:
     folder: Path
     harvest: Harvest
     """Without its tables."""
+    ranking: dict[str, tuple[float, float]]
 
 
 class Experiment:
@@ -183,7 +184,8 @@ class Experiment:
         folder = self.kept.make(
             f"{arm.name}-lessons", key, lambda folder: stages.write_harvest(harvest, folder, {}, examples)
         )
-        return Lessons(arm, before, folder, replace(harvest, examples=[], blocked_inputs=[], shown=[], held_out=[]))
+        told = replace(harvest, examples=[], blocked_inputs=[], shown=[], held_out=[])
+        return Lessons(arm, before, folder, told, ranking(examples, traffic, self.settings.subsets))
 
     def trained(self, pair: tuple[Lessons, int]) -> Cell:
         """The arm's guard with one seed, and the gate's verdict on it."""
@@ -205,7 +207,7 @@ class Experiment:
         made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
         verdict = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))["decision"]
         margins = _margins(made / "test.parquet")
-        return Cell(arm.name, before.default_seed, seed, margins, verdict, made, taught.harvest)
+        return Cell(arm.name, before.default_seed, seed, margins, verdict, made, taught.harvest, taught.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}

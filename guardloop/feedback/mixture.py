@@ -21,7 +21,7 @@ from scipy.special import betaln, expit, logit
 Floats = NDArray[np.float64]
 SAMPLE = 5_000  # prompts that the mixture is fitted on; the rest get its posterior
 EDGE = 1e-3  # no share is taken for 0 or 1
-ALIKE = (0.02, 0.9)  # bounds of the correlation of responses to one prompt, given its class
+ALIKE = (0.1, 0.9)  # bounds of the correlation of responses to one prompt, given its class: one judge misjudges alike
 LINES = ((0.0, 0.0), (-1.5, -1.5))  # log slopes and intercepts to start from: the likelihood has several peaks
 STEEPNESS = 4.0  # strength, in prompts, of the belief that the own margin's slope is 1
 

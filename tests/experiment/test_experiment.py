@@ -11,7 +11,7 @@ from models import save_guard
 from tiny_responder import save as save_responder
 
 from bench.experiment import run as module
-from bench.experiment.arms import lessons
+from bench.experiment.arms import lessons, ranking
 from bench.experiment.results import AGENT, DEFAULT, GOLD, RECIPE, Cell, compare, measure
 from bench.experiment.results import _part as part_of
 from bench.experiment.settings import Arm, ExperimentSettings, Subset, load_experiment
@@ -77,6 +77,17 @@ def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
     assert not any(row["kind"] == "positive" for row in none)
     with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):
         lessons(Arm(name="x", feedback={"fusoin": "beta"}), rows, responses, settings())
+
+
+def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
+    rows, responses = evidence
+    subsets = [Subset(name="all"), Subset(name="elsewhere", source="nowhere")]
+    examples, _ = lessons(Arm(name="x"), rows, responses, settings())
+    own, target = ranking(examples, rows, subsets)["all"]
+    assert own < target < 1  # the lowest scores are the unsafe ones, of which three of five drew blocked responses
+    assert ranking(examples, rows, subsets).keys() == {"all"}
+    gold, _ = lessons(Arm(name="x", lessons="gold"), rows, responses, settings())
+    assert ranking(gold, rows, subsets)["all"][1] == 1
 
 
 def cells(**better: float) -> list[Cell]:
@@ -183,6 +194,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     text = page.read_text()
     assert all(f"| {arm} |" in text for arm in ("default", "recipe", *arms, "recipe, round 2"))
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
+    assert "What the targets know of the passed prompts: all" in text
     assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
     assert json.loads((kept / "tiny" / "figures.json").read_text())["all"]["recipe"]["auprc"]["closed"]
 
