@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
 
+from guardloop.evaluation.bootstrap import resample_weights
 from guardloop.evaluation.metrics import (
     auprc,
     auroc,
@@ -141,3 +142,15 @@ def test_the_right_temperature_calibrates():
     errors = {t: calibrated(3 * log_odds, unsafe, temperature=t)["ece"] for t in (1.0, 3.0, 9.0)}
     assert errors[3.0] < 0.02
     assert min(errors[1.0], errors[9.0]) > 0.05
+
+
+def test_at_its_own_false_positive_rate_a_guard_catches_no_less_than_at_its_threshold():
+    draw = np.random.default_rng(0)
+    scores, unsafe = draw.normal(size=400), np.arange(400) % 3 == 0
+    flagged = scores > 1.0
+    weights = next(resample_weights(np.arange(400), unsafe, 500, seed=0))
+    c = curve(rank(scores, unsafe), weights)
+    caught, blocked = (weights[:, flagged & of].sum(axis=1) for of in (unsafe, ~unsafe))
+    found = decision_metrics(caught, blocked, c.unsafe, c.safe)
+    assert len(found["fpr"]) == 500
+    assert (recall_at_fpr(c, found["fpr"]) >= found["recall"]).all()  # a rate rounded down would lose a blocked row
