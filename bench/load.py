@@ -48,7 +48,7 @@ def main() -> None:
             seconds, mib = found["seconds"], found["mib"]
             lines.append(f"| {stage} | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {mib:,.0f} |")
             print(lines[-1], flush=True)  # noqa: T201
-    title = f"## Stages without a model, as the rows grow\n\n{machine()} Made-up rows; `make bench-load`"
+    title = f"## Stages without a model, as the rows grow\n\n{machine()} Made-up rows; `make bench-load ROWS={options.rows}`"
     note = f"`mine_feedback` has {SAMPLES} judged responses to each prompt that passed; memory is the process's peak."
     if not options.only:
         write_section("load", f"{title}\n\n{note}\n\n" + "\n".join(lines))
