@@ -42,13 +42,14 @@ def main() -> None:
     for stage in [options.only] if options.only else WORK:
         for rows in map(int, options.rows.split(",")):
             with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "bench.load", "--measure", stage, str(rows), folder]
-                ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                measuring = [sys.executable, "-m", "bench.load", "--measure", stage, str(rows), folder]
+                ended = subprocess.run(measuring, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(ended.stdout.splitlines()[-1])
             seconds, mib = found["seconds"], found["mib"]
             lines.append(f"| {stage} | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {mib:,.0f} |")
             print(lines[-1], flush=True)  # noqa: T201
-    title = f"## Stages without a model, as the rows grow\n\n{machine()} Made-up rows; `make bench-load ROWS={options.rows}`"
+    command = f"make bench-load ROWS={options.rows}"
+    title = f"## Stages without a model, as the rows grow\n\n{machine()} Made-up rows; `{command}`"
     note = f"`mine_feedback` has {SAMPLES} judged responses to each prompt that passed; memory is the process's peak."
     if not options.only:
         write_section("load", f"{title}\n\n{note}\n\n" + "\n".join(lines))
