@@ -52,7 +52,7 @@ class Guard:
         *,
         threshold: float = 0.0,
         temperature: float = 1.0,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         pack_tokens: int = 20992,
         packed: bool | None = None,
         categories: bool = False,

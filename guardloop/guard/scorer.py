@@ -14,6 +14,7 @@ from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
 from guardloop.guard.verdict import LabelTokens
 
+BATCH_TOKENS = {"cpu": 512, "gpu": 4096}  # a CPU's caches hold no more: larger batches take half as long again
 Prefix = tuple[int, ...]
 Scored = tuple[list[int], torch.Tensor, torch.Tensor]
 """Indices of prompts, with their margins and label masses, `float32[B]` each, on the model's device."""
@@ -28,15 +29,18 @@ class Scorer:
         prefixes: Sequence[Sequence[int]],
         labels: LabelTokens,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         pack_tokens: int = 20992,
         packed: bool | None = None,
     ) -> None:
-        """`packed`: whether prompts are packed; by default on a GPU, for models that can be."""
+        """`packed`: whether prompts are packed; by default on a GPU, for models that can be.
+
+        `batch_tokens`: tokens of prompts in one forward pass of a batch; by default BATCH_TOKENS.
+        """
         self.model = model
         self.prefixes = prefixes
         self.labels = labels
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "gpu"]
         self.pack_tokens = pack_tokens
         self.packed = (model.device.type == "cuda" if packed is None else packed) and fits(model)
         self._caches: dict[Prefix, PrefixCache] = {}

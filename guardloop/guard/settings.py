@@ -34,8 +34,8 @@ class GuardSettings(Section):
     """Where the guard runs; `auto` takes a GPU when there is one."""
     max_text_tokens: int = Field(default=1024, ge=16)
     """Longer messages keep their head and tail; the verdict is marked as truncated."""
-    batch_tokens: int = Field(default=4096, ge=256)
-    """Upper bound of message tokens in one forward pass."""
+    batch_tokens: int | None = Field(default=None, ge=256)
+    """Upper bound of message tokens in one forward pass; by default 512 on a CPU, 4096 on a GPU."""
     pack_tokens: int = Field(default=20992, ge=1024, multiple_of=512)
     """Tokens of one pack of conversations on a GPU; memory is bounded by it. The default fills an H100's 132
     multiprocessors evenly."""
