@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from launch.cluster import ApiError, Cluster
+from launch.calls import ApiError
+from launch.cluster import Cluster
 from launch.logs import last_words
 from launch.tasks import DRIVER, ENDED, message_of, moment, seconds_of, stage_of, stages_of
 

@@ -10,7 +10,7 @@ from kubeflow_server import KubeflowServer
 
 from guardloop import cli
 from guardloop.config import load_platform
-from launch import cluster, follow, submit, target
+from launch import calls, follow, submit, target
 from launch.compile import compile_all
 
 read_once = cache(submit.Package.read)  # reading YAML takes longer than a test
@@ -36,7 +36,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: Path
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(cluster, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.005)
     monkeypatch.setattr(target, "MOUNTED_TOKEN", tmp_path / "no-token")
     monkeypatch.setattr(target, "MOUNTED_NAMESPACE", tmp_path / "no-namespace")
@@ -57,14 +57,14 @@ def server() -> Iterator[KubeflowServer]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up soon."""
-    monkeypatch.setattr(cluster, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(calls, "PATIENCE_SECONDS", 0.3)
     monkeypatch.setattr(follow, "PATIENCE_SECONDS", 0.3)
 
 
 @pytest.fixture
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for an answer less long than the server sleeps; calls are still repeated."""
-    monkeypatch.setattr(cluster, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(calls, "READ_SECONDS", 0.3)
 
 
 @pytest.fixture
