@@ -27,8 +27,6 @@ Policy = dict[str, Category]
 def read_policy(path: str | Path) -> Policy:
     """Read a YAML of `code: {name, description}`. Raises GuardLoopError for a missing file or a malformed code."""
     path = Path(path)
-    if not path.is_file():
-        path = FOLDER / path.name if (FOLDER / path.name).is_file() else path
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError:

@@ -15,6 +15,7 @@ import jinja2
 from guardloop.errors import GuardLoopError
 from guardloop.guard.family import FOLDER as FAMILY_FOLDER
 from guardloop.guard.family import Family
+from guardloop.guard.policy import FOLDER as POLICIES
 from guardloop.guard.policy import Policy, read_policy
 
 TEMPLATES = FAMILY_FOLDER.parent / "templates"
@@ -69,8 +70,14 @@ class Renderer:
             raise GuardLoopError(
                 f"guard.policy: {family.name} has its policy built in", "leave guard.policy and excluded_categories out"
             )
-        self.policy = policy if policy is not None else read_policy(family.policy) if family.policy else None
-        self.codes = [c for c in (self.policy or family.categories) if c not in self.excluded]
+        own = read_policy(POLICIES / family.policy) if family.policy and policy is None else None
+        self.policy = policy if policy is not None else own
+        known = list(self.policy or family.categories)
+        if unknown := [code for code in self.excluded if code not in known]:
+            raise GuardLoopError(
+                f"guard.excluded_categories: the policy has no {', '.join(unknown)}", f"its codes: {', '.join(known)}"
+            )
+        self.codes = [code for code in known if code not in self.excluded]
         if family.template is None and not getattr(tokenizer, "chat_template", None):
             raise GuardLoopError(
                 f"guard.family: the tokenizer has no chat template, which {family.name} needs",

@@ -1,4 +1,5 @@
 import pytest
+from models import renderer_of
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.family import families, family_of
@@ -67,6 +68,15 @@ def test_a_malformed_policy_is_refused(tmp_path, text, problem):
         read_policy(path)
 
 
-def test_a_missing_policy_is_named():
-    with pytest.raises(GuardLoopError, match=r"no such file: nowhere\.yaml"):
-        read_policy("nowhere.yaml")
+@pytest.mark.parametrize("name", ["nowhere.yaml", "guardloop.yaml"])
+def test_a_missing_policy_is_named_and_none_of_ours_taken_for_it(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GuardLoopError, match=f"no such file: {name}"):
+        read_policy(name)
+
+
+def test_a_file_with_our_policys_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    expected = renderer_of("guardloop").policy
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guardloop.yaml").write_text("guard: {base: a-model}")
+    assert renderer_of("guardloop").policy == expected

@@ -277,6 +277,13 @@ def test_categories_are_given_and_left_out(name):
     assert renderer.codes == ["S2"]
 
 
+@pytest.mark.parametrize("name", ["llama-guard-3-1b", "guardloop"])
+def test_a_category_that_cannot_be_left_out_is_named(name):
+    with pytest.raises(GuardLoopError, match="the policy has no s1, S99") as error:
+        renderer_of(name, excluded=["S1", "s1", "S99"])
+    assert error.value.remedy.startswith("its codes: S1, S2")
+
+
 def test_the_3_1b_template_keeps_its_own_policy_unless_told():
     text = tokenizer_of("llama-guard-3-1b").decode(renderer_of("llama-guard-3-1b").render("x").tokens)
     assert "S13: Elections." in text
