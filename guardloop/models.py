@@ -48,11 +48,14 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The number format of the weights: `auto` is bfloat16 where matrix products in it are native, else float32."""
+    """The number format of the weights: `auto` is bfloat16 where matrix products in it are native, else float16 on a
+    GPU and float32 on a CPU.
+    """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
 
 

@@ -7,12 +7,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.facts import guard_facts
-from guardloop.models import locate, pick_device
+from guardloop.models import locate, pick_device, pick_dtype
 
 LOAD = """
 from guardloop.errors import GuardLoopError
@@ -94,3 +96,18 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(GuardLoopError, match="no usable GPU"):
         pick_device("cuda")
+
+
+@pytest.mark.parametrize(("generation", "format_"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
+    monkeypatch: pytest.MonkeyPatch, generation: int, format_: torch.dtype
+) -> None:
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device: SimpleNamespace(major=generation),
+        "_check_bf16_tensor_supported": lambda device: True,
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+
+    assert pick_dtype("auto", torch.device("cuda")) == format_
