@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from guardloop.errors import GuardLoopError
@@ -66,4 +67,14 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
             f"the adapter in {folder} does not fit the base model: {' '.join(str(error).split())[:300]}",
             "use the base that its guard.json names",
         ) from error
+    if changes_vocabulary(adapted):
+        raise GuardLoopError(
+            f"the adapter in {folder} changes the embeddings or the output head, from whose weights margins are read",
+            "use an adapter on the decoder's layers only",
+        )
     return adapted
+
+
+def changes_vocabulary(model: Any) -> bool:
+    """Whether an adapter is on the embeddings or the output head: many models hold one weight for both."""
+    return any(isinstance(x, LoraLayer) for x in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import trunk
+from guardloop.guard.loading import changes_vocabulary
 from guardloop.training.settings import TrainingSettings
 
 TRAINED = "trained"
@@ -47,10 +48,10 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         raise GuardLoopError(
             f"training.targets: {str(error).splitlines()[0]}", "use all-linear, or names of the model's own layers"
         ) from error
-    if isinstance(adapted.get_output_embeddings(), LoraLayer):
+    if changes_vocabulary(adapted):
         raise GuardLoopError(
-            "training.targets: the output head cannot have an adapter: margins are read from its weights",
-            "leave the head out, or use all-linear",
+            "training.targets: embeddings and output head cannot have an adapter: margins are read from their weights",
+            "leave them out, or use all-linear",
         )
     return adapted
 
@@ -137,6 +138,8 @@ def _stacked(model: PeftModel, config: LoraConfig) -> PeftModel:
         )
     model.add_adapter(TRAINED, config)
     model.base_model.set_adapter([own, TRAINED])
+    for layer in (layer for _, layer in lora_layers(model) if own in layer.lora_A):
+        layer.lora_dropout[own] = torch.nn.Identity()  # the default guard answers in training as it does elsewhere
     for name, parameter in model.named_parameters():
         parameter.requires_grad = f".{TRAINED}." in name
     return model

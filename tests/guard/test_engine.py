@@ -338,6 +338,13 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path, shape, config):
         load(base, adapter(tmp_path / "lora", tiny_llama(**shape), **config))
 
 
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_the_embeddings_or_the_head_is_refused(base, tmp_path, layer):
+    folder = adapter(tmp_path / "lora", target_modules=["q_proj", layer])
+    with pytest.raises(GuardLoopError, match="changes the embeddings or the output head"):
+        load(base, folder)
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"junk of more than eight bytes"])
 def test_a_broken_adapter_is_refused(base, tmp_path, file, content):

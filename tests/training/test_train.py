@@ -230,7 +230,7 @@ def test_too_few_examples_are_refused(base, tmp_path):
             train(examples, guard_settings(base), quick(min_examples=32), tmp_path / "one")
 
 
-@pytest.mark.parametrize("targets", [["no_such_layer"], ["lm_head"]])
+@pytest.mark.parametrize("targets", [["no_such_layer"], ["lm_head"], ["embed_tokens"]])
 def test_layers_that_cannot_have_an_adapter_are_refused(base, tmp_path, targets):
     with pytest.raises(GuardLoopError, match=r"training\.targets"):
         train(toy_examples(), guard_settings(base), quick(targets=targets), tmp_path / "one")
@@ -339,6 +339,13 @@ def test_a_scaled_adapter_is_itself_again_afterwards(scale):
         assert all(layer.scaling[TRAINED] == pytest.approx(3 * scale) for layer in layers)
         assert all(layer.scaling["default"] == 2 for layer in layers)
     assert [dict(layer.scaling) for layer in layers] == before
+
+
+def test_the_default_guards_own_adapter_is_trained_on_as_it_answers():
+    model = fresh_adapter(with_lora(tiny_llama(), lora_dropout=0.9), TrainingSettings(rank=4, dropout=0.0))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 def test_the_saved_weights_are_finite_and_of_the_adapter_only(toy):
