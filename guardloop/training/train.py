@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.adapter_files import CHECKSUM, WEIGHTS, checksum
+from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.facts import guard_facts
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
@@ -103,11 +103,14 @@ def train(
     if settings.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     default_threshold = guard.threshold if guard.threshold is not None else float(facts.get("threshold", 0.0))
-    default_margins = _margins(model, renderer, held_out, processes)
+    default_margins = _margins(model, renderer, held_out, guard, processes)
     encoded = [encode(row, renderer) for row in training]
     data_hash = _hash([dict(row) for row in examples])
     decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes"})
-    key = [data_hash, guard.plain(), _digest(own_adapter), decisive]
+    key = [
+        *(data_hash, _hash([example.tokens for example in encoded])),  # the tokens show the policy's content, too
+        *(guard.plain(), default_threshold, _digest(own_adapter), decisive),
+    ]
 
     def judged(margins: np.ndarray) -> tuple[float | None, float | None]:
         return ranking(held_out, margins), benign_fpr(held_out, margins, default_threshold)
@@ -121,7 +124,7 @@ def train(
         def look(step: int, looks: dict[int, np.ndarray] = looks) -> Look:
             looks.clear()
             model.eval()
-            looks[step] = _margins(model, renderer, held_out, processes)
+            looks[step] = _margins(model, renderer, held_out, guard, processes)
             return Look(step, *judged(looks[step]))
 
         stores.append(Checkpoints(settings.checkpoints or str(cache_folder() / "checkpoints"), _hash([*key, seed])))
@@ -139,7 +142,7 @@ def train(
             margins = looks.get(fitted.best.step) if scale == 1.0 and fitted.best else None
             if margins is None:
                 with scaled(model, scale):
-                    margins = _margins(model, renderer, held_out, processes)
+                    margins = _margins(model, renderer, held_out, guard, processes)
             trials.append(Trial(seed, scale, *judged(margins)))
             if best is None or _rank(trials[-1], settings) > _rank(best.trial, settings):
                 best = Choice(trials[-1], margins, trained_tensors(model), fitted)
@@ -191,7 +194,7 @@ def encode(row: Row, renderer: Renderer) -> Encoded:
         target=row["target"],
         weight=row["weight"],
         answer=answer,
-        replayed_mass=(1.0 if mass is None else mass) if replayed else None,
+        replayed_mass=min(1.0, 1.0 if mass is None else mass) if replayed else None,  # rounding may take it above 1
     )
 
 
@@ -233,10 +236,13 @@ def _rank(trial: Trial, settings: TrainingSettings) -> tuple[bool, float]:
     return Look(0, trial.held_out_auprc, trial.benign_fpr).rank(settings.fpr_limit)
 
 
-def _margins(model: Any, renderer: Renderer, rows: Sequence[Row], processes: PartialState) -> np.ndarray:
+def _margins(
+    model: Any, renderer: Renderer, rows: Sequence[Row], settings: GuardSettings, processes: PartialState
+) -> np.ndarray:
     """Margins of `rows`, `float32[N]`, in order; each process scores its share."""
     rank, count = processes.process_index, processes.num_processes
-    verdicts = Guard(model, renderer, is_guard=False).score(rows[rank::count])
+    budgets = {"batch_tokens": settings.batch_tokens, "pack_tokens": settings.pack_tokens}
+    verdicts = Guard(model, renderer, is_guard=False, **budgets).score(rows[rank::count])
     mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
     found = sorted(gather_object(mine)) if count > 1 else mine
     return np.array([margin for _, margin in found], dtype=np.float32)
@@ -251,10 +257,8 @@ def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder:
     (folder / CARD).write_text(model_card(facts), "utf-8")
 
 
-def _digest(adapter: Path | None) -> str:
-    if adapter is None:
-        return ""
-    return checksum(adapter / WEIGHTS)
+def _digest(adapter: Path | None) -> list[str]:
+    return [checksum(adapter / name) for name in (CONFIG, WEIGHTS)] if adapter else []
 
 
 def _hash(value: object) -> str:

@@ -1,5 +1,6 @@
 """A training that is stopped, at any moment and by any means, goes on and ends as if it had not been."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from models import renderer_of, tiny_llama
+from models import renderer_of, tiny_llama, with_lora
 from safetensors.torch import load_file
 from services import S3Server
 from test_train import guard_settings, quick, toy_examples
@@ -139,6 +140,29 @@ def test_another_training_does_not_go_on_from_it(base, tmp_path):
     ):
         with pytest.raises(Stopped):
             train(examples, guard, settings, tmp_path / "one", stop)
+    assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+def test_a_policy_or_default_adapter_that_was_edited_makes_another_training(base, tmp_path):
+    options = quick(checkpoints=str(tmp_path / "kept"), checkpoint_steps=1, min_examples=2)
+    policy, adapter = tmp_path / "policy.yaml", tmp_path / "adapter"
+    policy.write_text("S1: {name: Weapons, description: a bomb}")
+    with_lora(tiny_llama()).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    guard = guard_settings(base, policy=str(policy), adapter=str(adapter))
+
+    def stop(seed, step):
+        raise Stopped
+
+    for edit in (
+        lambda: None,
+        lambda: policy.write_text("S1: {name: Weapons, description: a knife}"),
+        lambda: (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1})),
+        lambda: (adapter / "guard.json").write_text('{"threshold": 0.5}'),
+    ):
+        edit()
+        with pytest.raises(Stopped):
+            train(toy_examples(10), guard, options, tmp_path / "one", stop)
     assert len(list((tmp_path / "kept").iterdir())) == 4
 
 

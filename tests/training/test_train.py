@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from models import agent, tiny_llama, user, with_lora
+from models import agent, renderer_of, tiny_llama, user, with_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ from guardloop.training import train as module
 from guardloop.training.adapter import TRAINED, fresh_adapter, scaled
 from guardloop.training.calibrate import operating_point, ranking, temperature
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.train import split, train
+from guardloop.training.train import encode, split, train
 
 pytestmark = pytest.mark.slow
 
@@ -418,6 +418,19 @@ def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
     for name, weight in off.items():
         torch.testing.assert_close(on[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_the_held_out_examples_are_scored_within_the_guards_own_budgets(monkeypatch, base, tmp_path):
+    given = []
+    monkeypatch.setattr(module, "Guard", lambda *args, **options: given.append(options) or Guard(*args, **options))
+    train(toy_examples(20), guard_settings(base, batch_tokens=300, pack_tokens=1024), quick(), tmp_path / "one")
+    assert len(given) >= 2
+    assert all((options["batch_tokens"], options["pack_tokens"]) == (300, 1024) for options in given)
+
+
+def test_a_label_mass_that_was_rounded_above_one_is_one():
+    renderer, replayed = renderer_of("guardloop"), row(0, "hello", 0.3, "replay_traffic")
+    assert encode(replayed | {"label_mass": 1.0000001}, renderer) == encode(replayed | {"label_mass": 1.0}, renderer)
 
 
 @given(true=st.floats(0.2, 5), seed=st.integers(0, 9))
