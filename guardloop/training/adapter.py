@@ -92,20 +92,25 @@ def put_back(model: Any, tensors: dict[str, torch.Tensor]) -> None:
 
 
 class scaled:  # noqa: N801  (reads as a verb: with scaled(model, .5))
-    """The trained adapter at a part of its strength, for as long as the context lasts."""
+    """The trained adapter at a part of its strength, for as long as the context lasts.
+
+    Its weights change, and not peft's `scaling`: that is a number in the compiled code, which a GPU would compile anew.
+    """
 
     def __init__(self, model: Any, scale: float) -> None:
-        self.layers = [layer for _, layer in lora_layers(model) if TRAINED in layer.scaling]
+        self.weights = [layer.lora_B[TRAINED].weight for _, layer in lora_layers(model) if TRAINED in layer.lora_B]
         self.scale = scale
 
+    @torch.no_grad()
     def __enter__(self) -> None:
-        self.before = [layer.scaling[TRAINED] for layer in self.layers]
-        for layer in self.layers:
-            layer.scaling[TRAINED] *= self.scale
+        self.before = [weight.clone() for weight in self.weights]
+        for weight in self.weights:
+            weight.mul_(self.scale)
 
+    @torch.no_grad()
     def __exit__(self, *_: object) -> None:
-        for layer, scaling in zip(self.layers, self.before, strict=True):
-            layer.scaling[TRAINED] = scaling
+        for weight, before in zip(self.weights, self.before, strict=True):
+            weight.copy_(before)
 
 
 def save_adapter(model: PeftModel, scale: float, folder: Path) -> None:

@@ -211,16 +211,13 @@ class Training:
         started = time.perf_counter()
         self.model.train()
         while (done := self._backward(batch, number)) is None:
-            smaller = self.packs.halve() if self.packs else self.micro_rows > 1
-            if not smaller or self.processes > 1:
+            if self.processes > 1 or not self._halve():
+                setting = "pack_tokens" if self.packs else "micro_rows"
                 raise GuardLoopError(
-                    f"training: out of memory with {self.micro_rows} examples in a forward pass of each process",
-                    "set training.micro_rows or training.pack_tokens lower, or training.gradient_checkpointing to 1, "
-                    "or guard.quantization",
+                    f"training: out of memory with {self._most()} in a forward pass of each process",
+                    f"set training.{setting} lower, or training.gradient_checkpointing to 1, or guard.quantization",
                 )
-            self.micro_rows = math.ceil(self.micro_rows / 2)
-            piece = f"packs of {self.packs.largest} tokens" if self.packs else f"{self.micro_rows} examples"
-            log.warning("out of memory: from here on %s in a forward pass", piece)
+            log.warning("out of memory: from here on %s in a forward pass", self._most())
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
         loss, tokens = done
@@ -235,6 +232,16 @@ class Training:
         mfu = self.flops * tokens / seconds / self.peak / self.processes if self.peak else None
         memory = memory_gib(self.model.device)
         return Step(number, total, loss, norm, rate, len(batch), tokens, seconds, memory, mfu)
+
+    def _halve(self) -> bool:
+        """Compute less at once from here on; False where it is least already."""
+        if self.packs:
+            return self.packs.halve()
+        before, self.micro_rows = self.micro_rows, math.ceil(self.micro_rows / 2)
+        return self.micro_rows < before
+
+    def _most(self) -> str:
+        return f"a pack of {self.packs.largest} tokens" if self.packs else f"{self.micro_rows} examples"
 
     def _backward(self, batch: Sequence[Encoded], number: int) -> tuple[float, int] | None:
         """Gradients of the batch's weighted mean loss; the loss and the tokens computed, or None without the memory.

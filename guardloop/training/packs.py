@@ -66,10 +66,13 @@ class Packs:
         return self._forwards[prefix, size](rows, reads), tokens
 
     def halve(self) -> bool:
-        """Use packs half as large from here on; False where they are small already."""
-        self.largest //= 2
+        """Use packs half as large from here on; False, with nothing changed, where they are small already."""
+        half = self.largest // 2 // BLOCK * BLOCK
+        if half < 8 * BLOCK:
+            return False
+        self.largest = half
         self._forwards.clear()
-        return self.largest >= 8 * BLOCK
+        return True
 
     def _row(self, prefix: Sequence[int], example: Encoded) -> list[int]:
         return [*example.tokens[len(prefix) :], *self.lead, *example.answer[:-1]]

@@ -12,7 +12,7 @@ from models import renderer_of, tiny_llama, with_lora
 from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import label_logits
 from guardloop.guard.verdict import LabelTokens, label_tokens
-from guardloop.training.fit import Learner, Look, answer_hidden, batches, fit, rate_at
+from guardloop.training.fit import Learner, Look, Training, answer_hidden, batches, fit, rate_at
 from guardloop.training.loss import Encoded, batch_loss, label_losses
 from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
@@ -420,6 +420,34 @@ def test_memory_for_no_example_at_all_is_told():
     with pytest.raises(GuardLoopError, match="out of memory with 1 examples") as error:
         fitted_state(before=small_memory(0))
     assert "gradient_checkpointing" in error.value.remedy
+
+
+def test_packs_are_halved_to_whole_squares():
+    model, renderer = adapted(), renderer_of("guardloop")
+    packs = Packs(model, renderer.prefixes, (), largest=8704, compiled=False)
+    sizes = [packs.largest]
+    while packs.halve():
+        sizes.append(packs.largest)
+    assert sizes == [8704, 4352, 2176, 1024]
+    assert packs.largest == 1024
+
+
+def test_packs_without_the_memory_are_named(caplog):
+    model, renderer = adapted(), renderer_of("guardloop")
+    labels, examples = label_tokens(renderer), encoded(renderer)
+    training = Training(model, renderer.prefixes, labels, TrainingSettings())
+    training.packs = training.learner.packs = Packs(model, renderer.prefixes, (), largest=2048, compiled=False)
+
+    def check(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.get_base_model().model.embed_tokens.register_forward_pre_hook(check)
+    with pytest.raises(GuardLoopError, match="out of memory with a pack of 1024 tokens") as error:
+        training.take(examples, 1, 1)
+    assert "training.pack_tokens" in error.value.remedy
+    assert [r.message for r in caplog.records] == [
+        "out of memory: from here on a pack of 1024 tokens in a forward pass"
+    ]
 
 
 def looks(*values):

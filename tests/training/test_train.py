@@ -11,8 +11,10 @@ from mlflow import MlflowClient
 from models import agent, renderer_of, tiny_llama, user, with_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from guardloop.errors import GuardLoopError
+from guardloop.guard import packed
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
 from guardloop.records import EXAMPLE, write_table
@@ -334,11 +336,28 @@ def test_ranking_leaves_replay_out():
 def test_a_scaled_adapter_is_itself_again_afterwards(scale):
     model = fresh_adapter(with_lora(tiny_llama()), TrainingSettings(rank=4, alpha=12))
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B[TRAINED].weight)
+    before = [{name: layer.get_delta_weight(name) for name in layer.lora_A} for layer in layers]
     with scaled(model, scale):
-        assert all(layer.scaling[TRAINED] == pytest.approx(3 * scale) for layer in layers)
-        assert all(layer.scaling["default"] == 2 for layer in layers)
-    assert [dict(layer.scaling) for layer in layers] == before
+        for layer, deltas in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer.get_delta_weight(TRAINED), scale * deltas[TRAINED])
+            assert torch.equal(layer.get_delta_weight("default"), deltas["default"])
+    for layer, deltas in zip(layers, before, strict=True):
+        assert all(torch.equal(layer.get_delta_weight(name), delta) for name, delta in deltas.items())
+
+
+def test_another_strength_of_the_adapter_needs_no_other_code(monkeypatch):
+    torch._dynamo.reset()
+    compiled = CompileCounter()
+    monkeypatch.setattr(packed, "_compiled", lambda layer: torch.compile(layer, backend=compiled, dynamic=False))
+    model = fresh_adapter(tiny_llama(), TrainingSettings(rank=2)).eval()
+    counts = []
+    for scale in (1.0, 0.5):
+        with scaled(model, scale), torch.inference_mode():
+            packed.PackedForward(model, [1, 2, 3], 128)([[4, 5], [6]])
+        counts.append(compiled.frame_count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_the_default_guards_own_adapter_is_trained_on_as_it_answers():
