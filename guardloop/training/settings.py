@@ -37,7 +37,8 @@ class TrainingSettings(Section):
     validation: float = Field(default=0.2, gt=0, lt=0.9)
     """Share of the examples (whole near-duplicate groups) held out, to watch training and to set the threshold."""
     max_newly_blocked: float = Field(default=0.02, ge=0, lt=1)
-    """The threshold is set so that this share of held-out never-blocked prompts is flagged at most."""
+    """The threshold is set so that at most this share of held-out never-blocked prompts is flagged beyond those that
+    the default guard flagged."""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     """Strengths of the adapter to try (0: the default guard, 1: as trained); the best on the held-out is kept."""
     min_examples: int = Field(default=32, ge=2)
@@ -51,14 +52,15 @@ class TrainingSettings(Section):
     category_weight: float = Field(default=0.1, ge=0)
     """Weight of the written categories in the loss, for examples that carry trusted `codes`."""
     micro_rows: int | None = Field(default=None, ge=1)
-    """Examples in one forward pass; by default a whole step. Halved by itself where memory runs out."""
+    """Examples in one forward pass where they are not packed; by default a whole step. Halved by itself where memory
+    runs out."""
     processes: int = Field(default=1, ge=1)
     """Processes that share each step, one for each GPU of the machine."""
     gradient_checkpointing: float = Field(default=0.0, ge=0, le=1)
     """Share of the layers whose activations are computed again in the backward pass: slower, in less memory. Without
     packs, any share means all layers."""
     pack_tokens: int = Field(default=8192, ge=1024, multiple_of=512)
-    """On a GPU: tokens of the largest pack of examples in one forward pass."""
+    """On a GPU: tokens of the largest pack of examples in one forward pass. Halved by itself where memory runs out."""
     validate_steps: int = Field(default=0, ge=0)
     """Steps between two looks at the held-out examples; 0: after each epoch."""
     patience: int = Field(default=3, ge=0)
