@@ -59,8 +59,10 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         with safe_open(folder / WEIGHTS, "pt") as file:
             stored = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118  (a file, not a dict)
+        # else peft asks the hub for the base that the adapter names
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         # peft itself only warns where the adapter has other layers than the model
-        if odd := stored.symmetric_difference(k for k in get_peft_model_state_dict(adapted) if "lora_" in k):
+        if odd := stored.symmetric_difference(key for key in loaded if "lora_" in key):
             raise ValueError(f"{len(odd)} weights without counterpart, such as {min(odd)}")
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise GuardLoopError(

@@ -345,6 +345,15 @@ def test_an_adapter_on_the_embeddings_or_the_head_is_refused(base, tmp_path, lay
         load(base, folder)
 
 
+def test_the_hub_is_not_asked_for_what_an_adapter_names(base, tmp_path, monkeypatch):
+    folder, asked = adapter(tmp_path / "lora"), []
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/base"}))
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *args: asked.append(args))
+    load(base, folder)
+    assert not asked
+
+
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"junk of more than eight bytes"])
 def test_a_broken_adapter_is_refused(base, tmp_path, file, content):
