@@ -241,8 +241,8 @@ def _margins(
 ) -> np.ndarray:
     """Margins of `rows`, `float32[N]`, in order; each process scores its share."""
     rank, count = processes.process_index, processes.num_processes
-    budgets = {"batch_tokens": settings.batch_tokens, "pack_tokens": settings.pack_tokens}
-    verdicts = Guard(model, renderer, is_guard=False, **budgets).score(rows[rank::count])
+    guard = Guard(model, renderer, batch_tokens=settings.batch_tokens, pack_tokens=settings.pack_tokens, is_guard=False)
+    verdicts = guard.score(rows[rank::count])
     mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
     found = sorted(gather_object(mine)) if count > 1 else mine
     return np.array([margin for _, margin in found], dtype=np.float32)
