@@ -66,6 +66,15 @@ class Run:
         outputs = [p for p in found if p.parent.parent.parent == self.folder / "artifacts"]
         return outputs[-1] if outputs else None
 
+    def inherited(self, name: str) -> Path | None:
+        """The output called `name` of this run, or of the run that it started from, or None."""
+        if found := self.artifact(name):
+            return found
+        started_from = json.loads((self.folder / "run.json").read_text("utf-8")).get("from")
+        if started_from and (home() / "runs" / started_from / "run.json").is_file():
+            return find_run(started_from).inherited(name)
+        return None
+
 
 def home() -> Path:
     """Where runs, logs and the local registry are kept: $GUARDLOOP_HOME, or .guardloop here."""
@@ -97,12 +106,15 @@ def run_local(
     arguments: dict[str, Any] = {**settings.sections(), "shards": platform.shards}
     arguments = {name: arguments[name] for name in PARAMETERS[pipeline] if name != "run_id"}
     for name in NEEDS.get(pipeline, ()):
-        found = earlier.artifact(name) if earlier else None
+        found = earlier.inherited(name) if earlier else None
         if found is None:
             which = f"the run {earlier.id} has no {name}" if earlier else f"{pipeline} starts from an earlier run"
             raise GuardLoopError(which, "name a run that has one with --from RUN (or `latest`)")
         arguments[f"{name}_uri"] = str(found)
-    return execute(_create(pipeline, arguments, settings.sections(), platform, configuration), platform, console)
+    run = _create(pipeline, arguments, settings.sections(), platform, configuration)
+    if earlier:
+        _describe(run, **{"from": earlier.id})
+    return execute(run, platform, console)
 
 
 def execute(run: Run, platform: PlatformSettings, console: Console, more: Mapping[str, str] | None = None) -> Run:

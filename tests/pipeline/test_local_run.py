@@ -2,17 +2,22 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from canaries import CANARIES, found_in
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from rich.console import Console
 from workshop import Workshop
 
+from guardloop.config import PlatformSettings, Settings
+from guardloop.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
 from guardloop.records import read_table
 from guardloop.stages import SCORE_TABLE
+from launch import local
 from launch.rates import FOLDERS, find_alike, read_past
 
 
@@ -79,6 +84,28 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert json.loads(alone.stdout) == workshop.summary()
     assert workshop.summary()["evaluation"] == full["evaluation"]  # the same inputs, the same figures
+
+
+def test_each_part_finds_what_the_parts_before_it_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARDLOOP_HOME", str(tmp_path))
+    monkeypatch.setattr(local, "execute", lambda run, platform, console: run)
+
+    def part(pipeline: str, *outputs: str) -> local.Run:
+        earlier = None if pipeline == "process" else local.find_run("latest")
+        run = local.run_local(pipeline, Settings(), PlatformSettings(), "demo.yaml", Console(), earlier)
+        for name in outputs:
+            (run.folder / "artifacts" / "task" / "stage" / name).mkdir(parents=True)
+        return run
+
+    processed, trained = part("process", "training_set", "test_set"), part("train", "adapter")
+    arguments = json.loads((part("evaluate").folder / "run.json").read_text())["arguments"]
+
+    assert arguments["training_set_uri"] == str(processed.artifact("training_set"))
+    assert arguments["test_set_uri"] == str(processed.artifact("test_set"))
+    assert arguments["adapter_uri"] == str(trained.artifact("adapter"))
+    (processed.folder / "run.json").unlink()
+    with pytest.raises(GuardLoopError, match="has no training_set"):
+        part("evaluate")
 
 
 @pytest.mark.slow
