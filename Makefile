@@ -1,8 +1,8 @@
 # Every target sets up what it needs first (scripts/setup.sh), which takes no time when nothing changed.
 #
-#   make run CONFIG=configs/llama-guard-7b.yaml PLATFORM=cluster
+#   make run CONFIG=configs/own-data.yaml PIPELINE=process RUNNER=docker
 #   make submit CONFIG=configs/llama-guard-7b.yaml PLATFORM=gpu-cluster HOST=https://kubeflow.example.org/pipeline
-#   make test PYTEST_ARGS="-n 2 tests/unit"
+#   make test PYTEST_ARGS="-n 2 tests/guard"
 #   make setup TORCH_INDEX=...    torch from this package index: a mirror, or one CUDA version's builds
 #   make lock LOCK_ARGS=--upgrade
 

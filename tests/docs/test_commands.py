@@ -192,6 +192,13 @@ def test_a_cheap_command_ends_well(
     assert not ended.value.code and capsys.readouterr().out
 
 
+def test_the_examples_at_the_top_of_the_makefile_name_what_is_there() -> None:
+    examples = "\n".join(re.findall(r"^#   make .*", MAKEFILE, re.M))
+    paths = re.findall(r"\b(?:configs|tests)/[\w./-]+", examples)
+    paths += [f"configs/platform/{named}.yaml" for named in re.findall(r"PLATFORM=([\w-]+)", examples)]
+    assert paths and not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_make_help_lists_every_target_that_is_for_people() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     told = re.findall(r"^  make ([a-z-]+) ", shown, re.M)

@@ -2,6 +2,7 @@
 stands in for them here."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -162,6 +163,19 @@ def test_git_ignores_filled_in_secrets() -> None:
     done = subprocess.run(["git", "check-ignore", str(path)], cwd=ROOT, capture_output=True, check=False)
 
     assert done.returncode == 0
+
+
+def test_the_page_makes_each_namespace_before_the_secrets_in_it() -> None:
+    steps = re.findall(r"kubectl apply -[fk] (manifests/\S+)", (ROOT / "docs" / "kubernetes.md").read_text())
+    before = steps[: steps.index("manifests/overlays/cluster/secrets.yaml")]
+    made = {o["metadata"]["name"] for step in before if step.endswith(".yaml") for o in _objects(ROOT / step)}
+    made |= {"kubeflow"} if "manifests/kfp/cluster-scoped" in before else set()  # KFP's own makes it
+
+    assert {secret["metadata"]["namespace"] for secret in Overlay("cluster").examples} <= made
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text("utf-8")))
 
 
 def _environment(deployment: dict[str, Any]) -> dict[str, Any]:
