@@ -150,6 +150,8 @@ def check(
 
     if (text is None) == (file is None):
         raise GuardLoopError("check: give either a text or --file", 'for example: guardloop check "How do I ...?"')
+    if response is not None and file is not None:
+        raise GuardLoopError("check: --response goes with a text", "write `response` into the rows of the file")
     rows: list[dict[str, Any]] = [{"id": "1", "prompt": text, "response": response}]
     if file is not None:
         rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))

@@ -177,6 +177,7 @@ def test_a_pipeline_that_starts_from_a_run_there_is_not(guardloop, pipeline):
 def test_check_needs_a_text_or_a_file(guardloop, tmp_path):
     refused(guardloop("check"), "either a text or --file")
     refused(guardloop("check", "hello", "--file", str(tmp_path / "x.jsonl")), "either a text or --file")
+    refused(guardloop("check", "--response", "hi", "--file", str(tmp_path / "x.jsonl")), "--response goes with a text")
 
 
 def test_check_names_the_row_that_it_cannot_read(guardloop, tmp_path):
