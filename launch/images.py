@@ -24,9 +24,11 @@ def stage_of(image: str) -> str:
 
 def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
     """The image of `stage` in `registry`. Raises GuardLoopError for the tag `latest` or none."""
-    if tag in ("", "latest"):
+    if not tag:
+        raise _no_checkout()
+    if tag == "latest":
         raise GuardLoopError(
-            f"{stage}: an image needs a tag that never moves, not {tag or 'none'!r}",
+            f"{stage}: an image needs a tag that never moves, not {tag!r}",
             "leave the tag out for that of this checkout, or name one; results are cached by image",
         )
     return f"{registry}/{stage}:{tag}{'-gpu' if gpu and stage in MODEL_STAGES else ''}"
@@ -39,7 +41,11 @@ def checkout_tag() -> str:
     """
     if tag := code_state().tag:
         return tag
-    raise GuardLoopError(
+    raise _no_checkout()
+
+
+def _no_checkout() -> GuardLoopError:
+    return GuardLoopError(
         "no git checkout to name images after", "start in the repository, or set the images' tag in the platform"
     )
 

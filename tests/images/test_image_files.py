@@ -92,9 +92,9 @@ def test_a_stage_is_known_by_its_image(image: str) -> None:
     assert stage_of(image) == "screen"
 
 
-@pytest.mark.parametrize("tag", ["latest", ""])
-def test_a_tag_that_moves_is_refused(tag: str) -> None:
-    with pytest.raises(GuardLoopError, match="never moves"):
+@pytest.mark.parametrize(("tag", "why"), [("latest", "never moves"), ("", "no git checkout")])
+def test_a_tag_that_moves_is_refused(tag: str, why: str) -> None:
+    with pytest.raises(GuardLoopError, match=why):
         image_of("screen", "guardloop", tag)
 
 
