@@ -106,7 +106,14 @@ def compile_(
     from launch.compile import compile_all
 
     settings = load_settings(config) if config else None
-    for path in compile_all(folder, load_platform(platform), None, settings, config.name if config else ""):
+    where = load_platform(platform)
+    try:
+        paths = compile_all(folder, where, None, settings, config.name if config else "")
+    except OSError as error:
+        raise GuardLoopError(
+            f"cannot write {folder}: {error.strerror or error}", "choose another place: --out"
+        ) from None
+    for path in paths:
         console.print(f"  [green]✓[/] {path}")
 
 

@@ -15,6 +15,7 @@ UNITS |= {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
 DNS_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*$"
 TAG = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
+REGISTRY = r"^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]+)?(/[a-z0-9]([a-z0-9._-]*[a-z0-9])?)*$"
 GPU_TYPE = r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$"
 
 
@@ -148,7 +149,7 @@ class Volume(Section):
 class ClusterSettings(Section):
     """Where the pods of a run come from and what they find. Components never see it; nothing here changes a result."""
 
-    registry: str = Field(default="guardloop", pattern=r"^[A-Za-z0-9][A-Za-z0-9.:/_-]*[A-Za-z0-9]$")
+    registry: str = Field(default="guardloop", pattern=REGISTRY)
     """Where the images are, without their names: `registry.example.com/safety/guardloop`."""
     tag: Tag | None = None
     """Tag of every image, to which stages with a GPU add `-gpu`; by default the commit that is checked out."""

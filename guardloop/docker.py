@@ -2,13 +2,14 @@
 
 from pydantic import Field, field_validator
 
+from guardloop.cluster import REGISTRY
 from guardloop.settings import Section
 
 
 class DockerSettings(Section):
     """What each stage's container gets. Nothing here changes a result."""
 
-    registry: str = Field(default="guardloop", pattern=r"^[a-z0-9][A-Za-z0-9.:/_-]*[A-Za-z0-9]$")
+    registry: str = Field(default="guardloop", pattern=REGISTRY)
     """Where the images are, without their names; those of `make images` are under `guardloop`."""
     tag: str | None = None
     """Tag of every image; by default that of this checkout, as `make images` gives it."""

@@ -29,7 +29,7 @@ def read_section(model: type[S], values: object, where: str) -> S:
     except ValidationError as error:
         raise GuardLoopError(
             "\n".join(_explain(model, problem, where) for problem in error.errors()),
-            "run `guardloop config fields` for every setting with its meaning and default",
+            "`guardloop config fields` lists the settings; docs/configuration.md has those of platforms, too",
         ) from None
 
 

@@ -143,6 +143,11 @@ def test_a_cluster_is_compiled_for_and_not_run_on(guardloop, tmp_path):
     assert "guardloop-environment" in text and "value: demo.yaml" in text
 
 
+def test_a_place_that_cannot_be_written(guardloop, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(guardloop("compile", "--out", str(tmp_path / "file")), "cannot write", "--out")
+
+
 def test_a_wrong_setting(guardloop, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("guard: {bse: x}\ntraining: {rank: '[red]many[/]'}\n")

@@ -204,6 +204,8 @@ def test_an_image_without_a_tag_that_stays_is_refused(tag: str, why: str, tmp_pa
     ("values", "says"),
     [
         ({"tag": "latest"}, "moves"),
+        ({"registry": "https://registry.example.com/team"}, "registry"),
+        ({"registry": "registry.example.com/Team"}, "registry"),
         ({"defaults": {"cpu": "4", "cpu_limit": "2"}}, "cpu 4 is above cpu_limit 2"),
         ({"defaults": {"memory": "1.5Gi", "memory_limit": "1Gi"}}, "above memory_limit"),
         ({"defaults": {"memory": "lots"}}, "not a quantity"),
