@@ -7,6 +7,7 @@ finds the same inputs and settings, and so the same key; the place of its output
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +28,7 @@ from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
 PLACE = "GUARDLOOP_WORK"
+KEY = re.compile(r"[0-9a-f]{32}")
 KEEP_DAYS = 7.0
 LOCK_SECONDS = 10.0  # a process that was killed a moment ago may not be gone yet
 MOST_UNSENT = 2  # files on their way to the store; more make the engine wait
@@ -118,11 +120,21 @@ class Work:
 
 
 def _forget_old(root: Path) -> None:
-    """Delete work that nobody has gone on with for KEEP_DAYS: it holds prompts and responses."""
+    """Delete work that nobody has gone on with for KEEP_DAYS: it holds prompts and responses.
+
+    Only folders named by a key are work: the place may be a folder that holds other things, too.
+    """
     for folder in root.glob("*/"):
-        if time.time() - folder.stat().st_mtime > KEEP_DAYS * 86400:
+        if KEY.fullmatch(folder.name) and _is_old(folder):
             with suppress(Timeout), FileLock(folder / "lock").acquire(timeout=0):  # the clock may have jumped
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_old(folder: Path) -> bool:
+    try:
+        return time.time() - folder.stat().st_mtime > KEEP_DAYS * 86400
+    except FileNotFoundError:  # another process was faster
+        return False
 
 
 def _weights(model: str) -> list[tuple[str, int, int]]:

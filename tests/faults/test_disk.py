@@ -141,14 +141,15 @@ def test_a_clock_that_jumps_amid_the_work_changes_nothing(
 
 def test_a_clock_that_jumps_does_not_delete_work_in_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GUARDLOOP_WORK", str(tmp_path))
-    with Work("mine"):
-        (tmp_path / "mine" / "part-000000-00.parquet").write_bytes(b"x")
+    mine, another, third = (letter * 32 for letter in "abc")
+    with Work(mine):
+        (tmp_path / mine / "part-000000-00.parquet").write_bytes(b"x")
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + 400 * 86400)
-        with Work("another"):
-            assert (tmp_path / "mine" / "part-000000-00.parquet").is_file()
-    with Work("a third"):
-        assert not (tmp_path / "mine").exists()  # nobody holds it now
+        with Work(another):
+            assert (tmp_path / mine / "part-000000-00.parquet").is_file()
+    with Work(third):
+        assert not (tmp_path / mine).exists()  # nobody holds it now
 
 
 def test_two_at_work_on_one_cache_make_the_same(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,13 +282,15 @@ def test_two_processes_do_not_share_a_folder(
     assert len(answer(screened(["a"]), Nested(), settings)) == 3
 
 
-def test_old_work_is_forgotten(place: Path) -> None:
-    for name, days in (("old", 8), ("new", 6)):
+def test_old_work_is_forgotten_and_nothing_else_there_is_touched(place: Path) -> None:
+    old, new, another = (letter * 32 for letter in "abc")
+    for name, days in ((old, 8), (new, 6), ("thesis", 800)):
         (place / name).mkdir(parents=True)
         (place / name / "part-000000-00.parquet").write_bytes(b"x")
         os.utime(place / name, (0, time.time() - days * 86400))
-    with Work("another"):
-        assert sorted(p.name for p in place.iterdir()) == ["another", "new"]
+    with Work(another):
+        assert sorted(p.name for p in place.iterdir()) == [new, another, "thesis"]
+    assert [p.name for p in (place / "thesis").iterdir()] == ["part-000000-00.parquet"]
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
