@@ -57,6 +57,12 @@ class OpenAIResponder:
                     f"responder.api_key_env: the environment variable {settings.api_key_env} is not set",
                     f"export {settings.api_key_env} with the endpoint's key, or leave api_key_env out",
                 )
+            if not (self._key.isascii() and self._key.isprintable()):  # no header; and the client's error repeats it
+                raise GuardLoopError(
+                    f"responder.api_key_env: the value of {settings.api_key_env} cannot be a key: "
+                    "it has line breaks or characters beyond ASCII",
+                    f"export {settings.api_key_env} again, with the key alone",
+                )
             headers["Authorization"] = f"Bearer {self._key}"
         self._client = httpx.Client(
             headers=headers,

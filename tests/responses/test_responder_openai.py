@@ -194,6 +194,14 @@ def test_a_missing_key_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) 
         OpenAIResponder(settings_for("http://localhost:1/v1", api_key_env="SOME_KEY"))
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nsk-other", "sk-secr\u00e9t", "sk-secret\x01"])
+def test_what_cannot_be_a_key_is_told_and_not_repeated(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(GuardLoopError, match="value of SOME_KEY cannot be a key") as told:
+        OpenAIResponder(settings_for("http://localhost:1/v1", api_key_env="SOME_KEY"))
+    assert "sk-" not in str(told.value)
+
+
 def test_an_unknown_model_is_told(serve: Callable[[Script], Endpoint]) -> None:
     with pytest.raises(GuardLoopError, match="has no model m"):
         replies(serve(lambda body, attempt: (404, {}, b"")), ["a"])
