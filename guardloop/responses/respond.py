@@ -85,7 +85,7 @@ def _response(row: Row, reply: Reply, name: str, opening: str) -> Row:
         "responder": name,
         "finish_reason": reply.finish_reason,
         "tokens": reply.tokens,
-        "refusal": is_refusal(reply.text.removeprefix(opening)),
+        "refusal": is_refusal(reply.text.removeprefix(opening.strip())),  # as the text itself was,
     }
 
 

@@ -57,13 +57,16 @@ def test_rows_are_responses(tmp_path: Any) -> None:
     assert set(made[0]) == set(RESPONSE.names)
 
 
-def test_refusals_are_tagged() -> None:
+@pytest.mark.parametrize("opening", [None, "Sure, here is", " Sure: "])
+def test_refusals_are_tagged(opening: str | None) -> None:
     class Refuser(Script):
         def _answers(self, held: list[Request]) -> Iterator[Reply]:
+            text = f"{opening or ''} I'm sorry, but I can't help with that.".strip()
             while held:
-                yield Reply(held[-1].id, held.pop().sample, "I'm sorry, but I can't help with that.", "stop", 9)
+                yield Reply(held[-1].id, held.pop().sample, text, "stop", 9)
 
-    assert all(row["refusal"] for row in respond(screened(PROMPTS[:2]), Refuser(), tiny_settings()))
+    settings = tiny_settings(opening=opening)
+    assert all(row["refusal"] for row in respond(screened(PROMPTS[:2]), Refuser(), settings))
 
 
 def test_only_what_passed_is_answered() -> None:
