@@ -11,7 +11,7 @@ import numpy as np
 from datasketch import MinHash
 
 from guardloop.data.settings import DatasetSettings
-from guardloop.data.sources import read_conversations
+from guardloop.data.sources import CONTROL, read_conversations
 from guardloop.errors import GuardLoopError
 from guardloop.records import Row
 
@@ -19,7 +19,6 @@ PERMUTATIONS = 64
 RECALL = 0.99
 SHINGLE = 3
 EMPTY = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # of what is hashed already
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.records import DAMAGED, Row
 
 SAMPLE = Path(__file__).parent / "sample"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 Numbered = Iterator[tuple[int, Row]]
 
@@ -61,19 +63,20 @@ def _table(source: SourceSettings, where: str) -> Numbered:
 
 def _hub(source: SourceSettings, where: str) -> Iterator[Row]:
     from datasets import load_dataset  # noqa: PLC0415  (slow to import; files do not need it)
+    from httpx2 import HTTPError  # noqa: PLC0415  (what the hub's client raises where it has no answer)
 
     try:
         yield from load_dataset(
             source.path, source.config, split=source.split, revision=source.revision, streaming=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         if "gated" in str(error).lower():
             raise GuardLoopError(
                 f"{where}: access to the gated dataset {source.path} was refused",
                 f"accept its terms at huggingface.co/datasets/{source.path}, then set HF_TOKEN",
             ) from error
         raise GuardLoopError(
-            f"{where}: cannot read {source.path} from the hub: {str(error).splitlines()[0]}",
+            f"{where}: cannot read {source.path} from the hub: {(str(error) or repr(error)).splitlines()[0]}",
             "check the id, configuration, split and network; a local file works too (kind: file)",
         ) from error
 
@@ -170,7 +173,7 @@ def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> 
                 f"{place}: {source.columns.get(ours, ours)} is {type(values[ours]).__name__}, not text", "mend the row"
             )
     given = {ours: value for ours, value in values.items() if str(value).strip() and value is not None}
-    texts = {ours: _text(given[ours]) if ours in given else None for ours in values}
+    texts = {ours: (_text(given[ours]) or None) if ours in given else None for ours in values}
     return {
         **{ours: text for ours, text in texts.items() if ours != "label"},
         "id": texts["id"] or _text_id(values["prompt"], texts["response"]),
@@ -199,13 +202,18 @@ def _no_column(place: str, column: str, row: Row) -> GuardLoopError:
 
 
 def _text(value: Any) -> str:
-    """`value` as text that can be written: JSON may hold halves of surrogate pairs."""
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    """`value` as text that can be written and shown: no halves of surrogate pairs, nothing that steers a terminal."""
+    return CONTROL.sub("", str(value)).encode("utf-8", "replace").decode("utf-8")
 
 
 def _truth(value: Any, words: list[str] | None = None) -> bool:
     words = words or ["1", "true", "yes"]
-    return str(value).strip().lower().removesuffix(".0") in {word.lower() for word in words}
+    return _word(value) in map(_word, words)
+
+
+def _word(value: Any) -> str:
+    """`value` as labels are compared: 1, 1.0 and "1" are one."""
+    return str(value).strip().lower().removesuffix(".0")
 
 
 def _text_id(prompt: str, response: str | None) -> str:

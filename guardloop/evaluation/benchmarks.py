@@ -89,14 +89,14 @@ def resolve_commit(repository: str, revision: str | None, where: str) -> str:
     """The commit that `revision` (a branch, a tag, or None for the newest) of a hub dataset stands for now."""
     if revision and COMMIT.fullmatch(revision):
         return revision
+    from httpx2 import HTTPError  # noqa: PLC0415  (of which the hub's own errors are)
     from huggingface_hub import HfApi  # noqa: PLC0415  (slow to import; files and pinned sets do not need it)
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     try:
         return str(HfApi().dataset_info(repository, revision=revision).sha)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise GuardLoopError(
-            f"{where}: the hub does not tell the commit of {repository}: {str(error).splitlines()[0]}",
+            f"{where}: the hub does not tell the commit of {repository}: {(str(error) or repr(error)).splitlines()[0]}",
             f"check the network, and HF_TOKEN if it is gated (huggingface.co/datasets/{repository}); "
             "or save it as a file and give source: {kind: file, path: ...}",
         ) from error

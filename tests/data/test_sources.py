@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
+import httpx2 as httpx
 import pytest
 
 from guardloop.config import load_settings
@@ -105,6 +107,12 @@ def test_words_and_numbers_of_a_label(write, label, unsafe):
     assert read(write([{"prompt": "x", "label": label}]))[0]["unsafe"] is unsafe
 
 
+@pytest.mark.parametrize("value", [1, 1.0, "1", "1.0"])
+@pytest.mark.parametrize("word", ["1", "1.0"])
+def test_a_number_is_one_label_however_it_is_written(write, value, word):
+    assert read(write([{"prompt": "x", "label": value}]), unsafe_labels=[word])[0]["unsafe"] is True
+
+
 def test_ids_are_kept_and_made_up_from_the_text_where_there_are_none(write):
     with_ids = read(write([{"id": 0, "prompt": "a"}, {"id": "seven", "prompt": "b"}]))
     assert [r["id"] for r in with_ids] == ["0", "seven"]
@@ -129,6 +137,11 @@ def test_half_a_surrogate_pair_becomes_text_that_can_be_written(write):
     (row,) = read(write(b'{"prompt": "a\\ud800b", "id": "\\udfff", "category": "\\ud800", "source": "\\ud800"}\n'))
     assert row["prompt"] == "a?b"
     assert json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_names_that_steer_a_terminal_lose_that_part(write):
+    (row,) = read(write([{"prompt": "x", "category": "\x1b[2Jharm\x07", "source": "\x1b", "language": "\x1b]0;en"}]))
+    assert (row["category"], row["source"], row["language"]) == ("[2Jharm", "rows.jsonl", "]0;en")
 
 
 # Samples of rows
@@ -213,6 +226,16 @@ def test_a_local_hub_folder_keeps_its_splits_apart(write, tmp_path):
     assert [r["unsafe"] for r in traffic + test] == [False, True, True, False]
     with pytest.raises(GuardLoopError, match="split"):
         list(read_conversations(settings.test.model_copy(update={"path": str(folder), "split": "dev"})))
+
+
+def test_a_hub_that_goes_away_amid_the_rows_is_told(monkeypatch):
+    def rows(*_, **__):
+        yield {"prompt": "x"}
+        raise httpx.ReadError("broken off")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(GuardLoopError, match="cannot read a/b from the hub: broken off"):
+        list(read_conversations(SourceSettings(kind="hub", path="a/b")))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -213,12 +214,16 @@ def test_an_unpinned_benchmark_is_read_at_the_commit_that_is_recorded(monkeypatc
     assert asked == [("a/b", None), ("a/b", "main")]
 
 
-def test_a_hub_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError("no route"), "no route"), (httpx.ConnectError("no"), "no"), (httpx.ReadTimeout(""), "ReadTimeout")],
+)
+def test_a_hub_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
     def away(*_: Any, **__: Any) -> None:
-        raise OSError("no route")
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", away)
-    with pytest.raises(GuardLoopError, match="benchmark b: the hub does not tell the commit of a/b: no route"):
+    with pytest.raises(GuardLoopError, match=f"benchmark b: the hub does not tell the commit of a/b: {told}"):
         resolve_commit("a/b", None, "benchmark b")
 
 
