@@ -37,7 +37,7 @@ def lessons(
         )
     passed = {row["id"]: row for row in seen if not row["flagged"]}
     evidence = {id: found for id, found in gather(kept).items() if id in passed}
-    found = {id for id, e in evidence.items() if e.blocked and e.blocked >= feedback.min_blocked_share * e.responses}
+    found = {id for id, e in evidence.items() if e.is_positive(feedback)}
     examples = [_example(passed[id], 1.0, "positive") for id in sorted(found)]
     if arm.lessons == "balanced":
         others = sorted(set(passed) - found)

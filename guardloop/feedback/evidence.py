@@ -64,6 +64,11 @@ class Evidence:
         if self.worst is None or row["margin"] > self.worst["margin"]:
             self.worst = row
 
+    def is_positive(self, settings: FeedbackSettings) -> bool:
+        """Whether enough of the responses were blocked."""
+        # divided, not multiplied: 0.28 * 25 is more than 7 in floating point
+        return bool(self.blocked) and self.blocked / self.responses >= settings.min_blocked_share
+
     def posterior(self, settings: FeedbackSettings) -> float:
         """P(the prompt is unsafe): the mean of a Beta with the prior as pseudo-counts.
 

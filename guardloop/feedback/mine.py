@@ -59,7 +59,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     everything = gather(judged_rows, passed)
     weighed = weigh(everything, settings)
     evidence = {k: e for k, e in everything.items() if not is_held_out(e.prompt["group"], settings)}
-    finds = [e for e in everything.values() if e.blocked and e.blocked >= settings.min_blocked_share * e.responses]
+    finds = [e for e in everything.values() if e.is_positive(settings)]
     positives = [e for e in finds if e.prompt["id"] in evidence]
     never = [e for e in evidence.values() if not e.blocked]
     answered = [e for e in never if e.refusals < e.responses]
@@ -127,7 +127,7 @@ def replay(
 ) -> list[Row]:
     """Rows that teach the default guard's own score, half on prompts that it blocked, half on judged responses.
 
-    Their weights add up to the share `settings.replay` of the whole.
+    Their weights add up to the share `settings.replay` of the whole, or to less where they are few: none is above 1.
     """
     draw = random.Random(settings.seed)
     blocked = [row for row in traffic if row["flagged"]]
@@ -200,7 +200,6 @@ def _replayed(row: Row, kind: str, reason: str, scale: Callable[[float], float] 
 
 
 def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
-    positive = evidence.blocked >= settings.min_blocked_share * evidence.responses
     return {
         **{name: evidence.prompt[name] for name in ("id", "prompt", "unsafe", "category", "source", "group")},
         **{name: evidence.prompt[name] for name in ("language", "jailbreak")},
@@ -208,7 +207,7 @@ def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
         "response": None,
         "responses": evidence.responses,
         "blocked": evidence.blocked,
-        "response_unsafe": False if not evidence.blocked else True if positive else None,
+        "response_unsafe": False if not evidence.blocked else evidence.is_positive(settings) or None,
     }
 
 
@@ -254,7 +253,7 @@ def _verdict(positives: int, never: int, harvest: Harvest, settings: FeedbackSet
     if positives < settings.min_positives:
         kept = f" outside the {len(harvest.held_out)} that are held out" if harvest.held_out else ""
         return False, (
-            f"{positives} of {harvest.passed} passed prompts drew blocked responses{kept}; "
+            f"{positives} of {harvest.passed} passed prompts drew enough blocked responses{kept}; "
             f"at least {settings.min_positives} are needed to train"
         )
     if not never:

@@ -122,6 +122,14 @@ def test_a_blocked_refusal_counts_as_blocked():
     assert evidence.worst is not None and evidence.worst["sample"] == 0
 
 
+@pytest.mark.parametrize(("share", "blocked", "responses"), [(0.28, 7, 25), (0.56, 14, 25), (0.14, 7, 50), (0.5, 2, 4)])
+def test_the_share_of_a_positive_is_reached_exactly(share, blocked, responses):
+    settings = FeedbackSettings(min_blocked_share=share)
+    rows = [judged(screened("p", -1.0), i, 1.0 if i < blocked else -1.0) for i in range(responses)]
+    assert gather(rows)["p"].is_positive(settings)
+    assert not gather(rows[1:])["p"].is_positive(settings)
+
+
 def test_responses_are_gathered_by_prompt_without_those_that_failed():
     one, two, three = (screened(name, -1.0) for name in ("one", "two", "three"))
     rows = [judged(one, 0, 2.0), judged(two, 0, -2.0), judged(one, 1, -2.0), judged(one, 2, None)]
