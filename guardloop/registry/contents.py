@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ NOTE = "mlflow.note.content"  # shown as the run's description
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "guard.json")
 KEY_METRICS = ("default_auprc", "improved_auprc", "gain_auprc", "gain_recall_at_default_fpr", "gain_fpr")
 PARAM_LIMIT = 6000
+PARAM_NAME_LIMIT = 250
+NOT_IN_PARAM_NAMES = re.compile(r"[^\w. :-]")
 TABLE = {
     "auprc": "AUPRC",
     "auroc": "AUROC",
@@ -72,7 +75,8 @@ class DataSource(BaseModel):
 
 def params_of(sections: Mapping[str, Any]) -> dict[str, str]:
     """Settings by dotted name: `training.rank`. Lists become JSON; what MLflow cannot hold is cut."""
-    return {name: text[:PARAM_LIMIT] for name, text in _flat(sections, "")}
+    named = ((NOT_IN_PARAM_NAMES.sub("_", name)[:PARAM_NAME_LIMIT], text) for name, text in _flat(sections, ""))
+    return {name: text[:PARAM_LIMIT] for name, text in named}
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
@@ -190,4 +194,7 @@ def _gain(gain: Estimate | None) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+    """One line of plain text: it may name a category or source, which come from the data."""
+    from guardloop.report.text import markdown  # noqa: PLC0415  (images that only read the registry have no report)
+
+    return markdown(text)

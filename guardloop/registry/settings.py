@@ -1,10 +1,13 @@
 """Settings of the registry: where runs and adapters are recorded."""
 
+import re
+
 from pydantic import Field, field_validator
 
 from guardloop.settings import Section, without_credentials
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
+TAG = re.compile(r"(?=.{1,250}$)\w[\w.: -]*(/\w[\w.: -]*)*")
 
 
 class RegistrySettings(Section):
@@ -18,6 +21,13 @@ class RegistrySettings(Section):
     """MLflow address, `https://host` or `sqlite:///file.db`; by default the environment's MLFLOW_TRACKING_URI."""
     tags: dict[str, str] = {}
     """Tags put on every run and version, for example the team or the ticket."""
+
+    @field_validator("tags")
+    @classmethod
+    def _tag_names(cls, tags: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in tags if not re.fullmatch(TAG, name)]:
+            raise ValueError(f"{wrong[0]!r} cannot name a tag: letters, digits, `_`, `-`, `.`, `:`, `/` and spaces can")
+        return tags
 
     @field_validator("tracking_uri")
     @classmethod

@@ -17,6 +17,8 @@ from services import MlflowServer, S3Server
 
 from guardloop.errors import GuardLoopError
 from guardloop.registry import DataSource, Registry, RegistrySettings, TrainingLog, resolve_model
+from guardloop.registry.contents import description
+from guardloop.settings import read_section
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,33 @@ def test_a_run_that_trained_nothing_is_recorded(local: Registry) -> None:
 def test_many_long_settings(local: Registry) -> None:
     local.record_run(origin(), {"s": {f"key{i}": "x" * 7000 for i in range(130)}})
     assert len(run_of(local).data.params) == 130
+
+
+def test_settings_named_after_columns_of_a_table_are_recorded(local: Registry) -> None:
+    where = {"is toxic?": "1", "label (human)": "yes", "a//b": "c", "x" * 300: "d"}
+    local.record_run(origin(), {"dataset": {"where": where}})
+    assert sorted(run_of(local).data.params.values()) == ["1", "c", "d", "yes"]
+    assert run_of(local).data.params["dataset.where.label _human_"] == "yes"
+
+
+@pytest.mark.parametrize("name", ["team?", "", " ", "/a", "a//b", "a/../b", "x" * 251, "a\n"])
+def test_a_tag_that_mlflow_would_refuse_after_the_run_is_refused_before_it(name: str) -> None:
+    with pytest.raises(GuardLoopError, match=r"registry\.tags: .* cannot name a tag"):
+        read_section(RegistrySettings, {"tags": {name: "x"}}, "registry")
+
+
+def test_every_tag_that_is_taken_can_be_recorded(local: Registry) -> None:
+    tags = dict.fromkeys(("team", "a/b", "git.sha", "ticket: 7", "größe", "a-b_c", "x" * 250), "x")
+    settings = read_section(RegistrySettings, {**local.settings.plain(), "tags": tags}, "registry")
+    Registry(settings, local.connection.uri).record_run(origin(), {})
+    assert tags.items() <= run_of(local).data.tags.items()
+
+
+def test_names_of_the_data_are_plain_text_on_a_page() -> None:
+    found = evaluation("failed")
+    found.decision.headline = "in category <img src=x> ![a](http://evil.example/a.png) it fell"
+    first = description(origin(), found).splitlines()[0]
+    assert first.startswith("**FAILED**: in category &lt;img src=x&gt; !\\[a\\](http&#58;//evil")
 
 
 def test_other_settings_under_the_same_run_are_refused(local: Registry) -> None:
