@@ -166,13 +166,19 @@ def _published(published: Published, evidence: Evidence) -> Check:
     question = f"Does the default guard's {words.removeprefix('the ')} on {place} agree with the published figure?"
     told = f"{published.value:.3f} is published ({published.source})"
     if measured is None:
+        scored = any(benchmark.name == published.dataset for benchmark in evidence.benchmarks)
+        why = (
+            f"the rows of {published.dataset} that were scored do not show it"
+            if scored
+            else f"it was not measured here: add {published.dataset} to evaluation.benchmarks"
+        )
         return Check(
             name=name,
             question=question,
             value=None,
             limit=published.value,
             outcome="not proven",
-            explanation=f"{told}, and it was not measured here: add {published.dataset} to evaluation.benchmarks.",
+            explanation=f"{told}, and {why}.",
             blocks=published.miss == "fail",
         )
     off = abs(measured.value - published.value)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ def curves_of(scores: str | Path, guard: str) -> tuple[list[float], list[float],
 
 def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator[Row]:
     """Rows that both guards could judge, with both margins."""
-    pairs = zip(read_table(default_scores, SCREENED), read_table(improved_scores, SCREENED), strict=True)
+    nothing: Row = {}  # beyond the end of the shorter table
+    pairs = zip_longest(read_table(default_scores, SCREENED), read_table(improved_scores, SCREENED), fillvalue=nothing)
     for default, improved in pairs:
-        if default["id"] != improved["id"]:
+        if default.get("id") != improved.get("id"):
             raise GuardLoopError(
                 "evaluate: the two score tables are not of the same test set", "screen one test set with both guards"
             )

@@ -11,10 +11,11 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from guardloop import stages
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
 from guardloop.evaluation.compare import SINGLE
-from guardloop.records import SCORES
+from guardloop.records import SCORES, SCREENED, write_table
 
 FAST = EvaluationSettings(resamples=200)
 DEFAULT, IMPROVED = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", 0.0, 0.99, 0)
@@ -177,6 +178,15 @@ def test_a_group_with_both_labels_is_evaluated():
 def test_what_cannot_be_evaluated_is_refused_with_the_reason(scores, message):
     with pytest.raises(GuardLoopError, match=message):
         evaluate(scores, DEFAULT, IMPROVED, FAST)
+
+
+@pytest.mark.parametrize("other", [["a", "b"], ["a", "b", "c", "d"], ["a", "b", "x"]])
+def test_scores_of_two_test_sets_are_refused(tmp_path, other):
+    for name, ids in (("default", ["a", "b", "c"]), ("improved", other)):
+        columns = dict.fromkeys(SCREENED.names) | {"prompt": "p", "source": "s", "flagged": False, "truncated": False}
+        write_table([columns | {"id": i, "group": i, "margin": 1.0} for i in ids], SCREENED, tmp_path / name)
+    with pytest.raises(GuardLoopError, match="not of the same test set"):
+        stages.evaluate(tmp_path / "default", tmp_path / "improved", tmp_path, tmp_path, tmp_path / "out", {}, {})
 
 
 def test_a_useless_default_guard_is_noted():

@@ -266,6 +266,18 @@ def test_a_published_figure_is_found_on_its_benchmark(drawn):
     assert (check.value, check.limit, check.outcome) == (0.84, 0.847, "passed")
 
 
+@pytest.mark.parametrize(
+    ("scored", "told"), [(True, "of openai that were scored do not show it"), (False, "add openai")]
+)
+def test_a_published_figure_that_is_missing_says_what_to_do(drawn, scored, told):
+    benchmark = BenchmarkResult(name="openai", kind="unsafe", rows=9, unsafe=9, metrics=[])
+    gate = GateSettings(published=[PUBLISHED | {"dataset": "openai"}])
+    scores, guards = drawn(improved_auprc=0.75)
+    decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark] if scored else []).decision
+    check = next(check for check in decision.checks if check.name == "published_auprc_openai")
+    assert check.outcome == "not proven" and told in check.explanation
+
+
 def test_one_figure_is_published_once():
     with pytest.raises(ValueError, match="twice"):
         GateSettings(published=[PUBLISHED, PUBLISHED])
