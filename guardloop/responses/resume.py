@@ -156,21 +156,25 @@ def _is_whole(path: Path) -> bool:
 
 
 def _distinct(paths: list[Path]) -> tuple[list[Path], npt.NDArray[np.int64]]:
-    """The parts without those that repeat a prompt of an earlier part, and the sorted hashes of their prompts' ids.
+    """The parts without those that repeat a prompt of a part that is kept, and the sorted hashes of their prompts' ids.
 
     Two pods may have done the same work at the same time. Eight bytes per prompt are held.
     """
     hashes = [_hashes(path) for path in paths]
     if not hashes:
         return [], np.empty(0, np.int64)
-    every = np.concatenate(hashes)
-    part = np.repeat(np.arange(len(paths)), [len(ids) for ids in hashes])
-    order = np.argsort(every, kind="stable")
-    again = set(part[order][1:][every[order][1:] == every[order][:-1]].tolist())
-    for index in again:
-        log.warning("%s repeats prompts of another part; it is not used", paths[index])
-        paths[index].unlink()
-    kept = [index for index in range(len(paths)) if index not in again]
+    every, times = np.unique(np.concatenate(hashes), return_counts=True)
+    repeated = every[times > 1]
+    taken: set[int] = set()  # those of the repeated that are in a part that is kept
+    kept = list[int]()
+    for index, (path, ids) in enumerate(zip(paths, hashes, strict=True)):
+        shared = set(np.intersect1d(ids, repeated).tolist())
+        if shared & taken:
+            log.warning("%s repeats prompts of another part; it is not used", path)
+            path.unlink()
+        else:
+            taken |= shared
+            kept.append(index)
     return [paths[i] for i in kept], np.sort(np.concatenate([hashes[i] for i in kept]))
 
 

@@ -21,6 +21,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.progress import Stage
 from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
 from guardloop.responses import resume, work
+from guardloop.responses.respond import respond
 from guardloop.responses.responder import Reply, Request, Responder
 from guardloop.responses.resume import Parts, answered
 from guardloop.responses.settings import ResponderSettings
@@ -265,6 +266,16 @@ def test_parts_of_two_pods_are_not_counted_twice(tmp_path: Path) -> None:
         (f"p{i}", sample) for i in range(40) for sample in range(3)
     )
     assert len({r.id for r in again.asked}) < 40
+
+
+def test_a_part_is_dropped_only_for_what_a_kept_one_has(tmp_path: Path) -> None:
+    rows = list(respond(screened(PROMPTS[:11]), Script(), tiny_settings(samples=1)))
+    for i in range(10):  # each part shares a prompt with the one before
+        overlapping = [row for row in rows if row["id"] in (f"p{i}", f"p{i + 1}")]
+        write_table(overlapping, RESPONSE, tmp_path / f"part-{i:06d}-00.parquet")
+    kept = Parts(tmp_path, 1)
+    assert kept.answered == 10
+    assert sorted(part.name[5:11] for part in tmp_path.iterdir()) == [f"{i:06d}" for i in range(0, 10, 2)]
 
 
 def test_two_processes_do_not_share_a_folder(
