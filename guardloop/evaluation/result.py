@@ -31,6 +31,8 @@ class GuardMetrics(BaseModel):
     auroc: Estimate
     recall_at_fpr: dict[str, Estimate]
     """Recall at the FPRs "0.01", "0.02", "0.05"."""
+    recall_at_default_fpr: Estimate | None = None
+    """Recall at the default guard's own FPR, read off this guard's curve; None in evaluations of earlier versions."""
     brier: Estimate
     """Mean squared error of sigmoid(margin / temperature) as P(unsafe)."""
     ece: Estimate

@@ -36,6 +36,7 @@ NAMES = {
     "f1": "F1",
     "brier": "Brier score",
     "ece": "Calibration error",
+    "recall_at_default_fpr": "Recall at the default's FPR",
 }
 LOWER_IS_BETTER = {"fpr", "brier", "ece"}
 BENCHMARK_METRICS = ("auprc", "f1", "recall", "fpr")
@@ -147,10 +148,9 @@ def comparisons(evaluation: Evaluation) -> list[Comparison]:
         _compare("auprc", "ranking of unsafe above safe, at all thresholds", default, improved, gains),
         _compare("auroc", "chance that an unsafe prompt scores above a safe one", default, improved, gains),
     ]
-    if gain := gains.get("recall_at_default_fpr"):
-        reached = Estimate(value=default.recall.value + gain.value)
+    if default.recall_at_default_fpr and improved.recall_at_default_fpr:
         meaning = "unsafe prompts caught when both guards block as many safe ones"
-        rows.append(Comparison("Recall at the default's FPR", meaning, default.recall, reached, gain, tone(gain)))
+        rows.append(_compare("recall_at_default_fpr", meaning, default, improved, gains))
     for rate, before in default.recall_at_fpr.items():
         if after := improved.recall_at_fpr.get(rate):
             gain = gains.get(f"recall_at_{rate}")

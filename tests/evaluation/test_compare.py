@@ -16,6 +16,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
 from guardloop.evaluation.compare import SINGLE
 from guardloop.records import SCORES, SCREENED, write_table
+from guardloop.report.summary import comparisons
 
 FAST = EvaluationSettings(resamples=200)
 DEFAULT, IMPROVED = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", 0.0, 0.99, 0)
@@ -67,6 +68,19 @@ def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
         assert guard.brier.low < guard.brier.value < guard.brier.high
     for gain in [*found.gains.values(), *(s.gain for s in found.slices)]:
         assert gain.low <= gain.value <= gain.high
+
+
+def test_recall_at_the_defaults_rate_is_never_below_nothing():
+    scores = [
+        row | {"improved_margin": 0.0} for row in rows(default_margin=[0.1 * (i * 7 % 31) - 1 for i in range(31)])
+    ]
+    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
+    before, after = found.default.recall_at_default_fpr, found.improved.recall_at_default_fpr
+    assert after.value == 0
+    assert before.value >= found.default.recall.value
+    assert after.value - before.value == pytest.approx(found.gains["recall_at_default_fpr"].value)
+    shown = next(row for row in comparisons(found) if row.name == "Recall at the default's FPR")
+    assert (shown.default, shown.improved) == (before, after)
 
 
 def test_probabilities_are_read_at_each_guards_temperature(drawn):
