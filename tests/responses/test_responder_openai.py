@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny_responder import ask, screened
 from guardloop.errors import GuardLoopError
 from guardloop.records import RESPONSE, read_table, write_table
 from guardloop.responses import openai
-from guardloop.responses.openai import OpenAIResponder
+from guardloop.responses.openai import OpenAIResponder, Pace
 from guardloop.responses.respond import respond
 from guardloop.responses.responder import Reply, build_responder
 from guardloop.responses.settings import ResponderSettings
@@ -268,6 +269,27 @@ def test_concurrency_and_read_ahead_are_bounded(serve: Callable[[Script], Endpoi
         assert read - done <= 2 * settings.concurrency
     assert done == 40
     assert 2 <= endpoint.busiest <= 4
+
+
+def test_a_hold_is_for_those_too_who_wait_for_their_turn() -> None:
+    pace, stop, went = Pace(600), threading.Event(), list[float]()  # a turn every 0.1 s
+
+    def go() -> None:
+        pace.wait(stop)
+        went.append(time.monotonic())
+
+    threads = [threading.Thread(target=go) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    while not went:
+        time.sleep(0.001)
+    held = time.monotonic()
+    pace.hold(0.6)
+    for thread in threads:
+        thread.join()
+    late = sorted(when for when in went if when > held)
+    assert len(late) >= 3 and late[0] >= held + 0.6
+    assert all(b - a > 0.05 for a, b in pairwise(late))
 
 
 def test_the_rate_is_kept(serve: Callable[[Script], Endpoint]) -> None:
