@@ -15,8 +15,14 @@ from guardloop.report.summary import feedback_line
 from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
 from launch.local import Run
 
-SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc")
-NAMES = {"auprc": "AUPRC", "auroc": "AUROC", "f1": "F1", "fpr": "false-positive rate"}
+SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_at_default_fpr")
+NAMES = {
+    "auprc": "AUPRC",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "fpr": "false-positive rate",
+    "recall_at_default_fpr": "recall at the default's FPR",
+}
 
 
 def conclude(run: Run, console: Console) -> dict[str, Any]:
@@ -79,9 +85,8 @@ def _metric_table(evaluation: Evaluation) -> Table:
         table.add_column(name, justify="right")
     for key in SHOWN:
         default, improved = getattr(evaluation.default, key), getattr(evaluation.improved, key)
-        table.add_row(NAMES.get(key, key), *(f"{e.value:.3f}" for e in (default, improved)), _gain(evaluation, key))
-    default_recall = evaluation.gains["recall_at_default_fpr"]
-    table.add_row("recall at the default's FPR", "", "", _interval(default_recall))
+        values = (f"{e.value:.3f}" if e else "" for e in (default, improved))
+        table.add_row(NAMES.get(key, key), *values, _gain(evaluation, key))
     return table
 
 
