@@ -162,7 +162,9 @@ def check(
     rows: list[dict[str, Any]] = [{"id": "1", "prompt": text, "response": response}]
     if file is not None:
         rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
-    settings = load_settings(config).guard.model_copy(update={"categories": categories})
+    settings = load_settings(config).guard
+    if categories:
+        settings = settings.model_copy(update={"categories": True})
     from guardloop.guard.engine import Guard  # torch loads for seconds; wrong input is told before
     from guardloop.guard.loading import fetch_adapter
 
