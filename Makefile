@@ -29,7 +29,7 @@ WORKERS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
   minikube-down ui test test-images test-faults fuzz coverage bench-guard bench-train bench-generate bench-load \
-  experiment check lint types fmt docs docs-generate screenshots hooks sbom lock clean
+  embedded-guard experiment check lint types fmt docs docs-generate screenshots hooks sbom lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -121,6 +121,9 @@ lint: ready ## Check style, formatting, import rules and unused code
 
 types: ready ## Check types
 	@$(BIN)/mypy
+
+embedded-guard: ready ## Train the embedded guard's adapter anew, after a change to its recipe (ten minutes on two cores)
+	@$(BIN)/python -W ignore -m guardloop.training.bootstrap
 
 bench-train: ready ## Measure the training engine and write docs/benchmarks.md
 	@$(BIN)/python -m bench.train

