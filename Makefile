@@ -122,7 +122,7 @@ lint: ready ## Check style, formatting, import rules and unused code
 types: ready ## Check types
 	@$(BIN)/mypy
 
-embedded-guard: ready ## Train the embedded guard's adapter anew, after a change to its recipe (ten minutes on two cores)
+embedded-guard: ready ## Train the embedded guard's adapter anew, after a change to its recipe (six minutes on two cores)
 	@$(BIN)/python -W ignore -m guardloop.training.bootstrap
 
 bench-train: ready ## Measure the training engine and write docs/benchmarks.md

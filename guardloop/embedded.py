@@ -81,14 +81,15 @@ def _make_smollm2(folder: Path) -> None:
 
 
 def _make_guard(folder: Path) -> None:
-    from guardloop.guard.loading import attach_adapter  # noqa: PLC0415  (not in vLLM's image, which has no guard)
+    from guardloop.guard.adapter_files import CHECKSUM  # noqa: PLC0415  (both need peft, which vLLM's image has not)
+    from guardloop.guard.loading import attach_adapter  # noqa: PLC0415
 
     base = str(embedded_model("smollm2"))
     model = load_causal_lm(base, None, torch.float32, torch.device("cpu"))
     merged = attach_adapter(model, GUARD_ADAPTER).merge_and_unload()
     merged.to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
-    facts = {name: value for name, value in guard_facts(GUARD_ADAPTER).items() if name != "adapter_sha256"}
+    facts = {name: value for name, value in guard_facts(GUARD_ADAPTER).items() if name != CHECKSUM}
     (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 

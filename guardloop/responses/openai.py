@@ -208,25 +208,23 @@ class Pace:
     def __init__(self, per_minute: float | None) -> None:
         self._interval = 60 / per_minute if per_minute else 0.0
         self._next = 0.0
-        self._holds = 0
+        self._line = threading.Lock()
         self._lock = threading.Lock()
 
     def wait(self, stop: threading.Event) -> None:
         """Wait for the caller's turn, or until `stop` is set."""
-        holds = -1
-        while holds != self._holds and not stop.is_set():  # a hold in the meantime is for those who wait, too
-            with self._lock:
-                holds = self._holds
-                turn = max(self._next, time.monotonic())
-                self._next = turn + self._interval
-            if (seconds := turn - time.monotonic()) > 0:
+        with self._line:  # only the first in line has a turn, so that a hold is for all behind it, too
+            while not stop.is_set() and (seconds := self._next - time.monotonic()) > 0:
                 stop.wait(seconds)
+            self._later(self._interval)
 
     def hold(self, seconds: float) -> None:
         """Let nobody go on for `seconds`."""
+        self._later(seconds)
+
+    def _later(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
-            self._holds += 1
 
 
 def _counter(settings: ResponderSettings) -> ChatRenderer | None:

@@ -77,6 +77,27 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
     assert len(prefixes[0]) < tokens < sum(len(e.tokens) + len(labels.lead) for e in examples)
 
 
+def test_checkpointed_gradients_equal_those_behind_the_shared_prefix():
+    model, renderer = adapted().train(), renderer_of("guardloop")
+    labels, examples = label_tokens(renderer), encoded(renderer)
+
+    def learn():
+        loss = Learner(model, renderer.prefixes, labels, 0.0)(examples)
+        loss.backward()
+        return loss.item(), gradients(model)
+
+    expected_loss, expected = learn()
+    again = []
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: again.append(1))
+    loss, found = learn()
+    assert len(again) == 2 * len(model.get_base_model().model.layers)  # computed again in the backward pass
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in expected.items():
+        assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
+
+
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-3"])
 def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family):
     model, renderer = adapted(family), renderer_of(family)
