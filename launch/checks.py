@@ -101,6 +101,7 @@ def hub_repositories(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _hub_access(kind: str, name: str) -> tuple[Verdict, str, str]:
+    from httpx2 import HTTPError, InvalidURL  # noqa: PLC0415
     from huggingface_hub import HfApi  # noqa: PLC0415  (takes a second to import)
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError  # noqa: PLC0415
 
@@ -115,7 +116,7 @@ def _hub_access(kind: str, name: str) -> tuple[Verdict, str, str]:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
         return "not checked", f"{name}: the hub answered {status}", "check HF_TOKEN, or try again later"
-    except Exception as error:  # noqa: BLE001  (the hub's HTTP library has errors of its own kind for its network)
+    except (HTTPError, InvalidURL, OSError) as error:
         found = f"{name}: the hub cannot be reached from here ({type(error).__name__})"
         return "not checked", found, "check the network and HF_ENDPOINT"
     return "ok", f"{name} can be read with this machine's token", ""

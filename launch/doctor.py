@@ -235,6 +235,7 @@ def _hub_token(settings: Settings) -> Check:
 
 
 def _hub_account() -> tuple[Verdict, str, str]:
+    from httpx2 import HTTPError, InvalidURL  # noqa: PLC0415
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
@@ -246,7 +247,7 @@ def _hub_account() -> tuple[Verdict, str, str]:
             remedy = "make a new one at huggingface.co/settings/tokens, then: export HF_TOKEN=..."
             return "failed", "the hub does not know it: it is mistyped, or expired", remedy
         return "not checked", f"the hub answered {status}", "try again later"
-    except Exception as error:  # noqa: BLE001  (the hub's HTTP library has errors of its own kind for its network)
+    except (HTTPError, InvalidURL, OSError) as error:
         found = f"the hub cannot be reached ({type(error).__name__})"
         return "not checked", found, "check the network and HF_ENDPOINT"
     return "ok", f"of {account}", ""
