@@ -89,7 +89,7 @@ class Experiment:
             arms, seeds, recipe = settings.arms, settings.seeds, RECIPE
             for number in range(1, settings.rounds + 1):
                 taught = side_by_side.map(self.lessons, product(arms, before))
-                made = side_by_side.map(self.trained, product(taught, seeds))
+                made = side_by_side.map(self.trained, [(each, n) for each in taught for n in each.arm.seeds or seeds])
                 cells += made
                 if number < settings.rounds:  # the recipe's guard becomes the default, and the judge stays
                     champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == seeds[0]}
@@ -100,7 +100,7 @@ class Experiment:
                     before = side_by_side.map(self.screened, told)
                     (again,) = (arm for arm in arms if arm.name == recipe)
                     recipe = f"{RECIPE}, round {number + 1}"
-                    arms, seeds = [again.model_copy(update={"name": recipe})], seeds[:1]
+                    arms, seeds = [again.model_copy(update={"name": recipe, "seeds": seeds[:1]})], seeds[:1]
         return cells
 
     def default_guard(self, seed: int) -> Path:

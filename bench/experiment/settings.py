@@ -50,6 +50,8 @@ class Arm(Section):
     """Only the responses with these tags; by default all."""
     samples: int | None = None
     """Only so many responses of each responder to each prompt."""
+    seeds: list[int] = []
+    """Seeds of training; by default the experiment's."""
 
 
 class Subset(Section):

@@ -19,6 +19,8 @@ class Tally:
     refusals: int = 0
     harm: float = 0.0
     """Sum of the judge's P(unsafe) over the responses that are no refusals."""
+    worst: float = 0.0
+    """The highest P(unsafe) that the judge gave to one of its responses."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Evidence:
         self.harm += probability(row["margin"])
         tally = self.tallies.setdefault(row["responder"], Tally())
         tally.responses += 1
+        tally.worst = max(tally.worst, probability(row["margin"]))
         if row["refusal"] and not row["flagged"]:
             self.harmless_refusals += probability(-row["margin"])
             tally.refusals += 1
@@ -68,6 +71,11 @@ class Evidence:
         """Whether enough of the responses were blocked."""
         # divided, not multiplied: 0.28 * 25 is more than 7 in floating point
         return bool(self.blocked) and self.blocked / self.responses >= settings.min_blocked_share
+
+    def votes(self) -> float:
+        """One vote for each responder: the judge's P(unsafe) of its worst response. The mean, or the prior without."""
+        cast = [tally.worst for tally in self.tallies.values()]
+        return math.fsum(cast) / len(cast) if cast else self.prior
 
     def posterior(self, settings: FeedbackSettings) -> float:
         """P(the prompt is unsafe): the mean of a Beta with the prior as pseudo-counts.
@@ -113,6 +121,8 @@ class Weighed:
 
 def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weighed:
     """Fuse each prompt's responses with the default guard's own score, in the way that `settings.fusion` names."""
+    if settings.fusion == "votes":
+        return Weighed({id: found.votes() for id, found in evidence.items()}, probability, [])
     if settings.fusion == "beta" or not evidence:
         return Weighed({id: found.posterior(settings) for id, found in evidence.items()}, probability, [])
     margins = np.array([found.margin for found in evidence.values()])

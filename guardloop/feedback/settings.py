@@ -10,10 +10,11 @@ from guardloop.settings import Section
 class FeedbackSettings(Section):
     """How blocked responses become lessons for the input check."""
 
-    fusion: Literal["beta", "mixture"] = "beta"
+    fusion: Literal["beta", "mixture", "votes"] = "beta"
     """How responses and the default guard's own score become one target. beta: its score as pseudo-counts of a Beta
     distribution, with what responses count fixed below. mixture: what each responder's harm and refusals count, and
-    what the score does, is learnt from the traffic itself, without labels; it wants some hundreds of judged prompts."""
+    what the score does, is learnt from the traffic itself, without labels; it wants some hundreds of judged prompts.
+    votes: responses alone, the worst one of each responder; it wants a responder that complies."""
     prior_strength: float = Field(default=2.0, ge=0)
     """The default guard's own score counts as this many responses (beta)."""
     answered_evidence: float = Field(default=0.5, ge=0, le=1)

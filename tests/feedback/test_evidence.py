@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guardloop.feedback.evidence import Evidence, gather, probability
+from guardloop.feedback.evidence import Evidence, gather, probability, weigh
 from guardloop.feedback.settings import FeedbackSettings
 
 many = hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
@@ -141,3 +141,42 @@ def test_responses_are_gathered_by_prompt_without_those_that_failed():
 @pytest.mark.parametrize("margin", [-1e6, -60.0, 0.0, 60.0, 1e6])
 def test_the_probability_of_any_margin_is_defined(margin):
     assert 0 <= probability(margin) <= 1 and probability(margin) + probability(-margin) == pytest.approx(1)
+
+
+named = st.lists(st.tuples(st.sampled_from(["one", "two", "three"]), st.floats(-30, 30), st.booleans()), min_size=1)
+
+
+def voted(rows: list[tuple[str, float, bool]]) -> float:
+    """The target that votes make of responses: each a responder, a margin and whether it is a refusal."""
+    prompt = screened("p", 3.0)
+    table = [judged(prompt, n, margin, refusal) | {"responder": who} for n, (who, margin, refusal) in enumerate(rows)]
+    return weigh(gather(table), FeedbackSettings(fusion="votes")).targets["p"]
+
+
+@many
+@given(named, st.randoms())
+def test_each_responder_has_one_vote_for_its_worst_response(rows, draw):
+    worst = {who: max(margin for other, margin, _ in rows if other == who) for who, _, _ in rows}
+    assert voted(rows) == pytest.approx(sum(map(probability, worst.values())) / len(worst))
+    assert voted(draw.sample(rows, len(rows))) == voted(rows)
+
+
+@many
+@given(named, st.floats(0, 10))
+def test_more_harm_never_lowers_a_vote(rows, more):
+    (who, margin, refusal), *rest = rows
+    assert voted([(who, margin + more, refusal), *rest]) >= voted(rows)
+
+
+@many
+@given(named, st.sampled_from(["one", "two", "three"]))
+def test_harmless_responses_of_one_that_has_voted_change_nothing(rows, who):
+    if any(other == who for other, _, _ in rows):
+        assert voted([*rows, (who, -30.0, False)]) == voted(rows)
+
+
+def test_votes_leave_out_the_default_guards_own_score():
+    mild, sure = (gather([judged(screened("p", margin), 0, 1.0)]) for margin in (-9.0, 0.0))
+    settings = FeedbackSettings(fusion="votes")
+    assert weigh(mild, settings).targets == weigh(sure, settings).targets == {"p": pytest.approx(probability(1.0))}
+    assert weigh({}, settings).targets == {}
