@@ -57,7 +57,7 @@ class Score:
     gain: Estimate
     """Against the default guard."""
     closed: Estimate | None
-    """Share of the way from the default guard to one that learnt people's labels."""
+    """Share of the way from the default guard to one that learnt people's labels; None where those gain nothing."""
     spread: float
     """Standard deviation over its guards."""
 
@@ -102,13 +102,15 @@ def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Sco
     def of(read: Callable[[Mapping[str, Floats]], Floats]) -> Estimate:
         return estimate(float(read(point)[0]), read(drawn), evaluation.confidence)
 
+    labelled = [name for name in METRICS if f"{GOLD}/{name}" in point]
+    worth = {n: of(lambda v, n=n: v[f"{GOLD}/{n}"] - v[f"{DEFAULT}/{n}"]).low > 0 for n in labelled}
     found: dict[str, dict[str, Score]] = {}
     for arm in ranked:
         found[arm] = {}
         for name in METRICS:
             key, base, best = f"{arm}/{name}", f"{DEFAULT}/{name}", f"{GOLD}/{name}"
             closed = None
-            if best in point and arm not in (DEFAULT, GOLD):
+            if best in point and arm not in (DEFAULT, GOLD) and worth[name]:
                 closed = of(lambda v, k=key, a=base, b=best: _share(v[k] - v[a], v[b] - v[a]))
             found[arm][name] = Score(
                 of(lambda v, k=key: v[k]),
@@ -286,6 +288,7 @@ def _plot(scores: Mapping[str, dict[str, dict[str, Score]]], path: Path) -> None
         axis.set_title(part)
         axis.set_xlabel("change in AUPRC")
         axis.set_yticks(range(len(arms)), list(reversed(arms)))
+        axis.locator_params(axis="x", nbins=4)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

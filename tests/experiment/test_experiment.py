@@ -121,6 +121,11 @@ def test_gains_and_the_share_of_the_gap_are_paired():
     assert against.low < scores[RECIPE]["auprc"].gain.value < against.high
 
 
+def test_without_a_gain_from_labels_there_is_no_gap_to_close():
+    part = part_of(Subset(name="all"), cells(**{RECIPE: 1.5, GOLD: 0.4}))
+    assert part is not None and measure(part, settings())[RECIPE]["auprc"].closed is None
+
+
 def test_a_part_without_both_classes_is_left_out():
     made = cells()
     assert part_of(Subset(name="none", source="nowhere"), made) is None
@@ -196,7 +201,8 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
     assert "What the targets know of the passed prompts: all" in text
     assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
-    assert json.loads((kept / "tiny" / "figures.json").read_text())["all"]["recipe"]["auprc"]["closed"]
+    gain = json.loads((kept / "tiny" / "figures.json").read_text())["all"]["recipe"]["auprc"]["gain"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
 
     page.write_text("## What was learned\n\nMuch.\n\n" + text)
     monkeypatch.setattr(module, "train", None)  # nothing is trained again
