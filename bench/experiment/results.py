@@ -32,7 +32,8 @@ class Cell:
     default_seed: int
     seed: int
     rows: list[Row]
-    verdict: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    """evaluation.json of the comparison with the default guard, at the threshold that training set."""
     folder: Path | None = None
     harvest: Harvest | None = None
     ranking: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -200,24 +201,28 @@ def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
 
 
 def _gate(cells: Iterable[Cell]) -> list[str]:
-    """How often the gate promoted each arm, and what held it back."""
+    """What each arm blocks at its own threshold, how often the gate promoted it, and what held it back."""
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
-        if cell.verdict:
-            by_arm.setdefault(cell.arm, []).append(cell.verdict)
-    lines = ["### What the gate said", "", "| arm | promoted | held back by |", "| --- | --- | --- |"]
-    for arm, verdicts in by_arm.items():
-        promoted = sum(bool(v["promote"]) for v in verdicts)
-        failed = sorted(
-            {
-                check["name"]
-                for v in verdicts
-                for check in v["checks"]
-                if check["blocks"] and check["outcome"] != "passed"
-            }
-        )
-        lines += [f"| {arm} | {promoted} of {len(verdicts)} | {', '.join(failed)} |"]
+        if cell.evaluation:
+            by_arm.setdefault(cell.arm, []).append(cell.evaluation)
+    lines = ["### What the gate said", "", "| arm | safe blocked | unsafe caught | promoted | held back by |"]
+    lines += ["| --- | ---: | ---: | --- | --- |"]
+    if RECIPE in by_arm:
+        lines += [f"| {DEFAULT} | {_rates(by_arm[RECIPE], 'default')} | | |"]
+    for arm, evaluations in by_arm.items():
+        decisions = [found["decision"] for found in evaluations]
+        promoted = sum(bool(decision["promote"]) for decision in decisions)
+        checks = [check for decision in decisions for check in decision["checks"]]
+        failed = sorted({check["name"] for check in checks if check["blocks"] and check["outcome"] != "passed"})
+        told = f"{promoted} of {len(decisions)} | {', '.join(failed)}"
+        lines += [f"| {arm} | {_rates(evaluations, 'improved')} | {told} |"]
     return [*lines, ""]
+
+
+def _rates(evaluations: Sequence[Mapping[str, Any]], guard: str) -> str:
+    """Two cells: means of the false-positive rate and of recall, at each guard's own threshold."""
+    return " | ".join(f"{np.mean([e[guard][name]['value'] for e in evaluations]):.1%}" for name in ("fpr", "recall"))
 
 
 def _harvests(cells: Iterable[Cell]) -> list[str]:

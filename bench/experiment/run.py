@@ -86,21 +86,24 @@ class Experiment:
             ]
             before = side_by_side.map(self.screened, told)
             cells = [Cell(DEFAULT, b.default_seed, 0, _margins(b.test)) for b in before]
-            arms, seeds, recipe = settings.arms, settings.seeds, RECIPE
+            arms, recipe = settings.arms, RECIPE
             for number in range(1, settings.rounds + 1):
                 taught = side_by_side.map(self.lessons, product(arms, before))
-                made = side_by_side.map(self.trained, [(each, n) for each in taught for n in each.arm.seeds or seeds])
+                made = side_by_side.map(
+                    self.trained, [(t, seed) for t in taught for seed in t.arm.seeds or settings.seeds]
+                )
                 cells += made
                 if number < settings.rounds:  # the recipe's guard becomes the default, and the judge stays
-                    champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == seeds[0]}
+                    (again,) = (arm for arm in arms if arm.name == recipe)
+                    first = (again.seeds or settings.seeds)[0]
+                    champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == first}
                     told = [
                         (b.default_seed, {**b.guard, "adapter": f"{champions[b.default_seed]}/adapter"}, b.judged)
                         for b in before
                     ]
                     before = side_by_side.map(self.screened, told)
-                    (again,) = (arm for arm in arms if arm.name == recipe)
                     recipe = f"{RECIPE}, round {number + 1}"
-                    arms, seeds = [again.model_copy(update={"name": recipe, "seeds": seeds[:1]})], seeds[:1]
+                    arms = [again.model_copy(update={"name": recipe, "seeds": [first]})]
         return cells
 
     def default_guard(self, seed: int) -> Path:
@@ -205,9 +208,9 @@ class Experiment:
             stages.evaluate(*tables, settings.evaluation.plain(), settings.gate.plain())
 
         made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
-        verdict = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))["decision"]
+        evaluation = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))
         margins = _margins(made / "test.parquet")
-        return Cell(arm.name, before.default_seed, seed, margins, verdict, made, taught.harvest, taught.ranking)
+        return Cell(arm.name, before.default_seed, seed, margins, evaluation, made, taught.harvest, taught.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import numpy as np
 
@@ -73,9 +74,8 @@ class Evidence:
         return bool(self.blocked) and self.blocked / self.responses >= settings.min_blocked_share
 
     def votes(self) -> float:
-        """One vote for each responder: the judge's P(unsafe) of its worst response. The mean, or the prior without."""
-        cast = [tally.worst for tally in self.tallies.values()]
-        return math.fsum(cast) / len(cast) if cast else self.prior
+        """The mean of one vote for each responder: the judge's P(unsafe) of its worst response."""
+        return fmean(tally.worst for tally in self.tallies.values())
 
     def posterior(self, settings: FeedbackSettings) -> float:
         """P(the prompt is unsafe): the mean of a Beta with the prior as pseudo-counts.
@@ -120,7 +120,7 @@ class Weighed:
 
 
 def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weighed:
-    """Fuse each prompt's responses with the default guard's own score, in the way that `settings.fusion` names."""
+    """What each prompt's responses, and the default guard's own score, say of it, in the way of `settings.fusion`."""
     if settings.fusion == "votes":
         return Weighed({id: found.votes() for id, found in evidence.items()}, probability, [])
     if settings.fusion == "beta" or not evidence:

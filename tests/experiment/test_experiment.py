@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         "rounds": 2,
         "shards": 2,
         "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
-        "arms": [{"name": "recipe"}, *({"name": name, "lessons": kind} for name, kind in arms.items())],
+        "arms": [{"name": "recipe", "seeds": [1]}, *({"name": name, "lessons": kind} for name, kind in arms.items())],
     }
     config, page, kept = tmp_path / "tiny.yaml", tmp_path / "docs" / "results.md", tmp_path / "kept"
     config.write_text(yaml.safe_dump(experiment))
@@ -201,8 +202,17 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
     assert "What the targets know of the passed prompts: all" in text
     assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
-    gain = json.loads((kept / "tiny" / "figures.json").read_text())["all"]["recipe"]["auprc"]["gain"]
-    assert gain["low"] <= gain["value"] <= gain["high"]
+    figures = json.loads((kept / "tiny" / "figures.json").read_text())["all"]
+    labels_help = figures[GOLD]["auprc"]["gain"]["low"] > 0
+    assert (figures[RECIPE]["auprc"]["closed"] is not None) == labels_help
+    assert f"| {RECIPE} | {figures[RECIPE]['auprc']['value']['value']:.3f} |" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| recipe", f"| {GOLD}"))]
+    guards = [re.findall(r"\| (\d), [\d.]+ \|$", line) for line in rows[:3]]
+    assert guards == [["1"], ["2"], ["1"]]  # an arm's own seeds, the experiment's, and the second round's one
+    (judged,) = (line for line in rows if f"| {GOLD} |" in line and "of 2" in line)
+    evaluations = [json.loads(p.read_text()) for p in (kept / "tiny").glob(f"{GOLD}-*/gate/evaluation.json")]
+    blocked = sum(e["improved"]["fpr"]["value"] for e in evaluations) / 2
+    assert len(evaluations) == 2 and judged.startswith(f"| {GOLD} | {blocked:.1%} |")
 
     page.write_text("## What was learned\n\nMuch.\n\n" + text)
     monkeypatch.setattr(module, "train", None)  # nothing is trained again
