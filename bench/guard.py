@@ -160,7 +160,7 @@ def engine(form: str, model: Any, before: list[int], many: list[list[int]]) -> R
     pack = 20992 if sum(map(len, many)) > 10 * 20992 else 2048
     scorer = Scorer(model, [before], LABELS, packed=True, pack_tokens=pack)
     cold = seconds(lambda: scorer.score(many[:BOTH_SIZES]))
-    found = rate(scorer.score, many)
+    found = rate(scorer.score, many, warm=len(many) // 8)
     return f"this engine, packs, {form}", found, f"first packs after {cold:.0f} s; at most {peak_gib():.0f} GiB"
 
 

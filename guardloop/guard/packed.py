@@ -6,6 +6,7 @@ adapters and quantized weights work as they do elsewhere.
 """
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from guardloop.guard.forward import PrefixCache, trunk
-from guardloop.guard.packing import BLOCK, Blocks, Layout, blocks_of, lay_out, most_rows
+from guardloop.guard.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
 from guardloop.models import cache_folder
 
-HOPPER_TILES: Any = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3}  # measured on it
+SIDE = 64  # of the squares of the mask where no gradient is wanted; with gradient, BLOCK
+HOPPER_TILES: dict[int, Any] = {  # by the side of the squares, in half precision; measured on it
+    SIDE: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
+    BLOCK: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
+}
+AHEAD = 2  # packs that wait for the GPU
 VARIANTS = 64  # of the compiled layer: sizes, roles, with and without an adapter, with and without gradient
 FORMS = ("llama", "mistral")
 BLOCK_TENSORS = [
@@ -66,7 +72,8 @@ class PackedForward:
         self.own = self.prefix if with_gradient else []
         self.room = size - len(self.own)
         self._layer = _compiled(layer) if compiled else layer
-        self._masks = Masks(self._lay_out([[0]]), model.device)
+        self._masks = Masks(self._lay_out([[0]]), model.device, BLOCK if with_gradient else SIDE)
+        self._ends = deque[torch.cuda.Event]()
 
     def __call__(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> torch.Tensor:
         """Hidden states `float[B, H]` at the last token of each row; a row is what follows the template.
@@ -75,6 +82,7 @@ class PackedForward:
         A call's backward pass must run before the next call.
         """
         layout = self._lay_out(rows, reads)
+        self._wait()
         masks = self._masks.update(layout)
         hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
@@ -88,7 +96,14 @@ class PackedForward:
             else:
                 states = self._layer(module, states, angles, template, mask, read)
         picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : sum(reads) or len(rows)])
+        if picked.device.type == "cuda":
+            self._ends.append(torch.cuda.current_stream(picked.device).record_event())
         return picked
+
+    def _wait(self) -> None:
+        """Be no more than AHEAD packs ahead of the GPU: each takes page-locked memory, which is slow to get."""
+        while len(self._ends) > AHEAD:
+            self._ends.popleft().synchronize()
 
     def _lay_out(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> Layout:
         return lay_out(rows, self.size, self.read, len(self.prefix), self.own, reads)
@@ -105,60 +120,79 @@ def _compiled(function: Any) -> Any:
 class Masks:
     """The masks of a pack's tokens and of its label rows, in tensors that stay: compiled code sees the same objects."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self.device = device
-        owner, key_owner, rows = (_sent(part, device) for part in (layout.owner, layout.key_owner, layout.rows))
-        offset = layout.offset
-
-        def of_tokens(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            seen = (key_owner[key] == 0) | (key_owner[key] == owner[query])
-            return seen & (key <= query + offset)
-
-        def of_labels(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            seen = (key_owner[key] == 0) | (key_owner[key] == owner[rows[query]])
-            return seen & (key <= rows[query] + offset)
-
-        self.owner, self.key_owner, self.rows = owner, key_owner, rows
+    def __init__(self, layout: Layout, device: torch.device, side: int) -> None:
+        self.side = side
+        self.rows = _sent(layout.rows, device)
+        self._seen = [Seen(layout, queries, device) for queries in _queries(layout)]
         self.tokens, self.labels = (
-            _block_mask(squares, mask, sizes).to(device)
-            for (squares, sizes), mask in zip(_squares(layout), (of_tokens, of_labels), strict=True)
+            self._block_mask(layout, queries, seen).to(device)
+            for queries, seen in zip(_queries(layout), self._seen, strict=True)
         )
 
     def update(self, layout: Layout) -> "Masks":
         """The masks of another layout of the same sizes."""
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = [
-            (self.owner, torch.from_numpy(layout.owner)),
-            (self.key_owner, torch.from_numpy(layout.key_owner)),
-            (self.rows, torch.from_numpy(layout.rows)),
-        ]
-        for mask, (squares, sizes) in zip((self.tokens, self.labels), _squares(layout), strict=True):
-            new = _block_mask(squares, mask.mask_mod, sizes)
-            kept += [(getattr(mask, name), getattr(new, name)) for name in BLOCK_TENSORS]
-        for old, fresh in kept:
-            old.copy_(fresh.pin_memory() if self.device.type == "cuda" else fresh, non_blocking=True)
+        _write(self.rows, layout.rows)
+        for mask, queries, seen in zip((self.tokens, self.labels), _queries(layout), self._seen, strict=True):
+            seen.update(layout, queries)
+            new = self._block_mask(layout, queries, seen)
+            for name in BLOCK_TENSORS:
+                _write(getattr(mask, name), getattr(new, name))
         return self
 
+    def _block_mask(self, layout: Layout, queries: np.ndarray, seen: "Seen") -> BlockMask:
+        squares = blocks_of(layout, queries, self.side)
+        parts = (squares.partial_count, squares.partial, squares.full_count, squares.full)
+        partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None] for part in parts)
+        sizes = len(queries), layout.offset + len(layout.tokens)
+        return BlockMask.from_kv_blocks(
+            partial_count, partial, full_count, full, BLOCK_SIZE=self.side, mask_mod=seen.mask, seq_lengths=sizes
+        )
 
-def _squares(layout: Layout) -> list[tuple[Blocks, tuple[int, int]]]:
-    """The blocks and sizes of the mask of all tokens, and of that of the label rows."""
-    return [
-        (blocks_of(layout, queries), (len(queries), len(layout.key_owner)))
-        for queries in (np.arange(len(layout.owner)), layout.rows)
-    ]
+
+class Seen:
+    """Which keys each of some queries sees: the template's, and those of its own conversation up to itself."""
+
+    def __init__(self, layout: Layout, queries: np.ndarray, device: torch.device) -> None:
+        self.first = _sent(_first(layout, queries), device)
+        self.last = _sent(_last(layout, queries), device)
+        first, last, template = self.first, self.last, layout.template
+
+        def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return ((key < template) | (key >= first[query])) & (key <= last[query])
+
+        self.mask = mask
+
+    def update(self, layout: Layout, queries: np.ndarray) -> None:
+        """The same of another layout."""
+        _write(self.first, _first(layout, queries))
+        _write(self.last, _last(layout, queries))
 
 
-def _block_mask(squares: Blocks, mask: Any, sizes: tuple[int, int]) -> BlockMask:
-    parts = (squares.partial_count, squares.partial, squares.full_count, squares.full)
-    partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None] for part in parts)
-    return BlockMask.from_kv_blocks(
-        partial_count, partial, full_count, full, BLOCK_SIZE=BLOCK, mask_mod=mask, seq_lengths=sizes
-    )
+def _first(layout: Layout, queries: np.ndarray) -> np.ndarray:
+    """The first key of each query's own conversation, `int32[Q]`."""
+    return np.asarray(layout.start[queries] + layout.offset, np.int32)
+
+
+def _last(layout: Layout, queries: np.ndarray) -> np.ndarray:
+    """Each query's own key, `int32[Q]`."""
+    return np.asarray(queries + layout.offset, np.int32)
+
+
+def _queries(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens, and those that are read."""
+    return np.arange(len(layout.tokens)), layout.rows
 
 
 def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array on the device; nothing waits for a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
+
+
+def _write(old: torch.Tensor, new: np.ndarray | torch.Tensor) -> None:
+    """Other values in a tensor that stays; nothing waits for a GPU."""
+    fresh = torch.from_numpy(new) if isinstance(new, np.ndarray) else new
+    old.copy_(fresh.pin_memory() if old.device.type == "cuda" else fresh, non_blocking=True)
 
 
 def _padded(pair: Pair) -> Pair:
@@ -201,7 +235,8 @@ def _attend(
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=dense[0, 0], scale=scale, enable_gqa=grouped
         )
-    options = HOPPER_TILES if torch.cuda.get_device_capability(queries.device) == (9, 0) else None
+    tuned = torch.cuda.get_device_capability(queries.device) == (9, 0) and queries.element_size() == 2
+    options = HOPPER_TILES[mask.BLOCK_SIZE[0]] if tuned else None
     seen: torch.Tensor = flex_attention(
         queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options
     )

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 128  # keys and queries are masked in squares of this side
+BLOCK = 128  # sizes of packs are multiples of it: the largest side of the squares in which keys are looked at
 FILLED = 0.4  # a GPU takes about this share of a pack's time for the same rows in batches
-TEMPLATE, PADDING, NOTHING = 0, -1, -2  # marks of tokens that are no conversation's: those count from 1
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -84,19 +83,14 @@ class Layout:
     """`int[N]`: token ids, 0 where padded."""
     positions: np.ndarray
     """`int[N]`: each token's position in its own conversation."""
-    owner: np.ndarray
-    """`int[N]`: the conversation a token belongs to, from 1; TEMPLATE, or PADDING."""
-    key_owner: np.ndarray
-    """`int[K]`: the same of the keys; NOTHING where the cached template is padded."""
+    start: np.ndarray
+    """`int[N]`: the first token of the conversation that a token belongs to; padding belongs to itself."""
     rows: np.ndarray
     """`int[R]`: the tokens that are read, conversation after conversation; the last is repeated."""
-    start: np.ndarray
-    """`int[N]`: the first token of the conversation a token belongs to."""
-
-    @property
-    def offset(self) -> int:
-        """Number of keys before the pack's own."""
-        return len(self.key_owner) - len(self.owner)
+    template: int
+    """How many keys are the template's: the first ones."""
+    offset: int
+    """How many keys are before the pack's own: the cached template, filled up to whole blocks."""
 
 
 def lay_out(
@@ -117,21 +111,19 @@ def lay_out(
     if used > size or sum(reads) > read or not rows:
         raise ValueError(f"{len(rows)} rows of {used} tokens do not fit a pack of {size} tokens and {read} read ones")
     tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
-    owner, start = np.full(size, PADDING, np.int32), np.arange(size)
+    start = np.arange(size)
     tokens[: len(own_template)] = own_template
     positions[: len(own_template)] = np.arange(len(own_template))
-    owner[: len(own_template)], start[: len(own_template)] = TEMPLATE, 0
+    start[: len(own_template)] = 0
     at, ends = len(own_template), list[int]()
-    for number, (row, count) in enumerate(zip(rows, reads, strict=True), start=1):
+    for row, count in zip(rows, reads, strict=True):
         end = at + len(row)
         tokens[at:end], positions[at:end] = row, np.arange(template, template + len(row))
-        owner[at:end], start[at:end] = number, at
+        start[at:end] = at
         ends += range(end - count, end)
         at = end
-    cached = np.full(0 if len(own_template) else -(-template // BLOCK) * BLOCK, NOTHING, np.int32)
-    cached[: template if len(cached) else 0] = TEMPLATE
     last = np.array(ends + [ends[-1]] * (read - len(ends)), np.int64)
-    return Layout(tokens, positions, owner, np.concatenate([cached, owner]), last, start)
+    return Layout(tokens, positions, start, last, template, 0 if len(own_template) else -(-template // BLOCK) * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -144,11 +136,10 @@ class Blocks:
     full: np.ndarray
 
 
-def blocks_of(layout: Layout, queries: np.ndarray) -> Blocks:
-    """The squares for `queries` (indices of pack tokens, ascending); a full square needs no look at the mask."""
-    keys = -(-len(layout.key_owner) // BLOCK)
-    template = int((layout.key_owner == TEMPLATE).sum())
-    squares = len(queries) // BLOCK
+def blocks_of(layout: Layout, queries: np.ndarray, side: int = BLOCK) -> Blocks:
+    """The squares of `side` for `queries` (indices of pack tokens, ascending); a full one needs no look at the mask."""
+    keys = (layout.offset + len(layout.tokens)) // side
+    squares = len(queries) // side
     found = Blocks(
         np.zeros(squares, np.int32),
         np.zeros((squares, keys), np.int32),
@@ -156,12 +147,13 @@ def blocks_of(layout: Layout, queries: np.ndarray) -> Blocks:
         np.zeros((squares, keys), np.int32),
     )
     for square in range(squares):
-        inside = queries[square * BLOCK : (square + 1) * BLOCK]
+        inside = queries[square * side : (square + 1) * side]
         first, last = int(inside.min()) + layout.offset, int(inside.max()) + layout.offset
-        own = int(layout.start[inside].min()) + layout.offset
-        whole = min(template, first + 1) // BLOCK
-        behind = {b for b in range(-(-template // BLOCK)) if b * BLOCK <= last}
-        partial = sorted((behind | set(range(own // BLOCK, last // BLOCK + 1))) - set(range(whole)))
-        found.full_count[square], found.full[square, :whole] = whole, np.arange(whole)
+        starts = layout.start[inside] + layout.offset
+        template, own = min(layout.template, last + 1), int(starts.min())
+        looked_at = {*range(-(-template // side)), *range(own // side, last // side + 1)}
+        whole = {*range(min(template, first + 1) // side), *range(-(-int(starts.max()) // side), (first + 1) // side)}
+        full, partial = sorted(whole), sorted(looked_at - whole)
+        found.full_count[square], found.full[square, : len(full)] = len(full), full
         found.partial_count[square], found.partial[square, : len(partial)] = len(partial), partial
     return found

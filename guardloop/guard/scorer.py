@@ -52,7 +52,7 @@ class Scorer:
         scored = []
         for indices, hidden in self._hidden(prompts):
             logits = label_logits(self.model, hidden)
-            pair = logits[:, [self.labels.safe, self.labels.unsafe]]
+            pair = torch.stack([logits[:, self.labels.safe], logits[:, self.labels.unsafe]], -1)  # a list would wait
             masses = (pair - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
             scored.append((indices, margins_of(self.model, hidden, self.labels), masses))
         return scored

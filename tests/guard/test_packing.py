@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guardloop.guard.packed import Seen
 from guardloop.guard.packing import (
     BLOCK,
-    NOTHING,
-    PADDING,
-    TEMPLATE,
     batches,
     bins,
     blocks_of,
@@ -57,59 +56,86 @@ def test_packs_and_what_is_left_over_are_all_rows_once(lengths):
         assert sum(lengths[i] for i in left) < 0.4 * 1024
 
 
-def seen_by(layout, query):
-    """Keys that a token sees, said plainly: the template, and its own conversation up to itself."""
-    owner, keys = layout.owner[query], layout.key_owner
-    index = np.arange(len(keys))
-    return ((keys == TEMPLATE) | (keys == owner)) & (index <= query + layout.offset)
-
-
-layouts = st.builds(
-    lambda rows, template, cached, spare: lay_out(
-        rows, _size(rows, 0 if cached else template, spare), BLOCK, template, () if cached else [9] * template
-    ),
-    rows=st.lists(st.integers(1, 200).map(lambda n: [5] * n), min_size=1, max_size=12),
-    template=st.integers(1, 300),
-    cached=st.booleans(),
-    spare=st.integers(0, 2),
+PACK = st.fixed_dictionaries(
+    {
+        "rows": st.lists(st.integers(1, 200).map(lambda n: [5] * n), min_size=1, max_size=12),
+        "template": st.integers(1, 300),
+        "cached": st.booleans(),
+        "spare": st.integers(0, 2),
+    }
 )
 
 
-def _size(rows, template, spare):
-    return (-(-(template + sum(map(len, rows))) // BLOCK) + spare) * BLOCK
+def laid_out(rows, template, cached, spare):
+    own = [] if cached else [9] * template
+    size = (-(-(len(own) + sum(map(len, rows))) // BLOCK) + spare) * BLOCK
+    return lay_out(rows, size, BLOCK, template, own)
 
 
-@given(layout=layouts)
+def seen_in(rows, template, cached, keys, offset):
+    """Keys that each token of a pack sees, said plainly: the template, and its own conversation up to itself."""
+    owner = np.full(keys, -1)  # -1: nobody's; -2: the template's
+    owner[:template] = -2
+    at = offset if cached else template
+    for number, row in enumerate(rows):
+        owner[at : at + len(row)] = number
+        at += len(row)
+    return {
+        q - offset: np.isin(owner, (-2, owner[q])) & (np.arange(keys) <= q)
+        for q in range(offset, keys)
+        if owner[q] != -1
+    }
+
+
+@pytest.mark.parametrize("side", [64, BLOCK])
+@given(pack=PACK)
 @PROPERTY
-def test_the_squares_hold_all_that_is_seen_and_full_ones_nothing_else(layout):
-    every = np.arange(len(layout.owner))
-    for queries in (every, layout.rows):
-        blocks = blocks_of(layout, queries)
-        for square in range(len(queries) // BLOCK):
-            inside = queries[square * BLOCK : (square + 1) * BLOCK]
+def test_the_squares_hold_all_that_is_seen_and_full_ones_nothing_else(side, pack):
+    layout = laid_out(**pack)
+    keys = layout.offset + len(layout.tokens)
+    seen = seen_in(pack["rows"], pack["template"], pack["cached"], keys, layout.offset)
+    for queries in (np.arange(len(layout.tokens)), layout.rows):
+        blocks = blocks_of(layout, queries, side)
+        assert len(blocks.full_count) == len(queries) // side
+        for square in range(len(queries) // side):
+            inside = [seen[q] for q in queries[square * side : (square + 1) * side] if q in seen]
             partial = set(blocks.partial[square, : blocks.partial_count[square]].tolist())
             full = set(blocks.full[square, : blocks.full_count[square]].tolist())
             assert not partial & full
-            seen = np.array([seen_by(layout, q) for q in inside])
-            for block in range(-(-len(layout.key_owner) // BLOCK)):
-                part = seen[:, block * BLOCK : (block + 1) * BLOCK]
-                real = layout.owner[inside] != PADDING
-                if part[real].any():
+            for block in range(keys // side):
+                parts = [row[block * side : (block + 1) * side] for row in inside]
+                if any(part.any() for part in parts):
                     assert block in partial | full
                 if block in full:
-                    assert part.all()
+                    assert all(part.all() for part in parts)
 
 
-@given(layout=layouts)
+@given(pack=PACK)
 @PROPERTY
-def test_positions_are_those_of_a_conversation_alone(layout):
-    for number in range(1, int(layout.owner.max()) + 1):
-        own = np.flatnonzero(layout.owner == number)
-        template = int((layout.key_owner == TEMPLATE).sum())
-        assert layout.positions[own].tolist() == list(range(template, template + len(own)))
-        assert layout.rows[number - 1] == own[-1]
-    assert len(layout.key_owner) % BLOCK == 0
-    assert ((layout.key_owner == NOTHING).sum() < BLOCK) or layout.offset == 0
+def test_the_mask_is_what_each_token_sees(pack):
+    layout = laid_out(**pack)
+    keys = layout.offset + len(layout.tokens)
+    for queries in (np.arange(len(layout.tokens)), layout.rows):
+        mask = Seen(layout, queries, torch.device("cpu")).mask
+        found = mask(None, None, torch.arange(len(queries))[:, None], torch.arange(keys)[None]).numpy()
+        wanted = seen_in(pack["rows"], pack["template"], pack["cached"], keys, layout.offset)
+        assert all((found[n] == wanted[q]).all() for n, q in enumerate(queries.tolist()) if q in wanted)
+
+
+@given(pack=PACK)
+@PROPERTY
+def test_positions_are_those_of_a_conversation_alone(pack):
+    layout = laid_out(**pack)
+    at = 0 if pack["cached"] else pack["template"]
+    for number, row in enumerate(pack["rows"]):
+        own = slice(at, at + len(row))
+        assert layout.positions[own].tolist() == list(range(pack["template"], pack["template"] + len(row)))
+        assert set(layout.start[own].tolist()) == {at}
+        at += len(row)
+        assert layout.rows[number] == at - 1
+    assert layout.template == pack["template"]
+    assert layout.offset % BLOCK == 0
+    assert (0 <= layout.offset - pack["template"] < BLOCK) if pack["cached"] else layout.offset == 0
 
 
 @pytest.mark.parametrize("rows", [[], [[1] * 129], [[1]] * 129])
