@@ -250,7 +250,7 @@ class Training:
         """
         rank, rows = self.accelerator.process_index, self.micro_rows
         torch.manual_seed(_seed_of(self.settings.seed, number, rank))
-        weight = sum(e.weight for e in batch)
+        weight = sum(e.weight for e in batch) or 1.0  # of a batch that counts for nothing, the loss is 0
         mine = list(batch[rank :: self.processes]) or [replace(batch[0], weight=0.0)]
         pieces = self.packs.pieces(mine) if self.packs else [mine[i : i + rows] for i in range(0, len(mine), rows)]
         self.learner.tokens, value = 0, 0.0

@@ -302,6 +302,16 @@ def test_only_the_adapter_is_changed():
     assert not model.training
 
 
+def test_a_step_of_rows_that_weigh_nothing_teaches_nothing():
+    model, renderer = adapted(), renderer_of("guardloop")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    idle = [replace(example, weight=0.0) for example in encoded(renderer)]
+    options = TrainingSettings(epochs=1, weight_decay=0.0)
+    steps = fit(model, renderer.prefixes, label_tokens(renderer), idle, options).steps
+    assert steps and all(step.loss == 0 and step.gradient_norm == 0 for step in steps)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_steps_are_told_as_they_happen():
     model, renderer = adapted(), renderer_of("guardloop")
     told, options = [], TrainingSettings(batch_rows=4, epochs=1.5, warmup=0.5)
