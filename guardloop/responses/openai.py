@@ -27,7 +27,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 CONNECT_SECONDS = 10.0
 LARGEST_ANSWER = 8 * 2**20  # bytes
 BYTES_PER_TOKEN = 4  # of English text, about
-TOO_MANY = 429
+FORBIDDEN, TOO_MANY = 403, 429
 AGAIN = frozenset({408, 409, 425, TOO_MANY})
 
 
@@ -37,6 +37,10 @@ class TryAgainError(Exception):
     def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
+
+
+class ForbiddenError(TryAgainError):
+    """Refused before any answer: because of the key, or of this one prompt, which another's answer will tell."""
 
 
 class RefusedError(Exception):
@@ -114,6 +118,10 @@ class OpenAIResponder:
             return retrying(self._ask, request)
         except RefusedError as error:
             return failure(request, str(error))
+        except ForbiddenError as error:
+            if not self._reached and not self._stop.is_set():
+                raise self._refused_key(str(error)) from None
+            return failure(request, str(error))
         except TryAgainError as error:
             if not self._reached and not self._stop.is_set():
                 raise GuardLoopError(
@@ -160,6 +168,9 @@ class OpenAIResponder:
             if status == TOO_MANY and asked is not None:
                 self._pace.hold(min(asked, LONGEST_WAIT_SECONDS))  # the limit is not this one request's
             raise TryAgainError(f"the endpoint answered {status}", asked)
+        if status == FORBIDDEN:  # a filter before an endpoint refuses prompts so
+            told = f"the endpoint answered {status}: {self._excerpt(content)}"
+            raise RefusedError(told) if self._reached else ForbiddenError(told)
         self._check_access(status, content)
         self._reached = True
         if status != 200:
@@ -181,18 +192,22 @@ class OpenAIResponder:
 
     def _check_access(self, status: int, content: bytes) -> None:
         settings = self.settings
-        if status in (401, 403):
-            raise GuardLoopError(
-                f"responder: {settings.base_url} refused the key ({status}): {self._excerpt(content)}",
-                f"put a valid key into the environment variable {settings.api_key_env}"
-                if settings.api_key_env
-                else "name the environment variable that holds the key in responder.api_key_env",
-            )
+        if status == 401:
+            raise self._refused_key(f"the endpoint answered {status}: {self._excerpt(content)}")
         if status == 404:
             raise GuardLoopError(
                 f"responder: {settings.base_url} has no model {settings.model}, or is no such endpoint (404)",
                 "check responder.model and responder.base_url, which ends in /v1 at most endpoints",
             )
+
+    def _refused_key(self, told: str) -> GuardLoopError:
+        settings = self.settings
+        return GuardLoopError(
+            f"responder: {settings.base_url} refused the key: {told}",
+            f"put a valid key into the environment variable {settings.api_key_env}"
+            if settings.api_key_env
+            else "name the environment variable that holds the key in responder.api_key_env",
+        )
 
     def _excerpt(self, content: bytes) -> str:
         """The start of an error's text, without the key if the endpoint repeats it."""

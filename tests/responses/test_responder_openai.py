@@ -189,6 +189,20 @@ def test_a_refused_key_names_the_variable(
         replies(endpoint, ["a"])
 
 
+def test_a_prompt_that_a_filter_forbids_is_an_error_of_its_own(
+    serve: Callable[[Script], Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai, "FIRST_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(openai, "ATTEMPTS", 6)
+
+    def filtered(body: dict[str, Any], attempt: int) -> tuple[int, dict[str, str], Any]:
+        return (403, {}, b"blocked by policy") if body["messages"][-1]["content"] == "bomb" else echo(body, attempt)
+
+    got = replies(serve(filtered), ["bomb", "a", "bomb", "b"])  # the first one is refused before any answer
+    assert [r.error for r in got] == ["the endpoint answered 403: blocked by policy", None] * 2
+    assert [r.text for r in got[1::2]] == ["a!", "b!"]
+
+
 def test_a_missing_key_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(GuardLoopError, match=r"SOME_KEY is not set(.|\n)*export SOME_KEY"):
