@@ -83,6 +83,7 @@ def test_more_harm_and_a_higher_margin_never_lower_it(fitted, margin, harm, more
     assert belief(margin, harm) <= belief(margin + 1, harm) + 1e-9
 
 
+@pytest.mark.slow
 def test_large_traffic_is_learnt_from_a_sample_and_weighed_whole():
     margins, counts, unsafe = traffic(prompts=SAMPLE + 2000)
     found = fuse(margins, counts)

@@ -43,6 +43,7 @@ def refused_or(read: Callable[[], object]) -> None:
         assert error.what and error.remedy
 
 
+@pytest.mark.slow
 @many
 @given(config=st.dictionaries(st.sampled_from(sorted(FREE)) | st.text(max_size=5), trees, max_size=6))
 def test_any_adapter_configuration_is_judged(scratch: Path, config: dict) -> None:

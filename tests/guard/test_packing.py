@@ -87,6 +87,7 @@ def seen_in(rows, template, cached, keys, offset):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [64, BLOCK])
 @given(pack=PACK)
 @PROPERTY
@@ -110,6 +111,7 @@ def test_the_squares_hold_all_that_is_seen_and_full_ones_nothing_else(side, pack
                     assert all(part.all() for part in parts)
 
 
+@pytest.mark.slow
 @given(pack=PACK)
 @PROPERTY
 def test_the_mask_is_what_each_token_sees(pack):

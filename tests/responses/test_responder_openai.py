@@ -161,6 +161,7 @@ def test_retry_after_may_be_a_date(serve: Callable[[Script], Endpoint], monkeypa
         assert least <= endpoint.times[1] - endpoint.times[0] < least + 5
 
 
+@pytest.mark.slow
 def test_too_many_requests_hold_all_of_them(serve: Callable[[Script], Endpoint]) -> None:
     refused = threading.Event()
 
@@ -285,6 +286,7 @@ def test_concurrency_and_read_ahead_are_bounded(serve: Callable[[Script], Endpoi
     assert 2 <= endpoint.busiest <= 4
 
 
+@pytest.mark.slow
 def test_a_hold_is_for_those_too_who_wait_for_their_turn_and_costs_no_more_than_itself() -> None:
     pace, stop, went = Pace(600), threading.Event(), list[float]()  # a turn every 0.1 s
 

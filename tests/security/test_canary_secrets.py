@@ -45,6 +45,7 @@ def test_the_search_finds_a_canary(tmp_path: Path) -> None:
     assert not found_in("nothing here")
 
 
+@pytest.mark.slow
 def test_no_compiled_pipeline_holds_a_secret(planted: None, tmp_path: Path) -> None:
     for platform in ("minikube", "gpu-cluster"):
         out = tmp_path / platform
@@ -101,6 +102,7 @@ def test_an_endpoint_that_repeats_the_key_does_not_get_it_into_a_table_or_a_log(
     assert not found_in(tmp_path, ended.stdout, ended.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["store refuses", "store repeats all", "mlflow repeats all", "password in the url"])
 def test_failures_name_the_place_and_no_secret(
     planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str

@@ -5,9 +5,12 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_sbom_lists_the_runtime_lock() -> None:
     subprocess.run(["make", "sbom"], cwd=ROOT, check=True, capture_output=True)
 
