@@ -26,7 +26,7 @@ HOPPER_TILES: dict[int, Any] = {  # by the side of the squares, in half precisio
     SIDE: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
     BLOCK: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
 }
-AHEAD = 2  # packs that wait for the GPU
+AHEAD = 2
 VARIANTS = 64  # of the compiled layer: sizes, roles, with and without an adapter, with and without gradient
 FORMS = ("llama", "mistral")
 BLOCK_TENSORS = [
@@ -101,7 +101,7 @@ class PackedForward:
         return picked
 
     def _wait(self) -> None:
-        """Be no more than AHEAD packs ahead of the GPU: each takes page-locked memory, which is slow to get."""
+        """Be no more than AHEAD packs ahead of the GPU, so that the page-locked memory of packs stays bounded."""
         while len(self._ends) > AHEAD:
             self._ends.popleft().synchronize()
 
