@@ -153,9 +153,8 @@ class Seen:
     """Which keys each of some queries sees: the template's, and those of its own conversation up to itself."""
 
     def __init__(self, layout: Layout, queries: np.ndarray, device: torch.device) -> None:
-        self.first = _sent(_first(layout, queries), device)
-        self.last = _sent(_last(layout, queries), device)
-        first, last, template = self.first, self.last, layout.template
+        first, last = self.ends = [_sent(end, device) for end in _own_keys(layout, queries)]
+        template = layout.template
 
         def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return ((key < template) | (key >= first[query])) & (key <= last[query])
@@ -164,18 +163,13 @@ class Seen:
 
     def update(self, layout: Layout, queries: np.ndarray) -> None:
         """The same of another layout."""
-        _write(self.first, _first(layout, queries))
-        _write(self.last, _last(layout, queries))
+        for old, new in zip(self.ends, _own_keys(layout, queries), strict=True):
+            _write(old, new)
 
 
-def _first(layout: Layout, queries: np.ndarray) -> np.ndarray:
-    """The first key of each query's own conversation, `int32[Q]`."""
-    return np.asarray(layout.start[queries] + layout.offset, np.int32)
-
-
-def _last(layout: Layout, queries: np.ndarray) -> np.ndarray:
-    """Each query's own key, `int32[Q]`."""
-    return np.asarray(queries + layout.offset, np.int32)
+def _own_keys(layout: Layout, queries: np.ndarray) -> list[np.ndarray]:
+    """The first and the last key that each query sees of its own conversation, `int32[Q]` each."""
+    return [np.asarray(tokens + layout.offset, np.int32) for tokens in (layout.start[queries], queries)]
 
 
 def _queries(layout: Layout) -> tuple[np.ndarray, np.ndarray]:

@@ -136,7 +136,7 @@ class Blocks:
     full: np.ndarray
 
 
-def blocks_of(layout: Layout, queries: np.ndarray, side: int = BLOCK) -> Blocks:
+def blocks_of(layout: Layout, queries: np.ndarray, side: int) -> Blocks:
     """The squares of `side` for `queries` (indices of pack tokens, ascending); a full one needs no look at the mask."""
     keys = (layout.offset + len(layout.tokens)) // side
     squares = len(queries) // side
