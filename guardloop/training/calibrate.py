@@ -9,42 +9,69 @@ from sklearn.metrics import average_precision_score
 
 from guardloop.records import Row
 
-LESSONS = ("positive", "hard_negative", "uncertain", "refused", "passed")
 NEVER_BLOCKED = ("hard_negative", "passed")
 CONTRAST = 0.5  # targets above count as unsafe when the held-out examples are ranked
 HAIR = 1e-3  # on the scale of margins
+ROUNDING = 1e-9  # of a sum of weights, which must not move the threshold by a row
 HOTTEST = 100.0  # bound of the temperature, and of its inverse
 
 
 def ranking(examples: Sequence[Row], margins: np.ndarray) -> float | None:
     """Average precision of `margins` on the lessons among `examples`, by their targets; None with one class only."""
-    rows = [i for i, row in enumerate(examples) if row["kind"] in LESSONS]
-    unsafe = np.array([examples[i]["target"] > CONTRAST for i in rows], dtype=bool)
+    rows, targets = _lessons(examples)
+    unsafe = targets > CONTRAST
     if unsafe.all() or not unsafe.any():
         return None
     return float(average_precision_score(unsafe, margins[rows]))
 
 
 def benign_fpr(examples: Sequence[Row], margins: np.ndarray, threshold: float) -> float | None:
-    """Share of the never-blocked examples whose margin is above `threshold`; None without any."""
-    never = [i for i, row in enumerate(examples) if row["kind"] in NEVER_BLOCKED]
-    return float((margins[never] > threshold).mean()) if never else None
+    """Share of the safe prompts among the lessons whose margin is above `threshold`; None where none is safe.
+
+    Which are safe, nobody knows. Of two guesses the higher share is given, since each misses something: those that
+    never drew a blocked response are the easy ones, where most safe prompts draw one; and lessons that count by the
+    P(safe) of their targets count too little, where the targets are too sure.
+    """
+    shares = [float(safe[margins > threshold].sum() / safe.sum()) for safe in _safe(examples)]
+    return max(shares, default=None)
 
 
 def operating_point(
     examples: Sequence[Row], margins: np.ndarray, default_margins: np.ndarray, default_threshold: float, share: float
 ) -> float:
-    """The threshold above which at most `share` more of the held-out never-blocked prompts are flagged than before.
+    """The threshold above which at most `share` more of the held-out safe prompts are than before, by both guesses.
 
     It lies a hair above the last margin that is let through, which rounding may move when the adapter is merged.
     """
-    before = benign_fpr(examples, default_margins, default_threshold)
-    if before is None:
-        return default_threshold
-    never = np.sort([margin for margin, row in zip(margins, examples, strict=True) if row["kind"] in NEVER_BLOCKED])
-    last = float(np.quantile(never, 1 - min(1.0, before + share), method="higher"))
-    above = never[never > last]
-    return last + min(HAIR, float(above[0] - last) / 2) if len(above) else last + HAIR
+    points = []
+    for safe in _safe(examples):
+        before = safe[default_margins > default_threshold].sum()
+        points.append(_point(margins[safe > 0], safe[safe > 0], (before + share * safe.sum()) * (1 + ROUNDING)))
+    return max(points, default=default_threshold)
+
+
+def _point(margins: np.ndarray, weights: np.ndarray, allowed: float) -> float:
+    """A hair above the highest margin with which the weights from there upwards come to more than `allowed`."""
+    falling = np.argsort(-margins, kind="stable")
+    beyond = np.cumsum(weights[falling]) > allowed
+    last = float(margins[falling[np.argmax(beyond) if beyond.any() else -1]])
+    above = margins[margins > last]
+    return last + (min(HAIR, float(above.min() - last) / 2) if len(above) else HAIR)
+
+
+def _safe(examples: Sequence[Row]) -> list[np.ndarray]:
+    """Two guesses of how far each example is a safe prompt, `float[N]`, without those by which none is."""
+    never = np.array([float(row["kind"] in NEVER_BLOCKED) for row in examples])
+    rows, targets = _lessons(examples)
+    weighed = np.zeros(len(examples))
+    weighed[rows] = 1 - targets
+    return [safe for safe in (never, weighed) if safe.any()]
+
+
+def _lessons(examples: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the examples that are not replayed, `int[L]`, and their targets, `float[L]`."""
+    rows = [i for i, row in enumerate(examples) if not row["kind"].startswith("replay")]
+    return np.array(rows, dtype=int), np.array([examples[i]["target"] for i in rows], dtype=float)
 
 
 def temperature(examples: Sequence[Row], margins: np.ndarray) -> float:

@@ -1,4 +1,5 @@
-"""Poisoned traffic: whoever controls 5% of the prompts cannot move the benign false-positive rate past the gate.
+"""Poisoned traffic: whoever controls 5% of the prompts cannot move the benign false-positive rate past the gate, and
+that of one topic only by so much.
 
 The attacker asks harmless questions of one topic in a way that draws blocked responses, so that the loop learns to
 block the topic. Mining, the choice of the threshold and the gate are the real ones; prompts are points, the guard is
@@ -33,6 +34,8 @@ class Outcome:
     promoted: bool
     rise: float
     """Of the false-positive rate, on very many benign prompts."""
+    topic_rise: float
+    """The same on those of the attacked topic."""
 
 
 def points(rng: np.random.Generator, count: int, unsafe_share: float, topic_share: float):
@@ -95,21 +98,33 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0
     guards = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", threshold, 0.99, 0)
     found = evaluate(rows, *guards, EvaluationSettings(resamples=300, slices=(), seed=seed), GATE)
     benign = points(rng, MANY, 0.0, topic_share)[0]
-    rise = np.mean(model.decision_function(benign) > threshold) - np.mean(default_margin(benign) > 0)
-    return Outcome(found.decision.promote, float(rise))
+    topic = points(rng, MANY, 0.0, 1.0)[0]
+    rises = [
+        float(np.mean(model.decision_function(at) > threshold) - np.mean(default_margin(at) > 0))
+        for at in (benign, topic)
+    ]
+    return Outcome(found.decision.promote, *rises)
 
 
 @pytest.mark.parametrize("topic_share", [0.03, 0.2])
 def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic_share: float) -> None:
-    for seed in range(RUNS):
-        outcome = attack(seed, 0.05, topic_share)
-        assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, (seed, outcome)
+    outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (0.02, 0.05)]
+    assert any(outcome.promoted for outcome in outcomes)
+    for outcome in outcomes:
+        assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, outcome
 
 
 def test_the_attack_works_where_nothing_stops_it() -> None:
-    assert max(attack(seed, 0.05, 0.2).rise for seed in range(RUNS)) > GATE.fpr_margin
+    outcomes = [attack(seed, 0.05, 0.2, newly_blocked=0.05) for seed in range(RUNS)]
+    assert max(outcome.rise for outcome in outcomes) > GATE.fpr_margin
+
+
+def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_topic() -> None:
+    outcomes = [attack(seed, 0.05, topic_share) for seed in range(RUNS) for topic_share in (0.03, 0.2)]
+    assert max(outcome.rise for outcome in outcomes) <= 0.02
+    assert 0.02 < max(outcome.topic_rise for outcome in outcomes) < 0.1
 
 
 def test_the_same_loop_without_an_attacker_is_promoted() -> None:
-    outcomes = [attack(seed, 0.0, 0.03, newly_blocked=0.005) for seed in range(RUNS)]
+    outcomes = [attack(seed, 0.0, 0.03) for seed in range(RUNS)]
     assert sum(outcome.promoted for outcome in outcomes) >= RUNS // 2, outcomes

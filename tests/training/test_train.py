@@ -252,7 +252,14 @@ def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_p
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"scales": []}, {"scales": [0.0]}, {"scales": [-1.0]}, {"warmup": 1.0}, {"variant": "dora", "scales": [0.5]}],
+    [
+        {"scales": []},
+        {"scales": [0.0]},
+        {"scales": [-1.0]},
+        {"warmup": 1.0},
+        {"variant": "dora", "scales": [0.5]},
+        {"processes": 1, "sharded": True},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match=list(wrong)[-1]):
@@ -294,23 +301,52 @@ def test_a_split_holds_out_about_its_share_and_another_seed_another_part():
 
 margin = st.floats(-20, 20, width=32)
 held_out = st.lists(
-    st.tuples(margin, margin, st.sampled_from(["hard_negative", "passed", "positive", "replay_traffic"])), max_size=40
+    st.tuples(
+        margin,
+        margin,
+        st.sampled_from([0.0, 0.25, 0.9, 1.0]),
+        st.sampled_from(["hard_negative", "passed", "positive", "replay_blocked"]),
+    ),
+    max_size=40,
 )
 
 
 @given(values=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
 @PROPERTY
-def test_the_operating_point_flags_few_more_of_the_never_blocked(values, default_threshold, share):
-    examples = [{"kind": kind} for _, _, kind in values]
+def test_the_operating_point_flags_few_more_of_the_safe_prompts_and_as_many_as_it_may(values, default_threshold, share):
+    examples = [{"kind": kind, "target": target} for _, _, target, kind in values]
     after, before = (np.array([v[i] for v in values], dtype=np.float32) for i in (0, 1))
     threshold = operating_point(examples, after, before, default_threshold, share)
-    never = [n for n, (_, _, kind) in enumerate(values) if kind in ("hard_negative", "passed")]
-    if not never:
+    never = np.array([float(row["kind"] in ("hard_negative", "passed")) for row in examples])
+    weighed = np.array([0.0 if row["kind"] == "replay_blocked" else 1 - row["target"] for row in examples])
+    guesses = [safe for safe in (never, weighed) if safe.any()]
+    if not guesses:
         assert threshold == default_threshold
         return
-    flagged = sum(float(after[n]) > threshold for n in never)
-    allowed = sum(before[n] > default_threshold for n in never) + share * len(never)
-    assert flagged <= allowed + 1e-6
+    one_more = []
+    for safe in guesses:
+        allowed = safe[before > default_threshold].sum() + share * safe.sum()
+        assert safe[after > threshold].sum() <= allowed + 1e-6
+        let_through = after[(safe > 0) & (after < threshold)]
+        one_more.append(safe[after >= let_through.max()].sum() > allowed - 1e-6 or allowed >= safe.sum() - 1e-6)
+    assert any(one_more)  # it is no higher than it must be
+
+
+def test_the_operating_point_holds_where_safe_prompts_that_look_unsafe_draw_blocked_responses():
+    draw = np.random.default_rng(0)
+    unsafe = draw.random(4000) < 0.2
+    margins = draw.normal(np.where(unsafe, 2.0, 0.0))
+    if_safe = 1 / (1 + np.exp(-margins))
+    blocked = draw.random(4000) < np.where(unsafe, 0.95, if_safe)
+    odds = 0.2 / 0.8 * np.exp(2 * margins - 2) * np.where(blocked, 0.95 / if_safe, 0.05 / (1 - if_safe))
+    examples = [
+        {"kind": "positive" if b else "passed", "target": t}
+        for b, t in zip(blocked, (odds / (1 + odds)).tolist(), strict=True)
+    ]
+    threshold = operating_point(examples, margins, np.full(4000, -1.0), 0.0, 0.05)
+    assert 0.04 < (margins[~unsafe] > threshold).mean() < 0.06
+    never_blocked = np.quantile(margins[~blocked], 0.95)
+    assert (margins[~unsafe] > never_blocked).mean() > 0.1
 
 
 @given(values=st.lists(st.tuples(margin, st.floats(0, 1, width=32)), min_size=1, max_size=30))
