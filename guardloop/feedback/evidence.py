@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import expit
 
 from guardloop.feedback.mixture import Channel, Counts, fuse
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import Row
+
+FARTHEST = 60.0  # a margin beyond is as sure
 
 
 @dataclass(slots=True)
@@ -73,9 +77,9 @@ class Evidence:
         # divided, not multiplied: 0.28 * 25 is more than 7 in floating point
         return bool(self.blocked) and self.blocked / self.responses >= settings.min_blocked_share
 
-    def votes(self) -> float:
-        """The mean of one vote for each responder: the judge's P(unsafe) of its worst response."""
-        return fmean(tally.worst for tally in self.tallies.values())
+    def votes(self) -> list[float]:
+        """One vote of each responder: the judge's P(unsafe) of its worst response."""
+        return [tally.worst for tally in self.tallies.values()]
 
     def posterior(self, settings: FeedbackSettings) -> float:
         """P(the prompt is unsafe): the mean of a Beta with the prior as pseudo-counts.
@@ -121,8 +125,8 @@ class Weighed:
 
 def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weighed:
     """What each prompt's responses, and the default guard's own score, say of it, in the way of `settings.fusion`."""
-    if settings.fusion == "votes":
-        return Weighed({id: found.votes() for id, found in evidence.items()}, probability, [])
+    if settings.fusion == "votes" and evidence:
+        return _by_votes(evidence, settings.prior_strength)
     if settings.fusion == "beta" or not evidence:
         return Weighed({id: found.posterior(settings) for id, found in evidence.items()}, probability, [])
     margins = np.array([found.margin for found in evidence.values()])
@@ -131,6 +135,28 @@ def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weigh
     posterior = fitted.posterior(margins, counts)
     targets = dict(zip(evidence, map(float, posterior), strict=True))
     return Weighed(targets, lambda margin: float(fitted.prior(np.array([margin]))[0]), fitted.channels)
+
+
+def _by_votes(evidence: Mapping[str, Evidence], strength: float) -> Weighed:
+    """The mean of the responders' votes and `strength` votes of the default guard's own score.
+
+    The own score is moved by the same amount for all prompts, so that it calls as many unsafe as the responders do: a
+    margin just below the threshold may stand for a P(unsafe) near 1, and would outvote them.
+    """
+    votes = {id: found.votes() for id, found in evidence.items()}
+    margins = np.array([found.margin for found in evidence.values()])
+    share = fmean(fmean(each) for each in votes.values())
+    lowest, highest = float(margins.min()) - 2 * FARTHEST, float(margins.max()) + 2 * FARTHEST
+    moved = float(brentq(lambda by: expit(margins - by).mean() - share, lowest, highest))
+
+    def prior(margin: float) -> float:
+        return probability(margin - moved)
+
+    targets = {
+        id: (math.fsum(each) + strength * prior(evidence[id].margin)) / (len(each) + strength)
+        for id, each in votes.items()
+    }
+    return Weighed(targets, prior, [])
 
 
 def _counts(evidence: list[Evidence]) -> list[Counts]:
@@ -151,4 +177,4 @@ def _counts(evidence: list[Evidence]) -> list[Counts]:
 
 def probability(margin: float) -> float:
     """The logistic function of a margin."""
-    return 1 / (1 + math.exp(-max(-60.0, min(60.0, margin))))
+    return 1 / (1 + math.exp(-max(-FARTHEST, min(FARTHEST, margin))))

@@ -175,8 +175,33 @@ def test_harmless_responses_of_one_that_has_voted_change_nothing(rows, who):
         assert voted([*rows, (who, -30.0, False)]) == voted(rows)
 
 
-def test_votes_leave_out_the_default_guards_own_score():
-    mild, sure = (gather([judged(screened("p", margin), 0, 1.0)]) for margin in (-9.0, 0.0))
-    settings = FeedbackSettings(fusion="votes")
-    assert weigh(mild, settings).targets == weigh(sure, settings).targets == {"p": pytest.approx(probability(1.0))}
-    assert weigh({}, settings).targets == {}
+margins = st.lists(st.tuples(st.floats(-12, 12), st.floats(-12, 12)), min_size=1, max_size=12)
+
+
+def targets(pairs: list[tuple[float, float]], strength: float) -> list[float]:
+    """Targets by votes of prompts with one response each: (the own margin, the judge's margin of the response)."""
+    table = [judged(screened(str(n), own), 0, margin) for n, (own, margin) in enumerate(pairs)]
+    found = weigh(gather(table), FeedbackSettings(fusion="votes", prior_strength=strength)).targets
+    return [found[str(n)] for n in range(len(pairs))]
+
+
+@many
+@given(margins, st.floats(0, 5))
+def test_the_own_score_votes_as_often_for_unsafe_as_the_responders(pairs, strength):
+    theirs = [probability(margin) for _, margin in pairs]
+    assert sum(targets(pairs, strength)) == pytest.approx(sum(theirs), rel=1e-6, abs=1e-9)
+    assert targets(pairs, 0.0) == pytest.approx(theirs)
+
+
+@many
+@given(margins, st.floats(-9, 9))
+def test_the_own_score_counts_by_its_order_not_by_its_level(pairs, more):
+    moved = [(own + more, margin) for own, margin in pairs]
+    assert targets(moved, 1.0) == pytest.approx(targets(pairs, 1.0), abs=1e-6)
+    assert targets([(own + (n == 0), margin) for n, (own, margin) in enumerate(pairs)], 1.0)[0] >= (
+        targets(pairs, 1.0)[0] - 1e-9
+    )
+
+
+def test_votes_of_nothing_are_nothing():
+    assert weigh({}, FeedbackSettings(fusion="votes")).targets == {}
