@@ -35,7 +35,7 @@ WINDOW_BATCHES = 8  # batches of requests that are read ahead and sorted by leng
 REFILL_SHARE = 0.25  # share of places that must be free before new prompts are read in, so that they come in batches
 PREFILL_TOKENS = 4096
 STOP_TOKENS = 8  # the stop text lies within this many last tokens
-ENGINE_ERRORS = (RuntimeError, ValueError, IndexError)  # also a GPU that is out of memory
+ENGINE_ERRORS = (RuntimeError, ValueError, IndexError)
 NEEDED = ("position_ids", "attention_mask", "past_key_values", "logits_to_keep")
 
 
@@ -108,10 +108,14 @@ class TransformersResponder:
                         admitted = []
                 replies = self._step(slots, rows) if rows else []
             except ENGINE_ERRORS as error:
-                log.warning("a batch failed; its prompts are answered one by one: %s", _first_line(error))
                 suspects = _groups(rows, admitted)
                 slots, rows, admitted = Slots(), [], []
-                replies = [reply for group in suspects for reply in self._alone(group)]
+                if isinstance(error, torch.OutOfMemoryError) and self._halve(suspects):
+                    queue = deque(part for group in [*suspects, *queue] for part in self._parts(group))
+                    replies = []
+                else:
+                    log.warning("a batch failed; its prompts are answered one by one: %s", _first_line(error))
+                    replies = [reply for group in suspects for reply in self._alone(group)]
             yield from replies
 
     def close(self) -> None:
@@ -120,6 +124,15 @@ class TransformersResponder:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _halve(self, groups: list[Group]) -> bool:
+        """From here on answer fewer rows at once than those of `groups`; False where that was one."""
+        count = sum(len(group.requests) for group in groups)
+        if count == 1:
+            return False
+        self.batch_rows = min(self.batch_rows, count) // 2
+        log.warning("out of memory with %d responses at once: from here on at most %d", count, self.batch_rows)
+        return True
 
     def _alone(self, group: Group) -> Iterator[Reply]:
         """Answer one prompt in a batch of its own; what it then fails with is its own error."""
@@ -145,9 +158,13 @@ class TransformersResponder:
             except PromptError as error:
                 errors += [failure(request, str(error)) for request in samples]
                 continue
-            size = max(1, min(self.batch_rows, self.settings.batch_tokens // self._width(len(tokens))))
-            groups += [Group(tokens, samples[i : i + size]) for i in range(0, len(samples), size)]
+            groups += self._parts(Group(tokens, samples))
         return sorted(groups, key=lambda group: len(group.tokens)), errors
+
+    def _parts(self, group: Group) -> list[Group]:
+        """The group in as many as it takes for each to fit into a batch."""
+        size = max(1, min(self.batch_rows, self.settings.batch_tokens // self._width(len(group.tokens))))
+        return [Group(group.tokens, group.requests[i : i + size]) for i in range(0, len(group.requests), size)]
 
     def _width(self, prompt_tokens: int) -> int:
         return width_for(prompt_tokens + self.settings.max_new_tokens)

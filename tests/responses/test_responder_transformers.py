@@ -230,20 +230,46 @@ def test_a_prompt_that_the_model_fails_on_does_not_cost_the_others(
     assert max(calls) > 1  # the rest still runs in batches
 
 
-def test_batches_that_do_not_fit_are_answered_one_by_one(
-    responder: Callable[..., TransformersResponder], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("samples", "fitting"), [(1, 3), (2, 3), (4, 3), (4, 1)])
+def test_batches_that_do_not_fit_are_halved_for_good(
+    responder: Callable[..., TransformersResponder], monkeypatch: pytest.MonkeyPatch, samples: int, fitting: int
 ) -> None:
-    ours = responder(samples=1)
+    ours = responder(samples=samples)
     expected = answers(ours.generate(ask(PROMPTS, ours.settings)))
-    step = TransformersResponder._step
+    step, sizes = TransformersResponder._step, list[int]()
 
     def small(self: TransformersResponder, slots: Slots, rows: list[Any]) -> list[Reply]:
-        if len(rows) > 3:
+        sizes.append(len(rows))
+        if len(rows) > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, slots, rows)
 
     monkeypatch.setattr(TransformersResponder, "_step", small)
     assert answers(ours.generate(ask(PROMPTS, ours.settings))) == expected
+    most = ours.batch_rows
+    assert fitting / 2 <= most <= fitting  # no smaller than it has to be
+    failed = [n for n, size in enumerate(sizes) if size > fitting]
+    assert len(failed) <= 3  # from 8 rows
+    assert max(sizes[failed[-1] + 1 :]) == most  # the rest goes on in batches
+
+
+def test_a_response_that_does_not_fit_by_itself_is_its_own_error(
+    responder: Callable[..., TransformersResponder], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = responder(samples=1)
+    longest = max(len(ours.chat.encode(prompt)) for prompt in PROMPTS)
+    plain = model.base_model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] >= longest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(model.base_model, "forward", forward)
+    got = list(ours.generate(ask(PROMPTS, ours.settings)))
+    assert len(got) == len(PROMPTS)
+    failed = {reply.id for reply in got if reply.error}
+    assert failed == {f"p{n}" for n, prompt in enumerate(PROMPTS) if len(ours.chat.encode(prompt)) == longest}
 
 
 def test_a_closed_responder_holds_no_model(tokenizer: Any) -> None:
