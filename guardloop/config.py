@@ -43,6 +43,15 @@ class Settings(Section):
             return self.model_copy(update={"guard": guard})
         return self
 
+    @model_validator(mode="after")
+    def _sharded_is_not_quantized(self) -> Self:
+        if self.training.sharded and self.guard.quantization in ("int8", "nf4"):
+            raise ValueError(
+                f"training.sharded: the weights of guard.quantization {self.guard.quantization} cannot be split; leave "
+                "sharded off, as a quantized guard fits one GPU, or set the quantization to none"
+            )
+        return self
+
     def sections(self) -> dict[str, dict[str, Any]]:
         """Each section as JSON-ready values: the pipeline's parameters.
 

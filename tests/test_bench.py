@@ -1,6 +1,8 @@
 """The GPU parts of the benchmarks run anywhere with a tiny model: no GPU time is spent on their mistakes."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,13 @@ def test_training_ways_take_steps() -> None:
     for _ in range(2):
         _, rate, _ = next(rows)
         assert rate and rate > 0
+
+
+def test_both_ways_to_hold_the_guard_in_several_processes_take_steps(tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "bench.train_gpu", "--sharded", "--tiny", "--page", str(page)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    rates = re.findall(r"^\| this engine, .+ \| ([\d.]+) \| .*\|$", page.read_text("utf-8"), re.MULTILINE)
+    assert len(rates) == 2
+    assert all(float(rate) > 0 for rate in rates)

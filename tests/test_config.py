@@ -200,6 +200,13 @@ def test_values_out_of_range_are_refused(section, key, value):
     assert f"{section}.{key}" in refusal({section: {key: value}}).what
 
 
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_guard_is_not_split_among_gpus(quantization):
+    values = {"guard": {"quantization": quantization}, "training": {"processes": 2, "sharded": True}}
+    assert f"my.yaml: training.sharded: the weights of guard.quantization {quantization} " in refusal(values).what
+    assert read_section(Settings, {**values, "guard": {"quantization": "fp8"}}, "").training.sharded
+
+
 def test_a_platform_needs_a_shard():
     assert "shards" in refusal({"shards": 0}, PlatformSettings).what
     assert "did you mean `shards`?" in refusal({"shard": 2}, PlatformSettings).what

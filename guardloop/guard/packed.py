@@ -8,11 +8,13 @@ adapters and quantized weights work as they do elsewhere.
 import os
 from collections import deque
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 import torch._dynamo
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -71,7 +73,8 @@ class PackedForward:
                 self.cached = [_padded(pair) for pair in PrefixCache(model, self.prefix).layers] or None
         self.own = self.prefix if with_gradient else []
         self.room = size - len(self.own)
-        self._layer = _compiled(layer) if compiled else layer
+        function = _compiled(layer) if compiled else layer
+        self._layers = [_of(module, function) for module in self.decoder.layers]
         self._masks = Masks(self._lay_out([[0]]), model.device, BLOCK if with_gradient else SIDE)
         self._ends = deque[torch.cuda.Event]()
 
@@ -87,14 +90,14 @@ class PackedForward:
         hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
         states = hidden, torch.zeros_like(hidden)
-        last = len(self.decoder.layers) - 1
-        for index, module in enumerate(self.decoder.layers):
+        last = len(self._layers) - 1
+        for index, run in enumerate(self._layers):
             template = self.cached[index] if self.cached else None
             mask, read = (masks.labels, masks.rows) if index == last else (masks.tokens, None)
             if index < self.checkpointed and torch.is_grad_enabled():
-                states = checkpoint(self._layer, module, states, angles, template, mask, read, use_reentrant=False)
+                states = checkpoint(run, states, angles, template, mask, read, use_reentrant=False)
             else:
-                states = self._layer(module, states, angles, template, mask, read)
+                states = run(states, angles, template, mask, read)
         picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : sum(reads) or len(rows)])
         if picked.device.type == "cuda":
             self._ends.append(torch.cuda.current_stream(picked.device).record_event())
@@ -115,6 +118,13 @@ def _compiled(function: Any) -> Any:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
     return torch.compile(function, dynamic=False)
+
+
+def _of(module: Any, function: Any) -> Any:
+    """`function` of the module; where its weights are sharded (FSDP), they are gathered for each call."""
+    module.packed = MethodType(function, module)
+    register_fsdp_forward_method(module, "packed")
+    return module.__dict__.pop("packed")
 
 
 class Masks:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import PrefixCache, behind, label_logits, trunk
@@ -33,6 +34,7 @@ from guardloop.training.checkpoint import (
 from guardloop.training.loss import Encoded, batch_loss
 from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.sharding import is_sharded
 from guardloop.training.watch import Step, flops_per_token, memory_gib, peak_flops
 
 log = logging.getLogger("guardloop")
@@ -47,7 +49,7 @@ class Look:
     step: int
     auprc: float | None
     benign_fpr: float | None
-    """Flagged share of the never-blocked, at the default guard's threshold."""
+    """Flagged share of the safe prompts, at the default guard's threshold."""
 
     def rank(self, fpr_limit: float) -> tuple[bool, float]:
         """Higher is better: within the limit first, then by AUPRC; beyond the limit, by the FPR."""
@@ -180,8 +182,8 @@ class Training:
             DistributedType.MULTI_GPU,
         ):
             raise GuardLoopError(
-                f"training: {self.accelerator.distributed_type.value} is not supported: the guard is held whole",
-                "unset ACCELERATE_USE_*, and use quantization or gradient_checkpointing where memory is short",
+                f"training: {self.accelerator.distributed_type.value} is not supported",
+                "unset ACCELERATE_USE_*; training.sharded splits a guard among the GPUs",
             )
         self.model = model
         self.settings = settings
@@ -190,8 +192,11 @@ class Training:
         if model.device.type == "cuda" and fits(model):
             share = settings.gradient_checkpointing
             self.packs = Packs(model, prefixes, labels.lead, largest=settings.pack_tokens, checkpointed=share)
-        self.learner = Learner(model, prefixes, labels, settings.category_weight, self.packs)
-        self.wrapped = self.accelerator.prepare_model(self.learner, device_placement=False)
+        # FSDP gathers a layer for one pass before each backward pass: a template by itself would be another one
+        known = [] if is_sharded(model) else prefixes
+        self.learner = Learner(model, known, labels, settings.category_weight, self.packs)
+        # no DDP, which takes no sharded model: `_backward` sums the gradients
+        self.wrapped = self.accelerator.prepare_model(self.learner, device_placement=False, evaluation_mode=True)
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = self.accelerator.prepare_optimizer(
             torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=decay), device_placement=False
@@ -246,31 +251,40 @@ class Training:
     def _backward(self, batch: Sequence[Encoded], number: int) -> tuple[float, int] | None:
         """Gradients of the batch's weighted mean loss; the loss and the tokens computed, or None without the memory.
 
-        Each process takes its share of the rows; their gradients meet in the last piece of each.
+        Each process takes its share of the rows; their gradients are summed.
         """
-        rank, rows = self.accelerator.process_index, self.micro_rows
+        rank = self.accelerator.process_index
         torch.manual_seed(_seed_of(self.settings.seed, number, rank))
         weight = sum(e.weight for e in batch) or 1.0  # of a batch that counts for nothing, the loss is 0
-        mine = list(batch[rank :: self.processes]) or [replace(batch[0], weight=0.0)]
-        pieces = self.packs.pieces(mine) if self.packs else [mine[i : i + rows] for i in range(0, len(mine), rows)]
+        pieces = self._pieces(batch, rank)
+        if is_sharded(self.model):  # each process makes as many passes as the one with the most
+            most = max(len(self._pieces(batch, process)) for process in range(self.processes))
+            pieces += [[replace(batch[0], weight=0.0)]] * (most - len(pieces))
         self.learner.tokens, value = 0, 0.0
         try:
-            for piece in pieces[:-1]:
-                with self.accelerator.no_sync(self.wrapped):
-                    value += self._piece(piece, weight)
-            value += self._piece(pieces[-1], weight)
+            for piece in pieces:
+                value += self._piece(piece, weight)
         except torch.OutOfMemoryError:
             self.optimizer.zero_grad(set_to_none=True)
             return None
         if self.processes == 1:
             return value, self.learner.tokens
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        vector_to_parameters(self.accelerator.reduce(parameters_to_vector(gradients), "sum"), gradients)
         sums = torch.tensor([value, self.learner.tokens], dtype=torch.float64, device=self.model.device)
         loss, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return loss, int(tokens)
 
+    def _pieces(self, batch: Sequence[Encoded], process: int) -> list[list[Encoded]]:
+        """The share of one process, in what it computes at once: at least one row, if need be of no weight."""
+        share = list(batch[process :: self.processes]) or [replace(batch[0], weight=0.0)]
+        if self.packs:
+            return self.packs.pieces(share)
+        return [share[i : i + self.micro_rows] for i in range(0, len(share), self.micro_rows)]
+
     def _piece(self, piece: Sequence[Encoded], weight: float) -> float:
         loss = self.wrapped(piece) / weight
-        self.accelerator.backward(loss * self.processes)  # the processes' gradients are averaged
+        self.accelerator.backward(loss)
         return float(loss.item())
 
     def _check(self, loss: float, norm: float, number: int, batch: Sequence[Encoded]) -> None:

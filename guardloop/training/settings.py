@@ -37,8 +37,9 @@ class TrainingSettings(Section):
     validation: float = Field(default=0.2, gt=0, lt=0.9)
     """Share of the examples (whole near-duplicate groups) held out, to watch training and to set the threshold."""
     max_newly_blocked: float = Field(default=0.02, ge=0, lt=1)
-    """The threshold is set so that at most this share of held-out never-blocked prompts is flagged beyond those that
-    the default guard flagged."""
+    """The threshold is set so that at most this share of held-out safe prompts is flagged beyond those that the default
+    guard flagged. Safe are those that never drew a blocked response, and in a second count all by their P(safe); the
+    threshold holds for both."""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     """Strengths of the adapter to try (0: the default guard, 1: as trained); the best on the held-out is kept."""
     min_examples: int = Field(default=32, ge=2)
@@ -56,6 +57,9 @@ class TrainingSettings(Section):
     runs out."""
     processes: int = Field(default=1, ge=1)
     """Processes that share each step, one for each GPU of the machine."""
+    sharded: bool = False
+    """Split the guard's layers among the GPUs of the processes, each gathered where it computes (FSDP): for guards too
+    large to be trained on one GPU."""
     gradient_checkpointing: float = Field(default=0.0, ge=0, le=1)
     """Share of the layers whose activations are computed again in the backward pass: slower, in less memory. Without
     packs, any share means all layers."""
@@ -66,7 +70,7 @@ class TrainingSettings(Section):
     patience: int = Field(default=3, ge=0)
     """Training ends early after so many looks without a better one; 0: never."""
     fpr_limit: float = Field(default=1.0, ge=0, le=1)
-    """An adapter is preferred if it flags at most this share of held-out never-blocked prompts at the old threshold."""
+    """An adapter is preferred if it flags at most this share of held-out safe prompts at the old threshold."""
     checkpoints: str | None = None
     """Where an interrupted training is kept: a folder or `s3://bucket/prefix`; by default below $GUARDLOOP_CACHE."""
     checkpoint_steps: int = Field(default=50, ge=0)
@@ -76,4 +80,10 @@ class TrainingSettings(Section):
     def _dora_has_one_strength(self) -> Self:
         if self.variant == "dora" and self.scales != [1.0]:
             raise ValueError("scales: DoRA also trains the weights' lengths, so it has no strength other than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_among_several(self) -> Self:
+        if self.sharded and self.processes == 1:
+            raise ValueError("sharded: one process holds the whole guard; set processes to the number of GPUs")
         return self

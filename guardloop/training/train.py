@@ -29,6 +29,7 @@ from guardloop.training.checkpoint import Checkpoints
 from guardloop.training.fit import Fitted, Look, fit
 from guardloop.training.loss import Encoded
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.sharding import is_sharded, shard
 from guardloop.training.watch import Step
 
 CARD, FACTS = "README.md", "guard.json"
@@ -97,16 +98,12 @@ def train(
     own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
     facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
-    model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), device, guard.quantization)
-    _keep_differentiable(model)
-    model = fresh_adapter(attach_adapter(model, own_adapter) if own_adapter else model, settings)
-    if settings.gradient_checkpointing:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = _load(base, own_adapter, guard, settings, device)
     default_threshold = guard.threshold if guard.threshold is not None else float(facts.get("threshold", 0.0))
     default_margins = _margins(model, renderer, held_out, guard, processes)
     encoded = [encode(row, renderer) for row in training]
     data_hash = _hash([dict(row) for row in examples])
-    decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes"})
+    decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes", "sharded"})
     key = [
         *(data_hash, _hash([example.tokens for example in encoded])),  # the tokens show the policy's content, too
         *(guard.plain(), default_threshold, _digest(own_adapter), decisive),
@@ -225,6 +222,21 @@ def _check(examples: Sequence[Row], settings: TrainingSettings, checked: bool) -
         )
 
 
+def _load(
+    base: str, own_adapter: Path | None, guard: GuardSettings, settings: TrainingSettings, device: torch.device
+) -> Any:
+    """The default guard with a new adapter over its own one, as it is trained."""
+    place = torch.device("cpu") if settings.sharded else device  # no GPU has to hold the whole guard
+    model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), place, guard.quantization)
+    _keep_differentiable(model)
+    model = fresh_adapter(attach_adapter(model, own_adapter) if own_adapter else model, settings)
+    if settings.sharded:
+        shard(model, device)
+    if settings.gradient_checkpointing:
+        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
 def _keep_differentiable(model: Any) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference on a CPU, which has no backward pass, when scoring."""
     for module in model.modules():
@@ -239,10 +251,13 @@ def _rank(trial: Trial, settings: TrainingSettings) -> tuple[bool, float]:
 def _margins(
     model: Any, renderer: Renderer, rows: Sequence[Row], settings: GuardSettings, processes: PartialState
 ) -> np.ndarray:
-    """Margins of `rows`, `float32[N]`, in order; each process scores its share."""
+    """Margins of `rows`, `float32[N]`, in order; each process scores its share, or all where the model is sharded."""
     rank, count = processes.process_index, processes.num_processes
     guard = Guard(model, renderer, batch_tokens=settings.batch_tokens, pack_tokens=settings.pack_tokens, is_guard=False)
-    verdicts = guard.score(rows[rank::count])
+    scored, own = slice(rank, None, count), slice(None)
+    if is_sharded(model):  # every process has to make as many passes as the others
+        scored, own = own, scored
+    verdicts = list(guard.score(rows[scored]))[own]
     mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
     found = sorted(gather_object(mine)) if count > 1 else mine
     return np.array([margin for _, margin in found], dtype=np.float32)
