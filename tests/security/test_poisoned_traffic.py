@@ -121,10 +121,12 @@ def test_the_attack_works_where_nothing_stops_it() -> None:
 
 def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_topic() -> None:
     outcomes = [attack(seed, 0.05, topic_share) for seed in range(RUNS) for topic_share in (0.03, 0.2)]
-    assert max(outcome.rise for outcome in outcomes) <= 0.02
-    assert 0.02 < max(outcome.topic_rise for outcome in outcomes) < 0.1
+    assert max(outcome.rise for outcome in outcomes) < 0.01
+    assert sum(outcome.promoted for outcome in outcomes) > RUNS
+    assert 0.04 < max(outcome.topic_rise for outcome in outcomes) < 0.1
 
 
-def test_the_same_loop_without_an_attacker_is_promoted() -> None:
-    outcomes = [attack(seed, 0.0, 0.03) for seed in range(RUNS)]
+@pytest.mark.parametrize("newly_blocked", [0.005, 0.02])
+def test_the_same_loop_without_an_attacker_is_promoted(newly_blocked: float) -> None:
+    outcomes = [attack(seed, 0.0, 0.03, newly_blocked) for seed in range(RUNS)]
     assert sum(outcome.promoted for outcome in outcomes) >= RUNS // 2, outcomes
