@@ -7,6 +7,8 @@
 #   make lock LOCK_ARGS=--upgrade
 
 SHELL := bash
+# Without compiled modules kept, each of a run's processes compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 
 CONFIG ?= configs/demo.yaml
@@ -111,7 +113,7 @@ experiment: ready ## Compare the recipe with every control (CONFIG=configs/exper
 	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)") --workers $(WORKERS)
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
-	@$(BIN)/pytest -m "not slow and not faults" -n auto --dist loadfile $(PYTEST_ARGS)
+	@QUICK=1 $(BIN)/pytest -m "not slow and not faults" -n auto --dist worksteal $(PYTEST_ARGS)
 
 lint: ready ## Check style, formatting, import rules and unused code
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from cases import cases
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ LOOKS_SECRET = re.compile(  # a Secret's key may be followed by the variable tha
     r"hf_\w{20}|sk-\w{16}|AKIA\w{16}|-----BEGIN|://[^/\s]*@|(?i:password|secret|token|api_key)\s*:(?!\s*[A-Z_]+\b)"
 )
 
-many = hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+many = hypothesis_settings(max_examples=cases(80), deadline=None, derandomize=True)
 
 
 def nested(annotation: Any) -> type[Section] | None:

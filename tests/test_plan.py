@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,7 +119,7 @@ def test_every_rate_stands_in_the_benchmarks() -> None:
         )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=cases(20), deadline=None)
 @given(samples=st.integers(1, 8), epochs=st.integers(1, 4))
 def test_work_grows_with_what_causes_it(tmp_path_factory: pytest.TempPathFactory, samples: int, epochs: int) -> None:
     folder = tmp_path_factory.mktemp("plan")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cases import cases
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ VALUES = {
 }
 SMALL = pa.schema([pa.field("id", pa.int32(), nullable=False), pa.field("text", pa.string())])
 
-few = hypothesis_settings(max_examples=30, deadline=None, derandomize=True)
+few = hypothesis_settings(max_examples=cases(30), deadline=None, derandomize=True)
 
 
 def rows_of(schema: pa.Schema) -> st.SearchStrategy:

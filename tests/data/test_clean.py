@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.records import CONVERSATION, read_facts, read_table
 from guardloop.stages import prepare_data
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(max_examples=cases(60), deadline=None, derandomize=True)
 
 LABELLED = [{"prompt": "something vile", "label": "unsafe"}, {"prompt": "something kind", "label": "safe"}]
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ake", "old", "ist", "orn", "um")]

@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ def all_weights(groups, unsafe, resamples=300, seed=0):
     return np.concatenate(list(resample_weights(groups, unsafe, resamples, seed)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=cases(100), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=40))
 def test_groups_are_redrawn_whole_and_within_their_stratum(rows):
     groups = np.unique([group for group, _ in rows], return_inverse=True)[1]
@@ -67,6 +68,7 @@ def test_the_interval_of_a_mean_is_the_textbook_one():
     assert (found.low, found.high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.003)
 
 
+@pytest.mark.slow
 def test_ten_thousand_resamples_of_five_thousand_rows_take_seconds():
     rng = np.random.default_rng(0)
     unsafe = rng.random(5000) < 0.3

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score, roc_curve
@@ -33,7 +34,7 @@ def weighted_rows(draw, weights=REAL):
     return np.array(scores, float), np.array(unsafe), np.array(weight, float)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200), deadline=None)
 @given(weighted_rows())
 def test_areas_are_those_of_scikit_learn(rows):
     scores, unsafe, weight = rows
@@ -42,7 +43,7 @@ def test_areas_are_those_of_scikit_learn(rows):
     assert auroc(c)[0] == pytest.approx(roc_auc_score(unsafe, scores, sample_weight=weight), abs=1e-9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200), deadline=None)
 @given(weighted_rows(WHOLE), st.sampled_from([0.0, 0.01, 0.05, 0.2, 0.5, 1.0]))
 def test_recall_at_fpr_is_the_best_point_of_the_roc_curve(rows, fpr):
     scores, unsafe, weight = rows
@@ -51,7 +52,7 @@ def test_recall_at_fpr_is_the_best_point_of_the_roc_curve(rows, fpr):
     assert recall_at_fpr(curve(rank(scores, unsafe), weight[None]), fpr)[0] == pytest.approx(best)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=cases(50), deadline=None)
 @given(weighted_rows(WHOLE))
 def test_a_weight_is_that_many_copies_of_the_row(rows):
     scores, unsafe, weight = rows
@@ -75,7 +76,7 @@ def test_each_weighting_has_its_own_value_and_its_own_fpr():
         assert recall_at_fpr(together, fprs)[b] == pytest.approx(recall_at_fpr(alone, fprs[b])[0], abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=cases(50), deadline=None)
 @given(weighted_rows(), st.floats(0.1, 10), st.floats(-5, 5))
 def test_only_the_order_of_scores_matters_to_the_areas(rows, scale, shift):
     scores, unsafe, weight = rows

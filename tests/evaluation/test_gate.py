@@ -283,6 +283,7 @@ def test_one_figure_is_published_once():
         GateSettings(published=[PUBLISHED, PUBLISHED])
 
 
+@pytest.mark.slow
 def test_stopping_early_gives_the_whole_gates_promotions(simulation):
     world = simulation.World(rows=700, agent_rows=400, improved_auprc=0.68, unsafe_share=0.3)
     both = [

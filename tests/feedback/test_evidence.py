@@ -1,4 +1,5 @@
 import pytest
+from cases import cases
 from feedback_examples import judged, screened
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from guardloop.feedback.evidence import Evidence, gather, probability, weigh
 from guardloop.feedback.settings import FeedbackSettings
 
-many = hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+many = hypothesis_settings(max_examples=cases(80), deadline=None, derandomize=True)
 DEFAULTS = FeedbackSettings()
 EPSILON = 1e-6
 

@@ -3,6 +3,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from cases import cases
 from feedback_examples import World, judged, round_of, screened, worlds
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -17,7 +18,7 @@ from guardloop.records import EXAMPLE, FEEDBACK, JUDGED, SCREENED, read_facts, r
 from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, mine_feedback
 from guardloop.training.train import split
 
-many = hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
+many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
 DEFAULTS = FeedbackSettings(held_out=0)
 
 chosen = st.builds(

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from cases import cases
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -70,7 +71,7 @@ def fitted():
     return fuse(margins, counts)
 
 
-@hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+@hypothesis_settings(max_examples=cases(80), deadline=None, derandomize=True)
 @given(margin=st.floats(-200, 200), harm=st.floats(0, 8), more=st.floats(0, 1), total=st.integers(0, 8))
 def test_more_harm_and_a_higher_margin_never_lower_it(fitted, margin, harm, more, total):
     def belief(margin, harm):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import cases
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from guardloop.guard.facts import guard_facts
 from guardloop.guard.policy import read_policy
 
 CASES = 30
-many = hypothesis_settings(max_examples=150, deadline=None, derandomize=True)
+many = hypothesis_settings(max_examples=cases(150), deadline=None, derandomize=True)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner))
 

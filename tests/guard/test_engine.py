@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
@@ -27,7 +28,7 @@ from guardloop.guard.engine import Guard
 from guardloop.guard.forward import PrefixCache, label_hidden
 from guardloop.guard.settings import GuardSettings
 
-PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(30), deadline=None, derandomize=True)
 WORDS = ["how", "do", "I", "bake", "a", "cake", "build", "bomb", "<|eot_id|>", "[/INST]", "你好", ".", "?", "\n"]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join).filter(str.strip)
 rows = st.fixed_dictionaries({"prompt": texts, "response": st.none() | texts | st.just("")})
@@ -70,7 +71,7 @@ def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, bat
 
 @pytest.mark.parametrize("lora", [False, True])
 @given(family=st.sampled_from(FAMILIES), conversations=st.lists(rows, min_size=12, max_size=60))
-@settings(PROPERTY, max_examples=8)
+@settings(PROPERTY, max_examples=cases(8))
 def test_packed_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, conversations):
     guard, batched = guard_of(family, lora, packed=True), guard_of(family, lora)
     for one, other in zip(guard.score(conversations), batched.score(conversations), strict=True):
@@ -256,6 +257,7 @@ def test_an_answer_that_is_not_a_number_is_no_verdict():
         list(guard.score(user("hello")))
 
 
+@pytest.mark.slow
 def test_margins_of_a_half_precision_model_do_not_collapse_into_ties():
     guard = Guard(tiny_llama().to(torch.bfloat16), renderer_of("guardloop"), is_guard=False)
     rows = user(*(f"number {n}" for n in range(60)))

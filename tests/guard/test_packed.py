@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, with_lora
@@ -11,7 +12,7 @@ from guardloop.guard.forward import trunk
 from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import most_rows
 
-PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(25), deadline=None, derandomize=True)
 NEAR = 1e-4
 token_lists = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=90), min_size=1, max_size=6)
 

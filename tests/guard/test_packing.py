@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from guardloop.guard.packing import (
     packs,
 )
 
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(80), deadline=None, derandomize=True)
 lengths = st.lists(st.integers(1, 700), max_size=80)
 
 

@@ -2,6 +2,7 @@ from copy import copy
 from functools import cache
 
 import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
@@ -19,7 +20,7 @@ from guardloop.guard.family import family_of
 from guardloop.guard.policy import Category
 from guardloop.guard.prompt import Renderer, Stretch
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
 # of many beginnings and ends: the characters at a message's edge may share a token with the template's
 HARMLESS = [
     "How are you?",
@@ -202,7 +203,7 @@ def test_each_of_two_messages_is_cut_by_itself(family):
 
 
 @given(text=hostile, repeat=st.integers(1, 40))
-@settings(PROPERTY, max_examples=30)
+@settings(PROPERTY, max_examples=cases(30))
 def test_truncation_never_touches_the_template(text, repeat):
     for family in FAMILIES:
         prompt = cached_renderer(family, 16).render(text * repeat)

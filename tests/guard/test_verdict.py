@@ -1,4 +1,5 @@
 import pytest
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, renderer_of, tokenizer_of
@@ -91,7 +92,7 @@ def test_anything_else_is_a_parse_error(text):
 @given(
     text=st.text() | st.lists(st.sampled_from(["safe", "unsafe", "SAFE", "\n", " ", ",", *CODES, "O1"])).map("".join)
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=cases(200), deadline=None, derandomize=True)
 def test_unsafe_is_never_read_where_it_is_not_written(text):
     verdict = parse_verdict(text, CODES)
     if verdict is None:

@@ -300,6 +300,7 @@ def test_an_empty_harvest_has_a_page_too() -> None:
     assert "No example was found." in words
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome binary on the PATH")
 def test_a_browser_sees_no_hostile_markup_and_asks_for_nothing(
     evaluation: Evaluation, scores: list[dict[str, Any]], story: RunStory, tmp_path: Path

@@ -34,6 +34,7 @@ def greedy_by_transformers(model: Any, responder: TransformersResponder, prompt:
     return str(responder.tokenizer.decode([t for t in made.tolist() if t not in responder.ends]).strip())
 
 
+@pytest.mark.slow
 def test_greedy_is_what_transformers_generates(responder: Callable[..., TransformersResponder], model: Any) -> None:
     ours = responder(temperature=0, samples=1, max_new_tokens=20)
     replies = {r.id: r for r in ours.generate(ask(PROMPTS, ours.settings))}
@@ -92,6 +93,7 @@ def test_batches_do_not_matter(responder: Callable[..., TransformersResponder], 
     assert answers(other.generate(requests)) == answers(usual.generate(requests))
 
 
+@pytest.mark.slow
 def test_shards_do_not_matter(responder: Callable[..., TransformersResponder]) -> None:
     ours = responder()
     by_count: dict[int, Answers] = {}
@@ -230,7 +232,9 @@ def test_a_prompt_that_the_model_fails_on_does_not_cost_the_others(
     assert max(calls) > 1  # the rest still runs in batches
 
 
-@pytest.mark.parametrize(("samples", "fitting"), [(1, 3), (2, 3), (4, 3), (4, 1)])
+@pytest.mark.parametrize(
+    ("samples", "fitting"), [(1, 3), *(pytest.param(*odd, marks=pytest.mark.slow) for odd in [(2, 3), (4, 3), (4, 1)])]
+)
 def test_batches_that_do_not_fit_are_halved_for_good(
     responder: Callable[..., TransformersResponder], monkeypatch: pytest.MonkeyPatch, samples: int, fitting: int
 ) -> None:

@@ -311,6 +311,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pyt
         pass
 
 
+@pytest.mark.slow
 def test_a_store_that_goes_away_is_no_reason_to_stop(
     answer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

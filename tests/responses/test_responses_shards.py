@@ -166,6 +166,7 @@ def test_several_responders_are_mixed_and_told_apart(tmp_path: Path, tiny_folder
     assert [told["responder"] for told in read_facts(mixed)["responders"]] == [str(tiny_folder), "hot"]
 
 
+@pytest.mark.slow
 def test_a_responder_that_fails_too_often_is_not_hidden_by_another(tmp_path: Path, tiny_folder: Path) -> None:
     write_table(screened(PROMPTS), SCREENED, tmp_path / "verdicts")
     one = tiny_settings(model=str(tiny_folder), samples=3, max_error_share=0.2).plain()

@@ -88,6 +88,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [400, 401])
 def test_an_endpoint_that_repeats_the_key_does_not_get_it_into_a_table_or_a_log(
     planted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int

@@ -106,6 +106,7 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0
     return Outcome(found.decision.promote, *rises)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topic_share", [0.03, 0.2])
 def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic_share: float) -> None:
     outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (0.02, 0.05)]
@@ -119,6 +120,7 @@ def test_the_attack_works_where_nothing_stops_it() -> None:
     assert max(outcome.rise for outcome in outcomes) > GATE.fpr_margin
 
 
+@pytest.mark.slow
 def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_topic() -> None:
     outcomes = [attack(seed, 0.05, topic_share) for seed in range(RUNS) for topic_share in (0.03, 0.2)]
     assert max(outcome.rise for outcome in outcomes) < 0.01
@@ -126,6 +128,7 @@ def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_t
     assert 0.04 < max(outcome.topic_rise for outcome in outcomes) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("newly_blocked", [0.005, 0.02])
 def test_the_same_loop_without_an_attacker_is_promoted(newly_blocked: float) -> None:
     outcomes = [attack(seed, 0.0, 0.03, newly_blocked) for seed in range(RUNS)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+from cases import cases
 from ended import Ended
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ def started(submits: Call, server: KubeflowServer) -> str:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=cases(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     before=st.lists(st.sampled_from(AT_WORK), max_size=4),
     end=st.sampled_from([*ENDS, *STRANGE, "RUNTIME_STATE_UNSPECIFIED"]),

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import renderer_of, tiny_llama, with_lora
@@ -18,7 +19,7 @@ from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.watch import flops_per_token
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
 PROMPTS = ["hello", "build a bomb", "bake " * 20, "how <|eot_id|> so?", "x"]
 schedules = st.builds(
     TrainingSettings,
@@ -416,7 +417,7 @@ def test_no_examples_are_refused():
         fit(model, renderer.prefixes, label_tokens(renderer), [], TrainingSettings())
 
 
-@pytest.mark.parametrize("micro_rows", [1, 3])
+@pytest.mark.parametrize("micro_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_micro_batches_change_nothing_but_rounding(micro_rows):
     (whole, expected), (pieces, found) = fitted_state(), fitted_state(micro_rows=micro_rows)
     assert [s.loss for s in pieces.steps] == pytest.approx([s.loss for s in whole.steps], rel=1e-4)
@@ -434,6 +435,7 @@ def small_memory(rows):
     return lambda model: model.get_base_model().model.register_forward_pre_hook(check, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_the_same_steps_are_taken_in_smaller_pieces(caplog):
     with caplog.at_level(logging.WARNING, "guardloop"):
         fitted, found = fitted_state(before=small_memory(1), batch_rows=4)
@@ -492,9 +494,9 @@ def looks(*values):
     [
         ((0.5, 0.9, 0.7, 0.8), 1.0, 2),
         (((0.9, 0.3), (0.5, 0.1), (0.6, 0.1), (0.95, 0.2)), 0.15, 3),
-        (((0.9, 0.3), (0.5, 0.2), (0.6, 0.4), (0.95, 0.5)), 0.1, 2),
-        ((None, None, None, None), 1.0, 4),
-        ((0.5, 0.5, 0.5, 0.5), 1.0, 1),
+        pytest.param(((0.9, 0.3), (0.5, 0.2), (0.6, 0.4), (0.95, 0.5)), 0.1, 2, marks=pytest.mark.slow),
+        pytest.param((None, None, None, None), 1.0, 4, marks=pytest.mark.slow),
+        pytest.param((0.5, 0.5, 0.5, 0.5), 1.0, 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_best_adapter_within_the_limit_is_kept(values, limit, best):

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -30,7 +31,7 @@ from guardloop.training.train import encode, split, train
 
 pytestmark = pytest.mark.slow
 
-PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
 NOUNS = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker", "answer", "policy"]
 FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", "my {} is old", "{}", "is a {} good?"]
 
@@ -369,7 +370,7 @@ def test_ranking_leaves_replay_out():
 
 
 @given(scale=st.floats(0.05, 2))
-@settings(PROPERTY, max_examples=10)
+@settings(PROPERTY, max_examples=cases(10))
 def test_a_scaled_adapter_is_itself_again_afterwards(scale):
     model = fresh_adapter(with_lora(tiny_llama()), TrainingSettings(rank=4, alpha=12))
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
