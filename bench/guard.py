@@ -44,7 +44,7 @@ from guardloop.guard.scorer import Scorer
 from guardloop.guard.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
-MANY, CPU_PROMPTS = 4096, 128
+MANY, CPU_PROMPTS = 8192, 128
 BOTH_SIZES = 180  # prompts that fill a pack of each size, so that nothing is compiled while the clock runs
 VLLM_SECONDS = 200  # in which vLLM must have started and answered
 console = Console(highlight=False, soft_wrap=True, markup=False)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from guardloop.guard.forward import PrefixCache, trunk
 from guardloop.guard.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
+from guardloop.guard.products import add_product, is_plain, product_behind
 from guardloop.models import cache_folder
 
 SIDE = 64  # of the squares of the mask where no gradient is wanted; with gradient, BLOCK
@@ -35,6 +36,7 @@ BLOCK_TENSORS = [
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
 ]
 Pair = tuple[torch.Tensor, torch.Tensor]
+States = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def fits(model: Any) -> bool:
@@ -89,7 +91,7 @@ class PackedForward:
         masks = self._masks.update(layout)
         hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
-        states = hidden, torch.zeros_like(hidden)
+        states: States = hidden, None if _adds_in_place(self.decoder.layers[0]) else torch.zeros_like(hidden)
         last = len(self._layers) - 1
         for index, run in enumerate(self._layers):
             template = self.cached[index] if self.cached else None
@@ -98,7 +100,7 @@ class PackedForward:
                 states = checkpoint(run, states, angles, template, mask, read, use_reentrant=False)
             else:
                 states = run(states, angles, template, mask, read)
-        picked: torch.Tensor = self.decoder.norm((states[0] + states[1])[0, : sum(reads) or len(rows)])
+        picked: torch.Tensor = self.decoder.norm(_sum(states)[0, : sum(reads) or len(rows)])
         if picked.device.type == "cuda":
             self._ends.append(torch.cuda.current_stream(picked.device).record_event())
         return picked
@@ -207,26 +209,48 @@ def _padded(pair: Pair) -> Pair:
 
 
 def layer(
-    module: Any, states: Pair, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
-) -> Pair:
+    module: Any, states: States, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
+) -> States:
     """One decoder layer of the Llama form, of all tokens `[1, N, H]`, or from the attention on of `rows` only.
 
-    Keys and values are needed of all tokens, all else of the rows that are read. States come and go as two summands:
-    their sum is taken where it is used next, in one kernel with the norm.
+    Keys and values are needed of all tokens, all else of the rows that are read. Where its matrices are plain, states
+    are changed in place. Else they come and go as two summands: their sum is taken where it is used next, in one kernel
+    with the norm.
     """
-    attention = module.self_attn
-    hidden = states[0] + states[1]
+    attention, mlp = module.self_attn, module.mlp
+    hidden = _sum(states)
     normed = module.input_layernorm(hidden)
     keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), angles)
-    values = _heads(attention.v_proj(normed), attention.head_dim)
     if template is not None:
-        keys, values = torch.cat([template[0], keys], 1), torch.cat([template[1], values], 1)
+        keys = torch.cat([template[0], keys], 1)
+    if template is not None and is_plain(attention.v_proj):
+        values = _heads(product_behind(template[1].flatten(2), normed, attention.v_proj.weight), attention.head_dim)
+    else:
+        values = _heads(attention.v_proj(normed), attention.head_dim)
+        if template is not None:
+            values = torch.cat([template[1], values], 1)
     if rows is not None:
         hidden, normed, angles = hidden[:, rows], normed[:, rows], (angles[0][:, rows], angles[1][:, rows])
     queries = _rotated(_heads(attention.q_proj(normed), attention.head_dim), angles)
     seen = _attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, attention.scaling)
-    hidden = hidden + attention.o_proj(seen.transpose(1, 2).flatten(2))
-    return hidden, module.mlp(module.post_attention_layernorm(hidden))
+    seen = seen.transpose(1, 2).flatten(2)
+    if not _adds_in_place(module):
+        hidden = hidden + attention.o_proj(seen)
+        return hidden, mlp(module.post_attention_layernorm(hidden))
+    add_product(hidden, seen, attention.o_proj.weight)
+    normed = module.post_attention_layernorm(hidden)
+    add_product(hidden, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed), mlp.down_proj.weight)
+    return hidden, None
+
+
+def _adds_in_place(module: Any) -> bool:
+    """Whether a layer's sums are taken in place; a gradient would need the summands."""
+    return is_plain(module.self_attn.o_proj) and is_plain(module.mlp.down_proj)
+
+
+def _sum(states: States) -> torch.Tensor:
+    first, second = states
+    return first if second is None else first + second
 
 
 def _attend(

@@ -75,7 +75,7 @@ def test_gradients_of_a_pack_equal_those_of_whole_prompts(checkpointed):
 def test_only_the_rows_that_are_read_pass_through_the_last_layers_mlp():
     model, shapes = tiny_llama(), []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1]))
+        layer.mlp.up_proj.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1]))
     with torch.no_grad():
         PackedForward(model, [1, 2, 3], 1024, compiled=False)([[4, 5], [6]])
     assert shapes[-2:] == [1024, most_rows(1024)]

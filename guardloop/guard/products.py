@@ -1,0 +1,37 @@
+"""Matrix products that write where their result is used: onto the residual stream, or behind the template's values.
+
+What is compiled from `a + product` makes a tensor of the product first, and passes over both once more.
+"""
+
+from typing import Any
+
+import torch
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `module` is nothing but a matrix (no bias, adapter, quantization), and no gradient is wanted."""
+    return type(module) is torch.nn.Linear and module.bias is None and not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("guardloop::add_product", mutates_args=("onto",))
+def add_product(onto: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None:
+    """`onto[1, N, out] += states[1, N, in] @ weight[out, in].T`, in place."""
+    onto[0].addmm_(states[0], weight.t())
+
+
+@add_product.register_fake
+def _(onto: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None: ...
+
+
+@torch.library.custom_op("guardloop::product_behind", mutates_args=())
+def product_behind(before: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`states[1, N, in] @ weight[out, in].T` behind `before[1, P, out]`: `[1, P + N, out]`."""
+    joined = states.new_empty(1, before.shape[1] + states.shape[1], weight.shape[0])
+    joined[:, : before.shape[1]] = before
+    torch.mm(states[0], weight.t(), out=joined[0, before.shape[1] :])
+    return joined
+
+
+@product_behind.register_fake
+def _(before: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return states.new_empty(1, before.shape[1] + states.shape[1], weight.shape[0])
