@@ -26,14 +26,15 @@ from bench.workload import (
     SAFE,
     TINY,
     UNSAFE,
-    VOCABULARY,
     Size,
+    config,
     free,
     in_nf4,
     llama,
     peak_gib,
     prompts,
     seconds,
+    with_tiny_weights,
 )
 from bench.write import PAGE, write_section
 from guardloop.guard.float8 import to_float8
@@ -45,6 +46,7 @@ from guardloop.guard.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
 MANY, CPU_PROMPTS = 8192, 128
+TINY_WEIGHTS = ", all weights within .001"
 BOTH_SIZES = 180  # prompts that fill a pack of each size, so that nothing is compiled while the clock runs
 VLLM_SECONDS = 200  # in which vLLM must have started and answered
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -53,13 +55,14 @@ Row = tuple[str, float | None, str]
 
 def main(
     only_vllm: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    weights: Annotated[Path | None, typer.Option(hidden=True)] = None,
     only_packs: Annotated[bool, typer.Option(help="This engine's packs alone, and nothing written.")] = False,
     tiny: Annotated[bool, typer.Option(help="Try the GPU part out with a tiny model, on any machine.")] = False,
     page: Annotated[Path, typer.Option(help="The page that is written.")] = PAGE,
 ) -> None:
     """Print prompts per second for each way of scoring them."""
     if only_vllm:
-        only_vllm.write_text(json.dumps(vllm_rate()), "utf-8")
+        only_vllm.write_text(json.dumps(vllm_rate(weights)), "utf-8")
     elif only_packs:
         before, many = prompts(MANY)
         list(map(told, packed_ways(LLAMA_7B, before, many)))
@@ -97,7 +100,11 @@ def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
         f"{len(before)} tokens, {sum(map(len, many)) / len(many) - len(before):.0f} tokens more on average."
     )
     if size is LLAMA_7B:
-        yield vllm_row()
+        with tempfile.TemporaryDirectory() as folder:
+            llama(size).save_pretrained(folder)
+            free()
+            yield vllm_row("vLLM, prefix caching, 1 token", Path(folder))
+        yield vllm_row(f"vLLM, prefix caching, 1 token{TINY_WEIGHTS}", None)
     yield from packed_ways(size, before, many)
     model = llama(size)
     batched = Scorer(model, [before], LABELS, packed=False, batch_tokens=8192)
@@ -147,6 +154,8 @@ def on_cpu() -> Iterator[Row | str]:
 def packed_ways(size: Size, before: list[int], many: list[list[int]]) -> Iterator[Row]:
     """This engine's packs: of a bf16 model, and of others with one thing changed."""
     yield engine("bf16", llama(size), before, many)
+    yield engine(f"bf16{TINY_WEIGHTS}", with_tiny_weights(llama(size)), before, many)
+    yield engine("bf16, twice as large", llama(size), before, many, times=2)
     yield engine("fp8", to_float8(llama(size)), before, many)
     adapted = get_peft_model(llama(size), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
     yield engine("bf16, LoRA adapter attached", adapted, before, many[: len(many) // 2])
@@ -154,12 +163,12 @@ def packed_ways(size: Size, before: list[int], many: list[list[int]]) -> Iterato
     yield engine("nf4", in_nf4(llama(size)), before, many[: len(many) // 2])
 
 
-def engine(form: str, model: Any, before: list[int], many: list[list[int]]) -> Row:
-    """This engine's rate, after a start of which the time is told."""
+def engine(form: str, model: Any, before: list[int], many: list[list[int]], times: int = 1) -> Row:
+    """This engine's rate in packs `times` as large as by default, after a start of which the time is told."""
     free()
-    pack = 20992 if sum(map(len, many)) > 10 * 20992 else 2048
+    pack = times * (20992 if sum(map(len, many)) > 10 * 20992 else 2048)
     scorer = Scorer(model, [before], LABELS, packed=True, pack_tokens=pack)
-    cold = seconds(lambda: scorer.score(many[:BOTH_SIZES]))
+    cold = seconds(lambda: scorer.score(many[: times * BOTH_SIZES]))
     found = rate(scorer.score, many, warm=len(many) // 8)
     return f"this engine, packs, {form}", found, f"first packs after {cold:.0f} s; at most {peak_gib():.0f} GiB"
 
@@ -215,14 +224,14 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def vllm_row() -> Row:
+def vllm_row(way: str, weights: Path | None) -> Row:
     """vLLM's rate, measured in a process of its own, while nothing else is on the GPU."""
-    way = "vLLM, prefix caching, 1 token"
     if not find_spec("vllm"):
         return way, None, "vLLM is not installed"
     with tempfile.TemporaryDirectory() as folder:
         log, result = Path(folder, "log"), Path(folder, "result.json")
         command = [sys.executable, "-m", "bench.guard", "--only-vllm", str(result)]
+        command += ["--weights", str(weights)] if weights else []
         with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True) as process:
             try:
                 process.wait(VLLM_SECONDS)
@@ -235,27 +244,18 @@ def vllm_row() -> Row:
         return way, found, f"vLLM {version}"
 
 
-def vllm_rate() -> tuple[float, str]:
-    """Prompts per second of vLLM with the same geometry and prompts."""
+def vllm_rate(weights: Path | None) -> tuple[float, str]:
+    """Prompts per second of vLLM with the same geometry and prompts, and `weights`, or such as it makes up."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles for minutes where it is not installed whole
     import vllm  # noqa: PLC0415
-    from transformers import LlamaConfig  # noqa: PLC0415
 
     _, many = prompts(MANY)
     with tempfile.TemporaryDirectory() as folder:
-        config = LlamaConfig(
-            hidden_size=LLAMA_7B.hidden,
-            intermediate_size=LLAMA_7B.inner,
-            num_hidden_layers=LLAMA_7B.layers,
-            num_attention_heads=LLAMA_7B.heads,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=4096,
-            architectures=["LlamaForCausalLM"],
-        )
-        config.save_pretrained(folder)
+        if not weights:
+            config(LLAMA_7B).save_pretrained(folder)
         engine = vllm.LLM(
-            model=folder,
-            load_format="dummy",
+            model=str(weights or folder),
+            load_format="auto" if weights else "dummy",
             skip_tokenizer_init=True,
             dtype="bfloat16",
             max_model_len=2048,

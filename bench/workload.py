@@ -40,24 +40,36 @@ def prompts(count: int, seed: int = 0) -> tuple[list[int], list[list[int]]]:
     return before, [[*before, *draw.integers(3, VOCABULARY, n).tolist(), *after] for n in lengths]
 
 
+def config(size: Size) -> LlamaConfig:
+    """A model of the Llama form."""
+    return LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        attn_implementation="sdpa",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
 def llama(size: Size, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A random model of the Llama form, on the GPU if there is one."""
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=size.hidden,
-                intermediate_size=size.inner,
-                num_hidden_layers=size.layers,
-                num_attention_heads=size.heads,
-                vocab_size=VOCABULARY,
-                max_position_embeddings=4096,
-                attn_implementation="sdpa",
-            )
-        )
+        model = LlamaForCausalLM(config(size))
     torch.set_default_dtype(torch.float32)
     return model.eval()
+
+
+@torch.no_grad()
+def with_tiny_weights(model: Any) -> Any:
+    """The model with weights such as vLLM makes up: what a GPU draws, and with it its clock, depends on them."""
+    for parameter in model.parameters():
+        parameter.uniform_(-1e-3, 1e-3)
+    return model
 
 
 def in_nf4(model: Any) -> Any:
