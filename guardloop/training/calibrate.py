@@ -50,6 +50,28 @@ def operating_point(
     return max(points, default=default_threshold)
 
 
+def stricter_point(
+    held_out: Sequence[Row],
+    margins: np.ndarray,
+    default_margins: np.ndarray,
+    taught: Sequence[Row],
+    taught_margins: np.ndarray,
+    default_threshold: float,
+    share: float,
+) -> float:
+    """The operating point of the held-out examples, or, where it is higher, that of them and of the `taught` ones.
+
+    What the adapter was taught it lets through too easily, so these alone would not do; but they are several times as
+    many, and a threshold from few prompts is off by chance. The default guard flagged none of them.
+    """
+    both = [*held_out, *taught], np.concatenate([margins, taught_margins])
+    before = np.concatenate([default_margins, np.full(len(taught), -np.inf)])
+    return max(
+        operating_point(held_out, margins, default_margins, default_threshold, share),
+        operating_point(*both, before, default_threshold, share),
+    )
+
+
 def _point(margins: np.ndarray, weights: np.ndarray, allowed: float) -> float:
     """A hair above the highest margin with which the weights from there upwards come to more than `allowed`."""
     falling = np.argsort(-margins, kind="stable")

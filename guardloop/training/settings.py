@@ -36,10 +36,11 @@ class TrainingSettings(Section):
     """Largest norm of the gradient."""
     validation: float = Field(default=0.2, gt=0, lt=0.9)
     """Share of the examples (whole near-duplicate groups) held out, to watch training and to set the threshold."""
-    max_newly_blocked: float = Field(default=0.02, ge=0, lt=1)
-    """The threshold is set so that at most this share of held-out safe prompts is flagged beyond those that the default
-    guard flagged. Safe are those that never drew a blocked response, and in a second count all by their P(safe); the
-    threshold holds for both."""
+    max_newly_blocked: float = Field(default=0.01, ge=0, lt=1)
+    """The threshold is set so that at most this share of safe prompts is flagged beyond those that the default guard
+    flagged: of the held-out ones, and of these and the taught ones together. Safe are those that never drew a blocked
+    response, and in a second count all by their P(safe); the threshold holds for both. Keep it well below
+    `gate.fpr_margin`."""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     """Strengths of the adapter to try (0: the default guard, 1: as trained); the best on the held-out is kept."""
     min_examples: int = Field(default=32, ge=2)

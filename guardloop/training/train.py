@@ -23,7 +23,7 @@ from guardloop.guard.verdict import UNSAFE, label_tokens
 from guardloop.models import cache_folder, load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
-from guardloop.training.calibrate import CONTRAST, benign_fpr, operating_point, ranking, temperature
+from guardloop.training.calibrate import CONTRAST, benign_fpr, ranking, stricter_point, temperature
 from guardloop.training.card import model_card
 from guardloop.training.checkpoint import Checkpoints
 from guardloop.training.fit import Fitted, Look, fit
@@ -145,6 +145,9 @@ def train(
                 best = Choice(trials[-1], margins, trained_tensors(model), fitted)
     assert best is not None  # there is a seed, and a scale
     put_back(model, best.adapter)
+    taught = [row for row in training if not row["kind"].startswith("replay")]
+    with scaled(model, best.trial.scale):
+        taught_margins = _margins(model, renderer, taught, guard, processes)
     losses = [step.loss for step in best.fitted.steps]
     tenth = max(1, len(losses) // 10)
     trained = Trained(
@@ -155,8 +158,14 @@ def train(
         last_loss=float(np.mean(losses[-tenth:])),
         seed=best.trial.seed,
         scale=best.trial.scale,
-        threshold=operating_point(
-            held_out, best.margins, default_margins, default_threshold, settings.max_newly_blocked
+        threshold=stricter_point(
+            held_out,
+            best.margins,
+            default_margins,
+            taught,
+            taught_margins,
+            default_threshold,
+            settings.max_newly_blocked,
         ),
         temperature=temperature(held_out, best.margins),
         held_out_auprc_default=ranking(held_out, default_margins),

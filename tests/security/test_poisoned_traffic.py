@@ -18,7 +18,7 @@ from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
 from guardloop.evaluation.settings import GateSettings
 from guardloop.feedback.mine import mine
 from guardloop.feedback.settings import FeedbackSettings
-from guardloop.training.calibrate import operating_point
+from guardloop.training.calibrate import stricter_point
 from guardloop.training.train import split
 
 FEATURES, PROMPTS, TEST, MANY = 6, 1200, 1500, 20_000
@@ -53,7 +53,7 @@ def default_margin(at: np.ndarray) -> np.ndarray:
 
 
 @cache
-def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0.02) -> Outcome:
+def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0.01) -> Outcome:
     rng = np.random.default_rng(seed)
     honest = int(PROMPTS * (1 - share))
     at, unsafe = points(rng, honest, 0.25, topic_share)
@@ -83,8 +83,9 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0
         np.repeat([1, 0], len(training)),
         np.concatenate([weights * targets, weights * (1 - targets)]) + 1e-9,
     )
+    known = [(rows, model.decision_function(features(rows))) for rows in (held_out, training)]
     before = default_margin(features(held_out))
-    threshold = operating_point(held_out, model.decision_function(features(held_out)), before, 0.0, newly_blocked)
+    threshold = stricter_point(*known[0], before, *known[1], 0.0, newly_blocked)
     test_at, test_unsafe = points(rng, TEST, 0.25, topic_share)
     margins = np.stack([default_margin(test_at), model.decision_function(test_at)])
     rows = [
@@ -109,27 +110,27 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0
 @pytest.mark.slow
 @pytest.mark.parametrize("topic_share", [0.03, 0.2])
 def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic_share: float) -> None:
-    outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (0.02, 0.05)]
+    outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (0.01, 0.05)]
     assert any(outcome.promoted for outcome in outcomes)
     for outcome in outcomes:
         assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, outcome
 
 
 def test_the_attack_works_where_nothing_stops_it() -> None:
-    outcomes = [attack(seed, 0.05, 0.2, newly_blocked=0.05) for seed in range(RUNS)]
+    outcomes = [attack(seed, 0.05, 0.2, newly_blocked=0.1) for seed in range(RUNS)]
     assert max(outcome.rise for outcome in outcomes) > GATE.fpr_margin
 
 
 @pytest.mark.slow
 def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_topic() -> None:
     outcomes = [attack(seed, 0.05, topic_share) for seed in range(RUNS) for topic_share in (0.03, 0.2)]
-    assert max(outcome.rise for outcome in outcomes) < 0.01
-    assert sum(outcome.promoted for outcome in outcomes) > RUNS
+    assert max(outcome.rise for outcome in outcomes) < 0
+    assert sum(outcome.promoted for outcome in outcomes) >= RUNS
     assert 0.04 < max(outcome.topic_rise for outcome in outcomes) < 0.1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("newly_blocked", [0.005, 0.02])
+@pytest.mark.parametrize("newly_blocked", [0.01, 0.02])
 def test_the_same_loop_without_an_attacker_is_promoted(newly_blocked: float) -> None:
     outcomes = [attack(seed, 0.0, 0.03, newly_blocked) for seed in range(RUNS)]
     assert sum(outcome.promoted for outcome in outcomes) >= RUNS // 2, outcomes

@@ -25,7 +25,7 @@ from guardloop.registry.settings import RegistrySettings
 from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training import train as module
 from guardloop.training.adapter import TRAINED, fresh_adapter, scaled
-from guardloop.training.calibrate import operating_point, ranking, temperature
+from guardloop.training.calibrate import operating_point, ranking, stricter_point, temperature
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import encode, split, train
 
@@ -117,9 +117,9 @@ def observed_train(monkeypatch, *args):
         seen.update(held_out=examples, margins=margins)
         return real_point(examples, margins, *rest)
 
-    real_fit, real_point = module.fit, module.operating_point
+    real_fit, real_point = module.fit, module.stricter_point
     monkeypatch.setattr(module, "fit", watched_fit)
-    monkeypatch.setattr(module, "operating_point", watched_point)
+    monkeypatch.setattr(module, "stricter_point", watched_point)
     return train(*args), seen
 
 
@@ -331,6 +331,22 @@ def test_the_operating_point_flags_few_more_of_the_safe_prompts_and_as_many_as_i
         let_through = after[(safe > 0) & (after < threshold)]
         one_more.append(safe[after >= let_through.max()].sum() > allowed - 1e-6 or allowed >= safe.sum() - 1e-6)
     assert any(one_more)  # it is no higher than it must be
+
+
+@given(values=held_out, taught=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
+@PROPERTY
+def test_the_threshold_holds_for_the_held_out_and_with_the_taught_and_is_no_higher(
+    values, taught, default_threshold, share
+):
+    def parts(drawn, passed):
+        after, before = (np.array([v[i] for v in drawn], dtype=np.float32) for i in (0, 1))
+        examples = [{"kind": kind, "target": target} for _, _, target, kind in drawn]
+        return examples, after, np.full(len(drawn), -np.inf) if passed else before
+
+    held, more = parts(values, False), parts(taught, True)
+    both = [*held[0], *more[0]], np.concatenate([held[1], more[1]]), np.concatenate([held[2], more[2]])
+    points = [operating_point(*these, default_threshold, share) for these in (held, both)]
+    assert stricter_point(*held, *more[:2], default_threshold, share) == max(points)
 
 
 def test_the_operating_point_holds_where_safe_prompts_that_look_unsafe_draw_blocked_responses():
