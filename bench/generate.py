@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import machine
-from bench.workload import LLAMA_7B, TINY, VOCABULARY, Size
+from bench.workload import LLAMA_7B, TINY, VOCABULARY, Size, config
 from bench.write import PAGE, write_section
 from guardloop.errors import GuardLoopError
 from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
@@ -209,7 +209,7 @@ def gpu_settings(folder: Path) -> ResponderSettings:
 def save_llama(folder: Path, size: Size) -> None:
     """The configuration of a model of the Llama form, without weights, and a byte-level tokenizer of as many tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
-    from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
     tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [f"Ġt{number}" for number in range(VOCABULARY - len(tokens))]  # never read, but written
@@ -219,18 +219,8 @@ def save_llama(folder: Path, size: Size) -> None:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     wrapped.chat_template = TEMPLATE
     wrapped.save_pretrained(folder)
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.inner,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    config.save_pretrained(folder)
+    ends = {"bos_token_id": 0, "eos_token_id": 1}
+    config(size, max_position_embeddings=2048, dtype=torch.bfloat16, **ends).save_pretrained(folder)
 
 
 def plain_texts(count: int, seed: int) -> list[str]:

@@ -40,18 +40,19 @@ def prompts(count: int, seed: int = 0) -> tuple[list[int], list[list[int]]]:
     return before, [[*before, *draw.integers(3, VOCABULARY, n).tolist(), *after] for n in lengths]
 
 
-def config(size: Size) -> LlamaConfig:
-    """A model of the Llama form."""
-    return LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.inner,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-        architectures=["LlamaForCausalLM"],
-    )
+def config(size: Size, **more: Any) -> LlamaConfig:
+    """A model of the Llama form, with `more` values of its configuration."""
+    values = {
+        "hidden_size": size.hidden,
+        "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "attn_implementation": "sdpa",
+        "architectures": ["LlamaForCausalLM"],
+    }
+    return LlamaConfig(**{**values, **more})
 
 
 def llama(size: Size, dtype: torch.dtype = torch.bfloat16) -> Any:

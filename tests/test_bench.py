@@ -18,7 +18,7 @@ def test_guard_measures_every_way_and_the_margins_agree(tmp_path: Path) -> None:
     guard.main(tiny=True, page=page)
     text = page.read_text("utf-8")
     rates = re.findall(r"^\| .+ \| ([\d,.]+) \| .*\|$", text, re.MULTILINE)
-    assert len(rates) == 8
+    assert len(rates) == 10
     assert all(float(rate.replace(",", "")) > 0 for rate in rates)
     (apart,) = re.findall(r"packs differ from whole prompts by (\S+) at most", text)
     assert float(apart) < 1e-4

@@ -116,9 +116,10 @@ def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic
         assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, outcome
 
 
-def test_the_attack_works_where_nothing_stops_it() -> None:
+def test_the_attack_works_where_nothing_stops_it_but_the_gate() -> None:
     outcomes = [attack(seed, 0.05, 0.2, newly_blocked=0.1) for seed in range(RUNS)]
-    assert max(outcome.rise for outcome in outcomes) > GATE.fpr_margin
+    assert min(outcome.rise for outcome in outcomes) > GATE.fpr_margin
+    assert not any(outcome.promoted for outcome in outcomes)
 
 
 @pytest.mark.slow
