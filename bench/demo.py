@@ -48,9 +48,10 @@ def main(
         rows.append(f"| {seed} | {' | '.join(gains)} | {rates} | {decided['headline'].partition(':')[0].lower()} |")
         console.print(f"{rows[-1]} {decided['headline']}")
         text = [
-            "## The demo, seed by seed (`python -m bench.demo`)",
+            "## The demo, seed by seed",
             "",
-            f"Promoted with {promoted} of {len(rows)} seeds of training, from the same responses.",
+            f"Promoted with {promoted} of {len(rows)} seeds of training, from the same responses. "
+            f"`python -m bench.demo --seeds {seeds}`",
             "",
             "| seed | AUPRC | recall at the default guard's false-positive rate | false-positive rate | decision |",
             "| ---: | --- | --- | --- | --- |",
