@@ -1,4 +1,5 @@
 import random
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def test_one_forward_serves_pack_after_pack(model):
     for _ in range(4):
         rows = [[draw.randrange(300) for _ in range(draw.randrange(1, 60))] for _ in range(draw.randrange(1, 8))]
         with torch.no_grad():
+            torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiled code for a CPU needs g++")
+def test_compiled_layers_give_the_same(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    prefix, packs = list(range(40)), [[[5, 6, 7, 8], [9, 10], [12] * 30], [[250] * 20, [3]]]
+    forward = PackedForward(model, prefix, 256, compiled=True)
+    with torch.no_grad():
+        for rows in packs:  # sums in place leave nothing behind for the next pack
             torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
 
 
