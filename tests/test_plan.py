@@ -98,7 +98,7 @@ def test_a_gpu_where_the_configuration_needs_one(tmp_path: Path) -> None:
     seconds = {stage.stage: stage.seconds.value for stage in plan.stages}
 
     assert plan.device == "gpu"
-    assert seconds["screen prompts"] == pytest.approx(327 / 329.7)
+    assert seconds["screen prompts"] == pytest.approx(327 / 328.6)
     assert seconds["generate_responses"] is None
 
 
