@@ -19,6 +19,7 @@ from rich.console import Console
 
 from bench.machine import machine
 from bench.write import PAGE, write_section
+from guardloop.errors import GuardLoopError
 from launch.local import find_run
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -31,7 +32,12 @@ def main(
     page: Annotated[Path, typer.Option(help="The page that is written.")] = PAGE,
 ) -> None:
     """Print the gate's decision for each seed of training."""
-    found, rows, promoted = find_run(run), list[str](), 0
+    rows, promoted = list[str](), 0
+    try:
+        found = find_run(run)
+    except GuardLoopError as error:
+        console.print(f"error: {error}")
+        raise SystemExit(2) from None
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:
             home = Path(folder, "home")
@@ -67,7 +73,10 @@ def summary(home: Path, config: Path, pipeline: str, earlier: str) -> dict[str, 
     command = [sys.executable, "-m", "guardloop.cli", "run", "--json", "--config", str(config)]
     command += ["--pipeline", pipeline, "--from", earlier]
     environment = {**os.environ, "GUARDLOOP_HOME": str(home)}
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    environment.pop("MLFLOW_TRACKING_URI", None)  # the copy has a registry of its own
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    if ended.returncode:  # it has said why
+        raise SystemExit(ended.returncode)
     told: dict[str, Any] = json.loads(ended.stdout)
     return told
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from workshop import Workshop
 
-from bench import guard, train_gpu
+from bench import demo, guard, train_gpu
 from bench.workload import TINY
 
 pytestmark = pytest.mark.slow
@@ -39,3 +40,27 @@ def test_both_ways_to_hold_the_guard_in_several_processes_take_steps(tmp_path: P
     rates = re.findall(r"^\| this engine, .+ \| ([\d.]+) \| .*\|$", page.read_text("utf-8"), re.MULTILINE)
     assert len(rates) == 2
     assert all(float(rate) > 0 for rate in rates)
+
+
+def test_the_demo_is_judged_seed_by_seed_and_nothing_more_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = Workshop(tmp_path)
+    workshop.settings["guard"]["threshold"] = workshop.middle_of_sample()
+    ended = workshop.guardloop("--pipeline", "process")
+    assert ended.returncode == 0, ended.stderr
+    monkeypatch.setenv("GUARDLOOP_HOME", str(tmp_path / "home"))
+    before = sorted(path.name for path in (tmp_path / "home" / "runs").iterdir())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # where nobody answers
+    page = tmp_path / "benchmarks.md"
+    demo.main(seeds=1, config=tmp_path / "config.yaml", run="latest", page=page)
+    text = page.read_text("utf-8")
+    (decision,) = re.findall(r"^\| 0 \|.*\| (promoted|not promoted) \|$", text, re.MULTILINE)
+    assert f"Promoted with {int(decision == 'promoted')} of 1 seeds" in text
+    assert sorted(path.name for path in (tmp_path / "home" / "runs").iterdir()) == before
+
+
+def test_the_demo_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUARDLOOP_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(seeds=1, config=Path("configs/demo.yaml"), run="latest", page=tmp_path / "page.md")

@@ -91,6 +91,7 @@ class PackedForward:
         masks = self._masks.update(layout)
         hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
+        # a second summand from the start, where there will be one: each layer is compiled for one form
         states: States = hidden, None if _adds_in_place(self.decoder.layers[0]) else torch.zeros_like(hidden)
         last = len(self._layers) - 1
         for index, run in enumerate(self._layers):
@@ -223,12 +224,7 @@ def layer(
     keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), angles)
     if template is not None:
         keys = torch.cat([template[0], keys], 1)
-    if template is not None and is_plain(attention.v_proj):
-        values = _heads(product_behind(template[1].flatten(2), normed, attention.v_proj.weight), attention.head_dim)
-    else:
-        values = _heads(attention.v_proj(normed), attention.head_dim)
-        if template is not None:
-            values = torch.cat([template[1], values], 1)
+    values = _heads(_values(attention.v_proj, normed, template), attention.head_dim)
     if rows is not None:
         hidden, normed, angles = hidden[:, rows], normed[:, rows], (angles[0][:, rows], angles[1][:, rows])
     queries = _rotated(_heads(attention.q_proj(normed), attention.head_dim), angles)
@@ -241,6 +237,18 @@ def layer(
     normed = module.post_attention_layernorm(hidden)
     add_product(hidden, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed), mlp.down_proj.weight)
     return hidden, None
+
+
+def _values(module: Any, normed: torch.Tensor, template: Pair | None) -> torch.Tensor:
+    """Values `[1, N, heads * D]`, behind the template's where there are any."""
+    values: torch.Tensor
+    if template is None:
+        values = module(normed)
+    elif is_plain(module):
+        values = product_behind(template[1].flatten(2), normed, module.weight)
+    else:
+        values = torch.cat([template[1].flatten(2), module(normed)], 1)
+    return values
 
 
 def _adds_in_place(module: Any) -> bool:

@@ -19,12 +19,14 @@ from guardloop.evaluation.settings import GateSettings
 from guardloop.feedback.mine import mine
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.training.calibrate import stricter_point
+from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import split
 
 FEATURES, PROMPTS, TEST, MANY = 6, 1200, 1500, 20_000
 TOPIC = 2.5  # how far the attacked topic lies from the other prompts
 RUNS = 6
 GATE = GateSettings(require_agent=False)
+DEFAULT = TrainingSettings().max_newly_blocked
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def default_margin(at: np.ndarray) -> np.ndarray:
 
 
 @cache
-def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0.01) -> Outcome:
+def attack(seed: int, share: float, topic_share: float, newly_blocked: float = DEFAULT) -> Outcome:
     rng = np.random.default_rng(seed)
     honest = int(PROMPTS * (1 - share))
     at, unsafe = points(rng, honest, 0.25, topic_share)
@@ -110,7 +112,7 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = 0
 @pytest.mark.slow
 @pytest.mark.parametrize("topic_share", [0.03, 0.2])
 def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic_share: float) -> None:
-    outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (0.01, 0.05)]
+    outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (DEFAULT, 0.02, 0.05, 0.1)]
     assert any(outcome.promoted for outcome in outcomes)
     for outcome in outcomes:
         assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, outcome
@@ -131,7 +133,7 @@ def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("newly_blocked", [0.01, 0.02])
+@pytest.mark.parametrize("newly_blocked", [0.005, DEFAULT, 0.02])
 def test_the_same_loop_without_an_attacker_is_promoted(newly_blocked: float) -> None:
     outcomes = [attack(seed, 0.0, 0.03, newly_blocked) for seed in range(RUNS)]
     assert sum(outcome.promoted for outcome in outcomes) >= RUNS // 2, outcomes

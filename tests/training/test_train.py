@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from models import agent, renderer_of, tiny_llama, user, with_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from scipy.stats import norm
 from torch._dynamo.testing import CompileCounter
 
 from guardloop.errors import GuardLoopError
@@ -114,7 +115,8 @@ def observed_train(monkeypatch, *args):
         return real_fit(model, prefixes, labels, examples, options, **rest)
 
     def watched_point(examples, margins, *rest):
-        seen.update(held_out=examples, margins=margins)
+        _, taught, taught_margins, *_ = rest
+        seen.update(held_out=examples, margins=margins, taught=taught, taught_margins=taught_margins)
         return real_point(examples, margins, *rest)
 
     real_fit, real_point = module.fit, module.stricter_point
@@ -131,6 +133,8 @@ def test_the_chosen_strength_is_saved_with_the_adapter(monkeypatch, base, tmp_pa
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
     assert loaded.threshold == trained.threshold
     np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    np.testing.assert_allclose(margins(loaded, seen["taught"]), seen["taught_margins"], atol=1e-4)
+    assert {row["id"] for row in seen["taught"]} == set(seen["fitted"])  # there is no replay among them
     plain = margins(Guard.load(guard_settings(base)), seen["held_out"])
     assert np.abs(plain - seen["margins"]).max() > 0.01
 
@@ -335,18 +339,30 @@ def test_the_operating_point_flags_few_more_of_the_safe_prompts_and_as_many_as_i
 
 @given(values=held_out, taught=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
 @PROPERTY
-def test_the_threshold_holds_for_the_held_out_and_with_the_taught_and_is_no_higher(
-    values, taught, default_threshold, share
-):
-    def parts(drawn, passed):
-        after, before = (np.array([v[i] for v in drawn], dtype=np.float32) for i in (0, 1))
-        examples = [{"kind": kind, "target": target} for _, _, target, kind in drawn]
-        return examples, after, np.full(len(drawn), -np.inf) if passed else before
+def test_the_threshold_holds_for_the_held_out_and_with_the_taught(values, taught, default_threshold, share):
+    after, before = (np.array([v[i] for v in values], dtype=np.float32) for i in (0, 1))
+    more = np.array([v[0] for v in taught], dtype=np.float32)
+    held, known = ([{"kind": kind, "target": target} for _, _, target, kind in rows] for rows in (values, taught))
+    threshold = stricter_point(held, after, before, known, more, default_threshold, share)
+    for examples, margins in ((held, after), ([*held, *known], np.concatenate([after, more]))):
+        safe = np.array([row["kind"] in ("hard_negative", "passed") for row in examples], dtype=bool)
+        flagged_before = (safe[: len(held)] & (before > default_threshold)).sum()
+        assert (safe & (margins > threshold)).sum() <= flagged_before + share * safe.sum() + 1e-6
+    assert threshold >= operating_point(held, after, before, default_threshold, share)
 
-    held, more = parts(values, False), parts(taught, True)
-    both = [*held[0], *more[0]], np.concatenate([held[1], more[1]]), np.concatenate([held[2], more[2]])
-    points = [operating_point(*these, default_threshold, share) for these in (held, both)]
-    assert stricter_point(*held, *more[:2], default_threshold, share) == max(points)
+
+def test_the_taught_prompts_keep_a_threshold_from_few_prompts_from_being_off_by_chance():
+    draw, share = np.random.default_rng(0), 0.02
+    beyond = {"alone": [], "both": []}
+    for _ in range(200):
+        held, known = draw.normal(size=60), draw.normal(-0.1, size=240)  # it lets through what it was taught a bit more
+        rows = [{"kind": "passed", "target": 0.0}] * 300
+        alone = operating_point(rows[:60], held, np.full(60, -9.0), 0.0, share)
+        both = stricter_point(rows[:60], held, np.full(60, -9.0), rows[60:], known, 0.0, share)
+        for name, point in (("alone", alone), ("both", both)):
+            beyond[name].append(norm.sf(point) > 2 * share)
+    assert np.mean(beyond["alone"]) > 0.2
+    assert np.mean(beyond["both"]) < np.mean(beyond["alone"]) / 2
 
 
 def test_the_operating_point_holds_where_safe_prompts_that_look_unsafe_draw_blocked_responses():
