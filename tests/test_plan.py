@@ -98,7 +98,7 @@ def test_a_gpu_where_the_configuration_needs_one(tmp_path: Path) -> None:
     seconds = {stage.stage: stage.seconds.value for stage in plan.stages}
 
     assert plan.device == "gpu"
-    assert seconds["screen prompts"] == pytest.approx(327 / 328.6)
+    assert seconds["screen prompts"] == pytest.approx(327 / 335.1)
     assert seconds["generate_responses"] is None
 
 
@@ -114,7 +114,7 @@ def test_every_rate_stands_in_the_benchmarks() -> None:
         section = re.search(rf"<!-- {rate.section} -->(.*)<!-- /{rate.section} -->", page, re.S)
         assert section, f"launch/rates.yaml: docs/benchmarks.md has no section {rate.section}"
         cells = {cell.strip(" *+") for line in section[1].splitlines() for cell in line.split("|")}
-        assert f"{rate.per_second:g}" in cells, (
+        assert {f"{rate.per_second:g}", f"{rate.per_second:.1f}"} & cells, (
             f"launch/rates.yaml: {rate.stage} of {rate.model}: {rate.per_second:g} is not in that section any more"
         )
 

@@ -140,12 +140,13 @@ def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weigh
 def _by_votes(evidence: Mapping[str, Evidence], strength: float) -> Weighed:
     """The mean of the responders' votes and `strength` votes of the default guard's own score.
 
-    The own score is moved by the same amount for all prompts, so that it calls as many unsafe as the responders do: a
-    margin just below the threshold may stand for a P(unsafe) near 1, and would outvote them.
+    The own score is moved by the same amount for all prompts, so that it calls as many unsafe as the responders do
+    together, each by its least: a margin just below the threshold may stand for a P(unsafe) near 1, and would outvote
+    them.
     """
     votes = {id: found.votes() for id, found in evidence.items()}
     margins = np.array([found.margin for found in evidence.values()])
-    share = fmean(fmean(each) for each in votes.values())
+    share = fmean(min(each) for each in votes.values())
     lowest, highest = float(margins.min()) - 2 * FARTHEST, float(margins.max()) + 2 * FARTHEST
     moved = float(brentq(lambda by: expit(margins - by).mean() - share, lowest, highest))
 

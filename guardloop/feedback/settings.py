@@ -15,7 +15,8 @@ class FeedbackSettings(Section):
     distribution, with what responses count fixed below. mixture: what each responder's harm and refusals count, and
     what the score does, is learnt from the traffic itself, without labels; it wants some hundreds of judged prompts.
     votes: the mean of one vote for each responder, its worst response, and of the own score, moved so that it calls as
-    many prompts unsafe as the responders do; it wants a responder that complies."""
+    many prompts unsafe as the responders do together, each prompt by its least vote; it wants a responder that
+    complies."""
     prior_strength: float = Field(default=2.0, ge=0)
     """The default guard's own score counts as this many responses (beta), or as this many votes (votes)."""
     answered_evidence: float = Field(default=0.5, ge=0, le=1)

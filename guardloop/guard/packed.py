@@ -8,20 +8,19 @@ adapters and quantized weights work as they do elsewhere.
 import os
 from collections import deque
 from collections.abc import Sequence
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from guardloop.guard.forward import PrefixCache, trunk
 from guardloop.guard.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
-from guardloop.guard.products import add_product, is_plain, product_behind
+from guardloop.guard.products import FirstProducts, add_product, is_plain, product_behind
 from guardloop.models import cache_folder
 
 SIDE = 64  # of the squares of the mask where no gradient is wanted; with gradient, BLOCK
@@ -30,7 +29,6 @@ HOPPER_TILES: dict[int, Any] = {  # by the side of the squares, in half precisio
     BLOCK: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
 }
 AHEAD = 2
-VARIANTS = 64  # of the compiled layer: sizes, roles, with and without an adapter, with and without gradient
 FORMS = ("llama", "mistral")
 BLOCK_TENSORS = [
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
@@ -57,16 +55,19 @@ class PackedForward:
         with_gradient: bool = False,
         checkpointed: float = 0.0,
         compiled: bool = True,
+        first: FirstProducts | None = None,
     ) -> None:
         """Packs of `size` tokens (a multiple of 128).
 
-        With gradient, the template is part of each pack; else its keys and values are computed here, once.
-        `checkpointed` is the share of the layers whose activations are computed again in the backward pass.
+        With gradient, the template is part of each pack; else its keys and values are computed here, once, and the
+        first layer's products may be looked up in `first`. `checkpointed` is the share of the layers whose activations
+        are computed again in the backward pass.
         """
         self.model = model
         self.decoder = trunk(model)
         self.prefix = list(prefix)
         self.size = size
+        self.first = first
         self.read = most_rows(size)
         self.checkpointed = round(checkpointed * len(self.decoder.layers))
         self.cached: list[Pair] | None = None
@@ -89,7 +90,8 @@ class PackedForward:
         layout = self._lay_out(rows, reads)
         self._wait()
         masks = self._masks.update(layout)
-        hidden = self.decoder.embed_tokens(_sent(layout.tokens, self.model.device)[None])
+        tokens = _sent(layout.tokens, self.model.device)[None]
+        hidden = self.decoder.embed_tokens(tokens)
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
         # a second summand from the start, where there will be one: each layer is compiled for one form
         states: States = hidden, None if _adds_in_place(self.decoder.layers[0]) else torch.zeros_like(hidden)
@@ -99,6 +101,8 @@ class PackedForward:
             mask, read = (masks.labels, masks.rows) if index == last else (masks.tokens, None)
             if index < self.checkpointed and torch.is_grad_enabled():
                 states = checkpoint(run, states, angles, template, mask, read, use_reentrant=False)
+            elif index == 0 and self.first:
+                states = run(states, angles, template, mask, read, tokens, self.first)
             else:
                 states = run(states, angles, template, mask, read)
         picked: torch.Tensor = self.decoder.norm(_sum(states)[0, : sum(reads) or len(rows)])
@@ -116,11 +120,14 @@ class PackedForward:
 
 
 def _compiled(function: Any) -> Any:
-    """`function` compiled, with the code kept for later processes."""
+    """`function` compiled, with the code kept for later processes.
+
+    It is a copy, since torch compiles a function for a few models only and then runs it as it is, which would take
+    more memory than a GPU has.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
-    return torch.compile(function, dynamic=False)
+    copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return torch.compile(copy, dynamic=False)
 
 
 def _of(module: Any, function: Any) -> Any:
@@ -210,7 +217,14 @@ def _padded(pair: Pair) -> Pair:
 
 
 def layer(
-    module: Any, states: States, angles: Pair, template: Pair | None, mask: BlockMask, rows: torch.Tensor | None
+    module: Any,
+    states: States,
+    angles: Pair,
+    template: Pair | None,
+    mask: BlockMask,
+    rows: torch.Tensor | None,
+    tokens: torch.Tensor | None = None,
+    first: FirstProducts | None = None,
 ) -> States:
     """One decoder layer of the Llama form, of all tokens `[1, N, H]`, or from the attention on of `rows` only.
 
@@ -220,14 +234,20 @@ def layer(
     """
     attention, mlp = module.self_attn, module.mlp
     hidden = _sum(states)
-    normed = module.input_layernorm(hidden)
-    keys = _rotated(_heads(attention.k_proj(normed), attention.head_dim), angles)
+    if first is not None and tokens is not None:
+        queries, keys, values = (embedding(tokens, table) for table in first)
+        values = values if template is None else torch.cat([template[1].flatten(2), values], 1)
+        queries = queries if rows is None else queries[:, rows]
+    else:
+        normed = module.input_layernorm(hidden)
+        keys, values = attention.k_proj(normed), _values(attention.v_proj, normed, template)
+        queries = attention.q_proj(normed if rows is None else normed[:, rows])
+    keys, values = _rotated(_heads(keys, attention.head_dim), angles), _heads(values, attention.head_dim)
     if template is not None:
         keys = torch.cat([template[0], keys], 1)
-    values = _heads(_values(attention.v_proj, normed, template), attention.head_dim)
     if rows is not None:
-        hidden, normed, angles = hidden[:, rows], normed[:, rows], (angles[0][:, rows], angles[1][:, rows])
-    queries = _rotated(_heads(attention.q_proj(normed), attention.head_dim), angles)
+        hidden, angles = hidden[:, rows], (angles[0][:, rows], angles[1][:, rows])
+    queries = _rotated(_heads(queries, attention.head_dim), angles)
     seen = _attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, attention.scaling)
     seen = seen.transpose(1, 2).flatten(2)
     if not _adds_in_place(module):

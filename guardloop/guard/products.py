@@ -1,16 +1,36 @@
-"""Matrix products that write where their result is used: onto the residual stream, or behind the template's values.
+"""Matrix products that need not be computed again, or that write where their result is used: onto the residual stream,
+or behind the template's values.
 
 What is compiled from `a + product` makes a tensor of the product first, and passes over both once more.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def is_plain(module: Any) -> bool:
     """Whether `module` is nothing but a matrix (no bias, adapter, quantization), and no gradient is wanted."""
     return type(module) is torch.nn.Linear and module.bias is None and not torch.is_grad_enabled()
+
+
+class FirstProducts(NamedTuple):
+    """The first layer's queries, keys and values of each token, `float[V, out]`: they depend on the token alone."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def first_products(decoder: Any) -> FirstProducts | None:
+    """The first layer's products of the whole vocabulary; None where its matrices are not plain, or are sharded."""
+    layer = decoder.layers[0]
+    modules = [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+    if not all(is_plain(module) and not isinstance(module.weight, DTensor) for module in modules):
+        return None
+    normed = layer.input_layernorm(decoder.embed_tokens.weight)
+    return FirstProducts(*(module(normed) for module in modules))
 
 
 @torch.library.custom_op("guardloop::add_product", mutates_args=("onto",))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits, margins_of
+from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits, margins_of, trunk
 from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
+from guardloop.guard.products import FirstProducts, first_products
 from guardloop.guard.verdict import LabelTokens
 
 BATCH_TOKENS = {"cpu": 512, "gpu": 4096}  # a CPU's caches hold no more: larger batches take half as long again
@@ -45,6 +46,7 @@ class Scorer:
         self.packed = (model.device.type == "cuda" if packed is None else packed) and fits(model)
         self._caches: dict[Prefix, PrefixCache] = {}
         self._packs: dict[tuple[Prefix, int], PackedForward] = {}
+        self._first: FirstProducts | None = None
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
@@ -91,5 +93,6 @@ class Scorer:
     def _packed(self, prefix: Prefix, size: int) -> PackedForward:
         if (prefix, size) not in self._packs:
             compiled = self.model.device.type == "cuda"
-            self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled)
+            self._first = self._first or first_products(trunk(self.model))
+            self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled, first=self._first)
         return self._packs[prefix, size]

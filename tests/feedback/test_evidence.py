@@ -147,11 +147,11 @@ def test_the_probability_of_any_margin_is_defined(margin):
 named = st.lists(st.tuples(st.sampled_from(["one", "two", "three"]), st.floats(-30, 30), st.booleans()), min_size=1)
 
 
-def voted(rows: list[tuple[str, float, bool]]) -> float:
+def voted(rows: list[tuple[str, float, bool]], strength: float = 0.0) -> float:
     """The target that votes make of responses: each a responder, a margin and whether it is a refusal."""
     prompt = screened("p", 3.0)
     table = [judged(prompt, n, margin, refusal) | {"responder": who} for n, (who, margin, refusal) in enumerate(rows)]
-    return weigh(gather(table), FeedbackSettings(fusion="votes")).targets["p"]
+    return weigh(gather(table), FeedbackSettings(fusion="votes", prior_strength=strength)).targets["p"]
 
 
 @many
@@ -162,28 +162,35 @@ def test_each_responder_has_one_vote_for_its_worst_response(rows, draw):
     assert voted(draw.sample(rows, len(rows))) == voted(rows)
 
 
+strengths = st.sampled_from([0.0, 1.0, 2.5])
+
+
 @many
-@given(named, st.floats(0, 10))
-def test_more_harm_never_lowers_a_vote(rows, more):
+@given(named, st.floats(0, 10), strengths)
+def test_more_harm_never_lowers_a_vote(rows, more, strength):
     (who, margin, refusal), *rest = rows
-    assert voted([(who, margin + more, refusal), *rest]) >= voted(rows)
+    assert voted([(who, margin + more, refusal), *rest], strength) >= voted(rows, strength) - 1e-9
 
 
 @many
-@given(named, st.sampled_from(["one", "two", "three"]))
-def test_harmless_responses_of_one_that_has_voted_change_nothing(rows, who):
+@given(named, st.sampled_from(["one", "two", "three"]), strengths)
+def test_harmless_responses_of_one_that_has_voted_change_nothing(rows, who, strength):
     if any(other == who for other, _, _ in rows):
-        assert voted([*rows, (who, -30.0, False)]) == voted(rows)
+        assert voted([*rows, (who, -30.0, False)], strength) == voted(rows, strength)
 
 
 margins = st.lists(st.tuples(st.floats(-12, 12), st.floats(-12, 12)), min_size=1, max_size=12)
 
 
-def targets(pairs: list[tuple[float, float]], strength: float) -> list[float]:
-    """Targets by votes of prompts with one response each: (the own margin, the judge's margin of the response)."""
-    table = [judged(screened(str(n), own), 0, margin) for n, (own, margin) in enumerate(pairs)]
+def targets(rows: list[tuple[float, ...]], strength: float) -> list[float]:
+    """Targets by votes of prompts, each (the own margin, the judge's margin of one response of each responder)."""
+    table = [
+        judged(screened(str(n), own), who, margin) | {"responder": f"responder {who}"}
+        for n, (own, *theirs) in enumerate(rows)
+        for who, margin in enumerate(theirs)
+    ]
     found = weigh(gather(table), FeedbackSettings(fusion="votes", prior_strength=strength)).targets
-    return [found[str(n)] for n in range(len(pairs))]
+    return [found[str(n)] for n in range(len(rows))]
 
 
 @many
@@ -192,6 +199,14 @@ def test_the_own_score_votes_as_often_for_unsafe_as_the_responders(pairs, streng
     theirs = [probability(margin) for _, margin in pairs]
     assert sum(targets(pairs, strength)) == pytest.approx(sum(theirs), rel=1e-6, abs=1e-9)
     assert targets(pairs, 0.0) == pytest.approx(theirs)
+
+
+@many
+@given(st.lists(st.tuples(*[st.floats(-12, 12)] * 4), min_size=1, max_size=12), st.floats(0, 5))
+def test_the_own_score_votes_for_unsafe_as_often_as_all_responders_do(rows, strength):
+    theirs = [list(map(probability, margins)) for _, *margins in rows]
+    expected = sum(sum(each) + strength * min(each) for each in theirs) / (3 + strength)
+    assert sum(targets(rows, strength)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @many

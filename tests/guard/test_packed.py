@@ -1,5 +1,6 @@
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from guardloop.guard.float8 import Float8Linear, to_float8
 from guardloop.guard.forward import trunk
 from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import most_rows
+from guardloop.guard.products import first_products
 
 PROPERTY = settings(max_examples=cases(25), deadline=None, derandomize=True)
 NEAR = 1e-4
@@ -27,12 +29,29 @@ def one_by_one(model, prefix, rows):
     return torch.stack([trunk(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0, -1] for row in rows])
 
 
-@given(prefix=st.lists(st.integers(0, 299), min_size=1, max_size=200), rows=token_lists, own=st.booleans())
+@given(
+    prefix=st.lists(st.integers(0, 299), min_size=1, max_size=200),
+    rows=token_lists,
+    own=st.booleans(),
+    looked_up=st.booleans(),
+)
 @PROPERTY
-def test_a_pack_gives_each_row_what_it_gets_alone(model, prefix, rows, own):
-    forward = PackedForward(model, prefix, 1024, with_gradient=own, compiled=False)
+def test_a_pack_gives_each_row_what_it_gets_alone(model, prefix, rows, own, looked_up):
     with torch.no_grad():
+        first = first_products(trunk(model)) if looked_up else None
+        forward = PackedForward(model, prefix, 1024, with_gradient=own, compiled=False, first=first)
         torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+def test_the_first_layers_products_are_looked_up_where_nothing_else_decides_them():
+    plain, adapted = tiny_llama(), with_lora(tiny_llama())
+    with torch.no_grad():
+        found = first_products(trunk(plain))
+        assert found is not None and first_products(trunk(adapted)) is None
+        tokens = torch.tensor([3, 299, 3])
+        normed = trunk(plain).layers[0].input_layernorm(trunk(plain).embed_tokens(tokens))
+        torch.testing.assert_close(found.keys[tokens], trunk(plain).layers[0].self_attn.k_proj(normed))
+    assert first_products(trunk(plain)) is None  # with gradient
 
 
 def test_one_forward_serves_pack_after_pack(model):
@@ -50,10 +69,17 @@ def test_one_forward_serves_pack_after_pack(model):
 def test_compiled_layers_give_the_same(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     prefix, packs = list(range(40)), [[[5, 6, 7, 8], [9, 10], [12] * 30], [[250] * 20, [3]]]
-    forward = PackedForward(model, prefix, 256, compiled=True)
     with torch.no_grad():
+        forward = PackedForward(model, prefix, 256, compiled=True, first=first_products(trunk(model)))
         for rows in packs:  # sums in place leave nothing behind for the next pack
             torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+def test_a_process_compiles_the_layers_of_any_number_of_guards(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True), torch.no_grad():
+        for size in (128, 256, 384):  # none fits the code of a former one
+            PackedForward(tiny_llama(), list(range(40)), size, compiled=True)([[5, 6, 7, 8], [9, 10]])
 
 
 def test_several_last_tokens_of_a_row_are_read(model):
