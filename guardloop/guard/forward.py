@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache
 
 from guardloop.guard.verdict import LabelTokens
@@ -68,6 +69,11 @@ def margins_of(model: Any, hidden: torch.Tensor, labels: LabelTokens) -> torch.T
     direction = weight[labels.unsafe].float() - weight[labels.safe].float()
     margins: torch.Tensor = hidden.float() @ direction
     return margins
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the model's layers are split among processes (guardloop.training.sharding)."""
+    return isinstance(trunk(model), FSDPModule)
 
 
 def trunk(model: Any) -> Any:

@@ -228,9 +228,9 @@ def layer(
 ) -> States:
     """One decoder layer of the Llama form, of all tokens `[1, N, H]`, or from the attention on of `rows` only.
 
-    Keys and values are needed of all tokens, all else of the rows that are read. Where its matrices are plain, states
-    are changed in place. Else they come and go as two summands: their sum is taken where it is used next, in one kernel
-    with the norm.
+    Keys and values are needed of all tokens, all else of the rows that are read. The first layer's are looked up by
+    `tokens[1, N]` where `first` has them. Where the layer's matrices are plain, states are changed in place. Else they
+    come and go as two summands: their sum is taken where it is used next, in one kernel with the norm.
     """
     attention, mlp = module.self_attn, module.mlp
     hidden = _sum(states)

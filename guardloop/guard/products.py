@@ -7,7 +7,6 @@ What is compiled from `a + product` makes a tensor of the product first, and pas
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 
 def is_plain(module: Any) -> bool:
@@ -24,10 +23,10 @@ class FirstProducts(NamedTuple):
 
 
 def first_products(decoder: Any) -> FirstProducts | None:
-    """The first layer's products of the whole vocabulary; None where its matrices are not plain, or are sharded."""
+    """The first layer's products of the whole vocabulary; None where its matrices are not plain."""
     layer = decoder.layers[0]
     modules = [getattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
-    if not all(is_plain(module) and not isinstance(module.weight, DTensor) for module in modules):
+    if not all(map(is_plain, modules)):
         return None
     normed = layer.input_layernorm(decoder.embed_tokens.weight)
     return FirstProducts(*(module(normed) for module in modules))

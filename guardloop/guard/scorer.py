@@ -4,25 +4,33 @@ On a GPU, prompts are packed (`packed`); on a CPU, and for a few prompts, batche
 float32 from the label position's hidden state, so that scores of half-precision models do not collapse into ties.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
-from guardloop.guard.forward import PrefixCache, behind, label_hidden, label_logits, margins_of, trunk
+from guardloop.errors import GuardLoopError
+from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_hidden, label_logits, margins_of, trunk
 from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
 from guardloop.guard.products import FirstProducts, first_products
 from guardloop.guard.verdict import LabelTokens
 
+log = logging.getLogger("guardloop")
 BATCH_TOKENS = {"cpu": 512, "gpu": 4096}  # a CPU's caches hold no more: larger batches take half as long again
+LEAST_PACK, LEAST_BATCH, STEP = 1024, 256, 512  # tokens, as in the settings
 Prefix = tuple[int, ...]
+Result = TypeVar("Result")
 Scored = tuple[list[int], torch.Tensor, torch.Tensor]
 """Indices of prompts, with their margins and label masses, `float32[B]` each, on the model's device."""
 
 
 class Scorer:
-    """A guard model behind its templates' tokens `prefixes`."""
+    """A guard model behind its templates' tokens `prefixes`.
+
+    Where memory runs out, packs and batches are halved for good. GuardLoopError is raised where that cannot help.
+    """
 
     def __init__(
         self,
@@ -51,22 +59,49 @@ class Scorer:
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """Margins and label masses at the end of each prompt, in packs or batches; nothing is waited for on a GPU."""
-        scored = []
-        for indices, hidden in self._hidden(prompts):
-            logits = label_logits(self.model, hidden)
-            pair = torch.stack([logits[:, self.labels.safe], logits[:, self.labels.unsafe]], -1)  # a list would wait
-            masses = (pair - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
-            scored.append((indices, margins_of(self.model, hidden, self.labels), masses))
-        return scored
+        return self._as_it_fits(lambda: [self._scored(*found) for found in self._hidden(prompts)])
 
     @torch.inference_mode()
     def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The likeliest token after each prompt."""
-        found = [0] * len(prompts)
-        for indices, hidden in self._hidden(prompts):
-            for index, token in zip(indices, label_logits(self.model, hidden).argmax(-1).tolist(), strict=True):
-                found[index] = token
-        return found
+
+        def work() -> list[int]:
+            found = [0] * len(prompts)
+            for indices, hidden in self._hidden(prompts):
+                for index, token in zip(indices, label_logits(self.model, hidden).argmax(-1).tolist(), strict=True):
+                    found[index] = token
+            return found
+
+        return self._as_it_fits(work)
+
+    def _as_it_fits(self, work: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass
+            self._halve()  # out of the handler, where the error still holds the tensors of its frames
+
+    def _halve(self) -> None:
+        if is_sharded(self.model) or (self.pack_tokens <= LEAST_PACK and self.batch_tokens <= LEAST_BATCH):
+            raise GuardLoopError(
+                f"scoring: out of memory with packs of {self.pack_tokens} and batches of {self.batch_tokens} tokens",
+                "free the GPU from other work, set guard.quantization, or guard.max_text_tokens lower",
+            )
+        self.pack_tokens = max(LEAST_PACK, self.pack_tokens // 2 // STEP * STEP)
+        self.batch_tokens = max(LEAST_BATCH, self.batch_tokens // 2)
+        self._caches, self._packs, self._first = {}, {}, None
+        log.warning(
+            "out of memory: from here on packs of %d and batches of %d tokens", self.pack_tokens, self.batch_tokens
+        )
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _scored(self, indices: list[int], hidden: torch.Tensor) -> Scored:
+        logits = label_logits(self.model, hidden)
+        pair = torch.stack([logits[:, self.labels.safe], logits[:, self.labels.unsafe]], -1)  # a list would wait
+        masses = (pair - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
+        return indices, margins_of(self.model, hidden, self.labels), masses
 
     def _hidden(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Hidden states at each prompt's last token, with indices into `prompts`."""
@@ -93,6 +128,7 @@ class Scorer:
     def _packed(self, prefix: Prefix, size: int) -> PackedForward:
         if (prefix, size) not in self._packs:
             compiled = self.model.device.type == "cuda"
-            self._first = self._first or first_products(trunk(self.model))
+            if not is_sharded(self.model):
+                self._first = self._first or first_products(trunk(self.model))
             self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled, first=self._first)
         return self._packs[prefix, size]

@@ -35,10 +35,11 @@ class GuardSettings(Section):
     max_text_tokens: int = Field(default=1024, ge=16)
     """Longer messages keep their head and tail; the verdict is marked as truncated."""
     batch_tokens: int | None = Field(default=None, ge=256)
-    """Upper bound of message tokens in one forward pass; by default 512 on a CPU, 4096 on a GPU."""
+    """Upper bound of message tokens in one forward pass; by default 512 on a CPU, 4096 on a GPU. Halved by itself where
+    memory runs out."""
     pack_tokens: int = Field(default=20992, ge=1024, multiple_of=512)
     """Tokens of one pack of conversations on a GPU; memory is bounded by it. The default fills an H100's 132
-    multiprocessors evenly."""
+    multiprocessors evenly. Halved by itself where memory runs out."""
     categories: bool = False
     """Also read the categories of flagged messages, in a second pass over these."""
     min_label_mass: float = Field(default=0.95, ge=0, le=1)

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedType
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.forward import PrefixCache, behind, label_logits, trunk
+from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_logits, trunk
 from guardloop.guard.packed import fits
 from guardloop.guard.verdict import LabelTokens
 from guardloop.training.checkpoint import (
@@ -34,7 +34,6 @@ from guardloop.training.checkpoint import (
 from guardloop.training.loss import Encoded, batch_loss
 from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.sharding import is_sharded
 from guardloop.training.watch import Step, flops_per_token, memory_gib, peak_flops
 
 log = logging.getLogger("guardloop")

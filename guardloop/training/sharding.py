@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from guardloop.errors import GuardLoopError
@@ -40,8 +40,3 @@ def shard(model: Any, device: torch.device) -> None:
             tensor.data = tensor.data.to(device)
     with torch.no_grad():  # the first pass makes the tensors that are gathered into: inference mode's have no gradient
         decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether the model's layers are split among the processes."""
-    return isinstance(trunk(model), FSDPModule)

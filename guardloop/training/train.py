@@ -16,6 +16,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.facts import guard_facts
+from guardloop.guard.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.prompt import Renderer
 from guardloop.guard.settings import GuardSettings
@@ -29,7 +30,7 @@ from guardloop.training.checkpoint import Checkpoints
 from guardloop.training.fit import Fitted, Look, fit
 from guardloop.training.loss import Encoded
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.sharding import is_sharded, shard
+from guardloop.training.sharding import shard
 from guardloop.training.watch import Step
 
 CARD, FACTS = "README.md", "guard.json"

@@ -26,6 +26,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.guard import engine
 from guardloop.guard.engine import Guard
 from guardloop.guard.forward import PrefixCache, label_hidden
+from guardloop.guard.packed import PackedForward
 from guardloop.guard.settings import GuardSettings
 
 PROPERTY = settings(max_examples=cases(30), deadline=None, derandomize=True)
@@ -90,6 +91,37 @@ def test_many_conversations_are_packed_and_few_are_not():
     assert len({prefix for prefix, _ in guard.scorer._packs}) == len(
         {tuple(prefix) for prefix in guard.renderer.prefixes}
     )
+
+
+def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch):
+    conversations = user(*[f"hello there {n}" for n in range(600)])
+    expected = [verdict.margin for verdict in tiny_guard().score(conversations)]
+    forward, tried = PackedForward.__call__, []
+
+    def small(self, *args):
+        tried.append(self.size)
+        if self.size > 2048:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *args)
+
+    monkeypatch.setattr(PackedForward, "__call__", small)
+    guard = tiny_guard(packed=True, pack_tokens=8192)
+    assert [verdict.margin for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
+    assert tried[:3] == [8192, 4096, 2048] and max(tried[3:]) == 2048
+    list(guard.score(conversations))
+    assert max(tried[3:]) == 2048
+
+
+@pytest.mark.parametrize(
+    "work", [lambda guard: list(guard.score(user("hello"))), lambda g: g.scorer.next_tokens([[1]])]
+)
+def test_a_conversation_that_fits_no_memory_ends_in_an_error_for_people(monkeypatch, work):
+    def never(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("guardloop.guard.scorer.label_hidden", never)
+    with pytest.raises(GuardLoopError, match="out of memory with packs of 1024 and batches of 256 tokens"):
+        work(tiny_guard(packed=True))
 
 
 def test_the_probability_is_the_margin_after_the_temperature():
