@@ -88,8 +88,8 @@ class Scorer:
                 f"scoring: out of memory with packs of {self.pack_tokens} and batches of {self.batch_tokens} tokens",
                 "free the GPU from other work, set guard.quantization, or guard.max_text_tokens lower",
             )
-        self.pack_tokens = max(LEAST_PACK, self.pack_tokens // 2 // STEP * STEP)
-        self.batch_tokens = max(LEAST_BATCH, self.batch_tokens // 2)
+        self.pack_tokens = min(self.pack_tokens, max(LEAST_PACK, self.pack_tokens // 2 // STEP * STEP))
+        self.batch_tokens = min(self.batch_tokens, max(LEAST_BATCH, self.batch_tokens // 2))
         self._caches, self._packs, self._first = {}, {}, None
         log.warning(
             "out of memory: from here on packs of %d and batches of %d tokens", self.pack_tokens, self.batch_tokens
