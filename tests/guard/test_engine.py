@@ -112,9 +112,7 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
     assert max(tried[3:]) == 2048
 
 
-@pytest.mark.parametrize(
-    "work", [lambda guard: list(guard.score(user("hello"))), lambda g: g.scorer.next_tokens([[1]])]
-)
+@pytest.mark.parametrize("work", [lambda g: list(g.score(user("hello"))), lambda g: g.scorer.next_tokens([[1]])])
 def test_a_conversation_that_fits_no_memory_ends_in_an_error_for_people(monkeypatch, work):
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
