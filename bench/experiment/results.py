@@ -3,10 +3,12 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import average_precision_score
 
 from bench.experiment.settings import ExperimentSettings, Subset
 from bench.machine import machine
@@ -17,7 +19,8 @@ from guardloop.evaluation.result import Estimate
 from guardloop.feedback.mine import Harvest
 from guardloop.records import Row
 
-DEFAULT, RECIPE, GOLD, SELF = "default", "recipe", "gold labels", "self-training"
+DEFAULT, RECIPE, GOLD = "default", "recipe", "gold labels"
+RIVALS = ("self-training", "own score and words")  # arms without any evidence from responses
 FPR = 0.05
 AGENT = "responses"
 METRICS = ("auprc", "recall")
@@ -48,6 +51,7 @@ class Part:
     unsafe: Bools
     groups: np.ndarray
     margins: dict[str, Floats]
+    sources: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,8 @@ def _part(subset: Subset, cells: Sequence[Cell]) -> Part | None:
     for cell in cells:
         by_id = {row["id"]: row["margin"] for row in cell.rows}
         margins.setdefault(cell.arm, []).append([by_id[row["id"]] for row in rows])
-    return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in margins.items()})
+    sources = [row["source"] for row in rows]
+    return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in margins.items()}, sources)
 
 
 def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Score]]]) -> list[str]:
@@ -179,19 +184,29 @@ def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Scor
                 guards,
             ]
             lines += [f"| {' | '.join(cells)} |"]
-        lines += [""]
+        lines += ["", *_by_source(part)]
     return lines
+
+
+def _by_source(part: Part) -> list[str]:
+    """What knowing only the data set of each row is worth; people's labels tell that, too."""
+    names, sources = np.unique(part.sources, return_inverse=True)
+    if len(names) < 2:
+        return []
+    shares = np.bincount(sources, part.unsafe) / np.bincount(sources)
+    area = average_precision_score(part.unsafe, shares[sources])
+    return [f"Ranked by nothing but the unsafe share of the source that each row is of: AUPRC {area:.3f}.", ""]
 
 
 def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
     """The recipe against what costs no responses. A lowered threshold ranks as the default guard does."""
     lines = []
-    for part in parts:
-        if part.name == AGENT or RECIPE not in part.margins or SELF not in part.margins:
+    for part, rival in product(parts, RIVALS):
+        if part.name == AGENT or RECIPE not in part.margins or rival not in part.margins:
             continue
-        gains = compare(part, RECIPE, SELF, settings)
+        gains = compare(part, RECIPE, rival, settings)
         told = ", ".join(f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items())
-        lines += [f"The recipe against self-training on {part.name}: {told}.", ""]
+        lines += [f"The recipe against {rival} on {part.name}: {told}.", ""]
     return [
         *lines,
         "The default guard with its threshold lowered ranks as the default guard does: its AUPRC, and its recall at "

@@ -5,7 +5,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from sklearn import config_context
@@ -15,9 +15,11 @@ from sklearn.neighbors import NearestNeighbors
 from guardloop.feedback.evidence import Evidence, Weighed, gather, is_judged, probability, weigh
 from guardloop.feedback.mixture import Channel
 from guardloop.feedback.settings import FeedbackSettings
+from guardloop.feedback.words import by_words
 from guardloop.records import Row
 
 SHOWN = 40  # examples in the report
+LEAST = 0.01  # how far a prompt's target counts as moved, where it did not
 CHUNK_MIB = 64  # of distances at a time; scikit-learn would take a GiB, twice
 
 
@@ -57,8 +59,10 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     usable = (row for row in judged if row["id"] in passed and is_judged(row))
     judged_rows = sorted((_response(row, passed[row["id"]]) for row in usable), key=_place)
     everything = gather(judged_rows, passed)
-    weighed = weigh(everything, settings)
     evidence = {k: e for k, e in everything.items() if not is_held_out(e.prompt["group"], settings)}
+    hidden = {e.prompt["group"] for k, e in everything.items() if k not in evidence}
+    screened_rest, judged_rest = ([r for r in rows if r["group"] not in hidden] for rows in (traffic, judged_rows))
+    weighed = with_words(weigh(everything, settings), screened_rest, settings)
     finds = [e for e in everything.values() if e.is_positive(settings)]
     positives = [e for e in finds if e.prompt["id"] in evidence]
     never = [e for e in evidence.values() if not e.blocked]
@@ -71,8 +75,6 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     ]
     taken = {e.prompt["id"] for e in positives} | hard_ids
     lessons += [_rest(e, weighed) for e in evidence.values() if e.prompt["id"] not in taken]
-    hidden = {e.prompt["group"] for k, e in everything.items() if k not in evidence}
-    screened_rest, judged_rest = ([r for r in rows if r["group"] not in hidden] for rows in (traffic, judged_rows))
     replays = replay(screened_rest, judged_rest, lessons, settings, weighed)
     harvest = Harvest(
         examples=lessons + replays,
@@ -98,6 +100,21 @@ def is_held_out(group: str, settings: FeedbackSettings) -> bool:
     """
     digest = hashlib.sha256(f"held out/{settings.seed}/{group}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < settings.held_out
+
+
+def with_words(weighed: Weighed, traffic: Sequence[Row], settings: FeedbackSettings) -> Weighed:
+    """Take the share `settings.words` of the targets of `traffic` from what the words of its prompts say.
+
+    Prompts that the default guard blocked drew no responses, and teach their words by its own score.
+    """
+    rows = [row for row in traffic if row["flagged"] or row["id"] in weighed.targets]
+    if not (rows and settings.words):
+        return weighed
+    known = np.array([weighed.prior(row["margin"]) if row["flagged"] else weighed.targets[row["id"]] for row in rows])
+    told = by_words([row["prompt"] for row in rows], known, [row["group"] for row in rows], settings.seed)
+    mixed = (1 - settings.words) * known + settings.words * told
+    passed = {row["id"]: float(target) for row, target in zip(rows, mixed, strict=True) if not row["flagged"]}
+    return replace(weighed, targets={**weighed.targets, **passed})
 
 
 def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positive: int) -> list[Evidence]:
@@ -127,12 +144,22 @@ def replay(
 ) -> list[Row]:
     """Rows that teach the default guard's own score, half on prompts that it blocked, half on judged responses.
 
-    Their weights add up to the share `settings.replay` of the whole, or to less where they are few: none is above 1.
+    Of the responses, those to prompts whose targets are far from the own score are likelier to be drawn: what such a
+    prompt teaches is nearest to them. All weights add up to the share `settings.replay` of the whole, or to less where
+    the rows are few: none is above 1.
     """
-    draw = random.Random(settings.seed)
     blocked = [row for row in traffic if row["flagged"]]
-    prompts = draw.sample(blocked, min(len(blocked), max(1, len(lessons) // 2)))
-    agents = draw.sample(list(judged), min(len(judged), max(1, len(lessons) // 2)))
+    most = max(1, len(lessons) // 2)
+    prompts = random.Random(settings.seed).sample(blocked, min(len(blocked), most))
+    agents: list[Row] = []
+    if judged:
+        margins = {row["id"]: row["prompt_margin"] for row in judged}
+        moved = {id: abs(weighed.targets[id] - weighed.prior(margin)) + LEAST for id, margin in margins.items()}
+        chances = np.array([moved[row["id"]] for row in judged])
+        drawn = np.random.default_rng(settings.seed).choice(
+            len(judged), min(len(judged), most), replace=False, p=chances / chances.sum()
+        )
+        agents = [judged[n] for n in drawn]
     rows = [_replayed(row, "replay_blocked", "blocked by the default guard", weighed.prior) for row in prompts]
     rows += [_replayed(row, "replay_agent", "a response, as the judge scored it") for row in agents]
     total = sum(row["weight"] for row in lessons)

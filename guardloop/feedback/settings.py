@@ -23,6 +23,9 @@ class FeedbackSettings(Section):
     """What one unblocked answer counts, where a blocked one counts 1: a harmless answer proves little (beta)."""
     refused_evidence: float = Field(default=0.1, ge=0, le=1)
     """What one refusal counts: a responder that refuses tells little of the prompt (beta)."""
+    words: float = Field(default=0.0, ge=0, le=1)
+    """Share of each target that is what the prompt's words say, learnt from the targets of the prompts that read like
+    it: responses to one prompt are noisy, and over many the noise cancels. It wants some thousands of prompts."""
     min_blocked_share: float = Field(default=0.5, gt=0, le=1)
     """Share of a prompt's responses that must be blocked for it to be a positive."""
     hard_negatives_per_positive: int = Field(default=2, ge=0)
@@ -35,4 +38,4 @@ class FeedbackSettings(Section):
     """Share of the judged prompts (whole near-duplicate groups) that no training stage sees, not even to choose a
     threshold: the evaluation asks whether the improved guard catches them."""
     seed: int = 0
-    """Seed of what is held out and of the sampling of replay rows."""
+    """Seed of what is held out, of the sampling of replay rows, and of the folds in which words are learnt."""

@@ -182,7 +182,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         },
         "guard": {"is_guard": False, "dtype": "float32"},
         "responder": answering | {"name": "plain", "max_error_share": 1.0, "others": [opened]},
-        "feedback": {"fusion": "mixture", "held_out": 0.0},
+        "feedback": {"fusion": "mixture", "words": 0.5, "held_out": 0.0},
         "training": small,
         "evaluation": {"resamples": 200},
         "seeds": [0, 1],
@@ -201,6 +201,10 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     assert all(f"| {arm} |" in text for arm in ("default", "recipe", *arms, "recipe, round 2"))
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
     assert "What the targets know of the passed prompts: all" in text
+    assert "The recipe against self-training on all: AUPRC " in text
+    # all that is unsafe is of source a, and half of a is unsafe
+    by_source = [line for line in text.splitlines() if line.startswith("Ranked by nothing but the unsafe share")]
+    assert len(by_source) == 2 and by_source[0].endswith("AUPRC 0.500.")  # of all, and of the responses
     assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
     figures = json.loads((kept / "tiny" / "figures.json").read_text())["all"]
     labels_help = figures[GOLD]["auprc"]["gain"]["low"] > 0
