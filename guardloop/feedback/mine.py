@@ -41,6 +41,8 @@ class Harvest:
     refusals: int
     blocked: int
     counts: dict[str, int] = field(default_factory=dict)
+    words: float = 0.0
+    """Share of each target that the prompt's words say."""
     channels: list[Channel] = field(default_factory=list)
     """What each responder's responses were found to tell, where that was learnt."""
     enough: bool = False
@@ -86,6 +88,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
         responses=len(judged_rows),
         refusals=sum(row["refusal"] for row in judged_rows),
         blocked=sum(row["flagged"] for row in judged_rows),
+        words=settings.words,
         channels=weighed.channels,
         counts=dict(Counter(row["kind"] for row in lessons + replays)),
     )

@@ -103,5 +103,7 @@ class HarvestStory(Story):
     """Judged prompts kept out of the training set, to measure the improved guard on."""
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
+    words: float = 0.0
+    """Share of each target that the prompt's words say."""
     channels: list[ChannelStory] = []
     examples: list[HarvestExample] = []

@@ -47,6 +47,7 @@ def write_harvest(found: Any, folder: Path, facts: Row, examples: list[Row] | No
         blocked=found.blocked,
         held_out=len(found.held_out),
         counts=found.counts,
+        words=found.words,
         channels=[ChannelStory(**vars(channel)) for channel in found.channels],
         examples=[HarvestExample(**row) for row in found.shown],
     )

@@ -295,6 +295,14 @@ def test_a_large_harvest_says_that_it_is_enough(harvest: HarvestStory, story: Ru
     assert "Enough to train on" in words and "nothing was trained" not in words and story.title in words
 
 
+def test_the_harvest_says_how_much_of_a_target_comes_from_words(harvest: HarvestStory) -> None:
+    told = "of each target is what the prompt's words say"
+    with_words = harvest.model_copy(update={"words": 0.667})
+    one, other = ("".join(outline(render_harvest(found)).words) for found in (with_words, harvest))
+    assert told in one and "66.7%" in one
+    assert told not in other
+
+
 def test_an_empty_harvest_has_a_page_too() -> None:
     words = "".join(outline(render_harvest(HarvestStory(enough=False, reason="No prompt was let through."))).words)
     assert "No example was found." in words
