@@ -107,8 +107,7 @@ def test_the_kinds_follow_from_the_evidence(world, settings):
             "refused": not found.blocked and refused,
         }
         assert expected[row["kind"]]
-        if not settings.words:
-            assert row["target"] == pytest.approx(found.posterior(settings))
+        assert settings.words or row["target"] == pytest.approx(found.posterior(settings))
 
 
 @many
@@ -197,40 +196,11 @@ def test_replay_teaches_the_default_guards_own_scores(world, settings):
             assert row["prompt"] == source["prompt"] and row["target"] == probability(source["margin"])
 
 
-def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_does_not():
-    rows = [screened(f"bad {n}", -2.0, f"steal a wallet, way {n}") for n in range(40)]
-    rows += [screened(f"good {n}", -2.0, f"bake some bread, way {n}") for n in range(40)]
-    blocked = {row["id"]: row["id"].startswith("bad") for row in rows} | {"bad 0": False, "good 0": True}
-    table = [judged(row, sample, 6.0 if blocked[row["id"]] else -6.0) for row in rows for sample in range(4)]
-    without, half = (
-        {row["id"]: row["target"] for row in lessons(mine(rows, table, DEFAULTS.model_copy(update={"words": words})))}
-        for words in (0.0, 0.5)
-    )
-    assert half["bad 0"] > without["bad 0"] + 0.2
-    assert half["good 0"] < without["good 0"] - 0.2
-
-
-@many
-@given(worlds(), chosen, st.floats(-8, 8))
-def test_words_learn_nothing_from_what_is_held_out(world, settings, margin):
-    settings = settings.model_copy(update={"held_out": 0.5, "words": 0.5})
-    harvest = mined(world, settings)
-    hidden = {row["group"] for row in harvest.held_out}
-    other = [
-        {**row, "margin": margin, "flagged": margin > 0} if row["group"] in hidden else row for row in world.judged
-    ]
-    targets, again = (
-        {row["id"]: row["target"] for row in lessons(h)} for h in (harvest, mine(world.screened, other, settings))
-    )
-    assert again == targets
-
-
 def test_replayed_responses_are_mostly_to_prompts_whose_targets_moved():
     rows = [screened(f"moved {n}", -6.0) for n in range(40)] + [screened(f"still {n}", -6.0) for n in range(360)]
     table = [judged(row, 0, 6.0 if row["id"].startswith("moved") else -30.0) for row in rows]
-    drawn = of(mine(rows, table, DEFAULTS), "replay_agent")
-    assert len(drawn) == len(rows) / 2
-    assert sum(row["id"].startswith("moved") for row in drawn) > 35  # by chance alone some 20 of the 40
+    drawn = [row["id"] for row in of(mine(rows, table, DEFAULTS), "replay_agent")]
+    assert len(drawn) == 200 and sum(id.startswith("moved") for id in drawn) > 35  # by chance alone some 20 of the 40
 
 
 def test_the_seed_chooses_the_replayed_rows():

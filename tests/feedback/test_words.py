@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 from cases import cases
+from feedback_examples import judged, screened, worlds
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from guardloop.feedback.mine import Harvest, mine
+from guardloop.feedback.settings import FeedbackSettings
 from guardloop.feedback.words import by_words
 
 many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
@@ -76,3 +79,32 @@ def test_the_order_of_the_texts_does_not_matter():
     told = by_words(texts, targets, groups)
     again = by_words([texts[n] for n in order], targets[order], [groups[n] for n in order])
     np.testing.assert_allclose(again, told[order], atol=1e-5)
+
+
+# In mining
+
+
+def taught(harvest: Harvest) -> dict[str, float]:
+    return {row["id"]: row["target"] for row in harvest.examples if not row["kind"].startswith("replay")}
+
+
+def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_does_not():
+    rows = [screened(f"bad {n}", -2.0, f"steal a wallet, way {n}") for n in range(40)]
+    rows += [screened(f"good {n}", -2.0, f"bake some bread, way {n}") for n in range(40)]
+    blocked = {row["id"]: row["id"].startswith("bad") for row in rows} | {"bad 0": False, "good 0": True}
+    table = [judged(row, sample, 6.0 if blocked[row["id"]] else -6.0) for row in rows for sample in range(4)]
+    without, half = (taught(mine(rows, table, FeedbackSettings(held_out=0.0, words=words))) for words in (0.0, 0.5))
+    assert half["bad 0"] > without["bad 0"] + 0.2
+    assert half["good 0"] < without["good 0"] - 0.2
+
+
+@many
+@given(worlds(), st.floats(-8, 8))
+def test_words_learn_nothing_from_what_is_held_out(world, margin):
+    settings = FeedbackSettings(held_out=0.5, words=0.5)
+    harvest = mine(world.screened, world.judged, settings)
+    hidden = {row["group"] for row in harvest.held_out}
+    other = [
+        {**row, "margin": margin, "flagged": margin > 0} if row["group"] in hidden else row for row in world.judged
+    ]
+    assert taught(mine(world.screened, other, settings)) == taught(harvest)
