@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
@@ -42,11 +43,11 @@ def by_words(texts: Sequence[str], targets: np.ndarray, groups: Sequence[str], s
         inside = folds == fold
         if inside.any() and 0 < targets[~inside].sum() < (~inside).sum():
             ratios[inside] = _ratios(strings[~inside], targets[~inside], strings[inside])
-    ratios /= np.sqrt(np.maximum(strings.sum(axis=1).A1, 1))
+    ratios /= np.sqrt(np.maximum(np.asarray(strings.sum(axis=1)).ravel(), 1))
     return _on_scale(ratios, targets)
 
 
-def _ratios(known: np.ndarray, targets: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _ratios(known: csr_matrix, targets: np.ndarray, asked: csr_matrix) -> np.ndarray:
     """log P(strings | unsafe) - log P(strings | safe)."""
     model = MultinomialNB(alpha=SMOOTHING, fit_prior=False)
     for label, weights in enumerate((1 - targets, targets)):
