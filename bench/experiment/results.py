@@ -20,7 +20,7 @@ from guardloop.feedback.mine import Harvest
 from guardloop.records import Row
 
 DEFAULT, RECIPE, GOLD = "default", "recipe", "gold labels"
-RIVALS = ("self-training", "own score and words")  # arms without any evidence from responses
+RIVALS = ("self-training", "own score and words")  # arms whose ranking owes nothing to responses
 FPR = 0.05
 AGENT = "responses"
 METRICS = ("auprc", "recall")
