@@ -196,13 +196,6 @@ def test_replay_teaches_the_default_guards_own_scores(world, settings):
             assert row["prompt"] == source["prompt"] and row["target"] == probability(source["margin"])
 
 
-def test_replayed_responses_are_mostly_to_prompts_whose_targets_moved():
-    rows = [screened(f"{'moved' if n < 40 else 'still'} {n}", -6.0) for n in range(400)]
-    table = [judged(row, 0, 6.0 if row["id"].startswith("moved") else -30.0) for row in rows]
-    drawn = [row["id"] for row in of(mine(rows, table, DEFAULTS), "replay_agent")]
-    assert len(drawn) == 200 and sum(id.startswith("moved") for id in drawn) > 35  # by chance alone some 20 of the 40
-
-
 def test_the_seed_chooses_the_replayed_rows():
     world = round_of(positives=4, answered=8, flagged=60)
     one, again, other = (mined(world, FeedbackSettings(seed=seed, held_out=0)) for seed in (1, 1, 2))
