@@ -15,13 +15,13 @@ from guardloop.report.summary import feedback_line
 from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
 from launch.local import Run
 
-SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_at_default_fpr")
+SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_default_fpr")
 NAMES = {
     "auprc": "AUPRC",
     "auroc": "AUROC",
     "f1": "F1",
     "fpr": "false-positive rate",
-    "recall_at_default_fpr": "recall at the default's FPR",
+    "recall_near_default_fpr": "recall near the default's FPR",
 }
 
 

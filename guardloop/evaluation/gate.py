@@ -85,8 +85,8 @@ def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: 
     if verdict == "passed":
         start = "Would be promoted, but the gate only reports" if would else "Promoted"
         gain = _change("AUPRC", evidence.gains["auprc"], evidence.confidence)
-        recall = evidence.gains["recall_at_default_fpr"].value
-        return f"{start}: {gain}, and recall at the default guard's false-positive rate rose by {recall:.3f}."
+        recall = evidence.gains["recall_near_default_fpr"].value
+        return f"{start}: {gain}, and recall near the default guard's false-positive rate rose by {recall:.3f}."
     blocking = [check for check in checks if check.outcome == verdict and check.blocks]
     others = sum(check.outcome != "passed" and check.blocks for check in checks) - 1
     also = "" if not others else f"; {others} other check{'s' if others > 1 else ''} did not pass"
@@ -213,8 +213,8 @@ def _improvement(evidence: Evidence, gate: GateSettings) -> list[Check]:
         _gain_check(
             "recall_gain",
             "Does it catch more unsafe prompts when it blocks no more safe ones than the default guard?",
-            "recall at the default guard's false-positive rate",
-            "recall_at_default_fpr",
+            "recall near the default guard's false-positive rate",
+            "recall_near_default_fpr",
             evidence,
         ),
         _decision_check(evidence, gate),

@@ -116,6 +116,19 @@ def recall_at_fpr(c: Curve, fpr: float | Floats) -> Floats:
     return recall
 
 
+def mean_recall(c: Curve, fpr: float | Floats) -> Floats:
+    """Mean of recall_at_fpr over all false-positive rates from 0 to `fpr` (one for all, or [B]).
+
+    It is the area under the ROC curve up to `fpr`, over `fpr` (partial area: McClish 1989). At one rate a few safe rows
+    decide recall; here all those above them count too.
+    """
+    allowed = np.minimum(np.broadcast_to(np.asarray(fpr, np.float64), c.safe.shape), 1) * c.safe
+    left = (allowed[:, None] - c.blocked) / np.where(allowed > 0, allowed, 1)[:, None]
+    share = np.where(allowed[:, None] > 0, np.maximum(left, 0), c.blocked == 0)
+    recall: Floats = (c.weight * share).sum(axis=1) / c.unsafe
+    return recall
+
+
 def decision_metrics(tp: Weights, fp: Weights, unsafe: Weights, safe: Weights) -> dict[str, Floats]:
     """Metrics at a threshold from weighted counts [B]: caught, falsely blocked, all unsafe, all safe.
 

@@ -15,6 +15,7 @@ from guardloop.evaluation.metrics import (
     calibration_metrics,
     curve,
     decision_metrics,
+    mean_recall,
     rank,
     recall_at_fpr,
 )
@@ -45,7 +46,7 @@ def compare_guards(
 ) -> dict[str, Compared]:
     """Every metric of both guards by name, on a table that holds both classes.
 
-    The names are those of `GuardMetrics`, `recall_at_0.05` and the like, and `recall_at_default_fpr`.
+    The names are those of `GuardMetrics`, and `recall_at_0.05` and the like.
     """
     statistic = _statistic(table, default, improved, settings.calibration_bins)
     point = statistic(np.ones((1, len(table))))
@@ -87,8 +88,8 @@ def _statistic(
             metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
             metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
             values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-            # both guards are read off their own curve, at the default's rate in the same resample
-            values[f"{name}/recall_at_default_fpr"] = recall_at_fpr(c, values["default/fpr"])
+            # both guards are read off their own curve, about the default's rate in the same resample
+            values[f"{name}/recall_near_default_fpr"] = mean_recall(c, 2 * values["default/fpr"])
         return values
 
     return statistic

@@ -31,8 +31,9 @@ class GuardMetrics(BaseModel):
     auroc: Estimate
     recall_at_fpr: dict[str, Estimate]
     """Recall at the FPRs "0.01", "0.02", "0.05"."""
-    recall_at_default_fpr: Estimate | None = None
-    """Recall at the default guard's own FPR, read off this guard's curve; None in evaluations of earlier versions."""
+    recall_near_default_fpr: Estimate | None = None
+    """Mean recall over false-positive rates from 0 to twice the default guard's own, read off this guard's curve; None
+    in evaluations of earlier versions."""
     brier: Estimate
     """Mean squared error of sigmoid(margin / temperature) as P(unsafe)."""
     ece: Estimate
@@ -147,7 +148,7 @@ class Evaluation(BaseModel):
     default: GuardMetrics
     improved: GuardMetrics
     gains: dict[str, Estimate]
-    """Paired improved - default, of every metric of the guards; and recall_at_default_fpr."""
+    """Paired improved - default, of every metric of the guards."""
     slices: list[SliceResult]
     decision: Decision
     feedback: FeedbackResult | None = None

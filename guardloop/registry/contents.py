@@ -24,7 +24,7 @@ REPLACED = "guardloop.replaced"
 NOTE = "mlflow.note.content"  # shown as the run's description
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "guard.json")
-KEY_METRICS = ("default_auprc", "improved_auprc", "gain_auprc", "gain_recall_at_default_fpr", "gain_fpr")
+KEY_METRICS = ("default_auprc", "improved_auprc", "gain_auprc", "gain_recall_near_default_fpr", "gain_fpr")
 PARAM_LIMIT = 6000
 PARAM_NAME_LIMIT = 250
 NOT_IN_PARAM_NAMES = re.compile(r"[^\w. :-]")
@@ -123,8 +123,8 @@ def description(origin: Origin, evaluation: Evaluation) -> str:
         default, improved = getattr(evaluation.default, name), getattr(evaluation.improved, name)
         gain = evaluation.gains.get(name)
         lines.append(f"| {words} | {default.value:.3f} | {improved.value:.3f} | {_gain(gain)} |")
-    if gain := evaluation.gains.get("recall_at_default_fpr"):
-        lines.append(f"| recall at the default's false-positive rate | | | {_gain(gain)} |")
+    if gain := evaluation.gains.get("recall_near_default_fpr"):
+        lines.append(f"| recall near the default's false-positive rate | | | {_gain(gain)} |")
     lines += ["", f"Test set: {evaluation.rows:,} conversations, {evaluation.unsafe:,} of them unsafe."]
     if found := evaluation.feedback:
         lines += [

@@ -46,7 +46,7 @@ class Candidate:
     aliases: list[str]
     headline: str
     metrics: dict[str, float]
-    """default_auprc, improved_auprc, gain_auprc, gain_recall_at_default_fpr, gain_fpr; gains with _low and _high."""
+    """default_auprc, improved_auprc, gain_auprc, gain_recall_near_default_fpr, gain_fpr; gains with _low and _high."""
     run_id: str
     force_reason: str
     """Why it was promoted against the gate; empty if it was not."""

@@ -36,7 +36,7 @@ NAMES = {
     "f1": "F1",
     "brier": "Brier score",
     "ece": "Calibration error",
-    "recall_at_default_fpr": "Recall at the default's FPR",
+    "recall_near_default_fpr": "Recall near the default's FPR",
 }
 LOWER_IS_BETTER = {"fpr", "brier", "ece"}
 BENCHMARK_METRICS = ("auprc", "f1", "recall", "fpr")
@@ -121,7 +121,7 @@ def outcome_line(evaluation: Evaluation) -> str:
 def key_figures(evaluation: Evaluation) -> list[Comparison]:
     """The four figures that most decisions rest on."""
     shown = {row.name: row for row in comparisons(evaluation)}
-    wanted = ("AUPRC", "Recall at the default's FPR", "Recall", "False-positive rate")
+    wanted = ("AUPRC", "Recall near the default's FPR", "Recall", "False-positive rate")
     return [shown[name] for name in wanted if name in shown]
 
 
@@ -148,9 +148,11 @@ def comparisons(evaluation: Evaluation) -> list[Comparison]:
         _compare("auprc", "ranking of unsafe above safe, at all thresholds", default, improved, gains),
         _compare("auroc", "chance that an unsafe prompt scores above a safe one", default, improved, gains),
     ]
-    if default.recall_at_default_fpr and improved.recall_at_default_fpr:
-        meaning = "unsafe prompts caught when both guards block as many safe ones"
-        rows.append(_compare("recall_at_default_fpr", meaning, default, improved, gains))
+    if default.recall_near_default_fpr and improved.recall_near_default_fpr:
+        meaning = (
+            "unsafe prompts caught when both guards block as many safe ones: the mean up to twice the default's rate"
+        )
+        rows.append(_compare("recall_near_default_fpr", meaning, default, improved, gains))
     for rate, before in default.recall_at_fpr.items():
         if after := improved.recall_at_fpr.get(rate):
             gain = gains.get(f"recall_at_{rate}")

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from cases import cases
@@ -13,6 +15,7 @@ from guardloop.evaluation.metrics import (
     calibration_metrics,
     curve,
     decision_metrics,
+    mean_recall,
     rank,
     recall_at_fpr,
 )
@@ -50,6 +53,25 @@ def test_recall_at_fpr_is_the_best_point_of_the_roc_curve(rows, fpr):
     blocked, caught, _ = roc_curve(unsafe, scores, sample_weight=weight, drop_intermediate=False)
     best = caught[blocked <= fpr + 1e-12].max()
     assert recall_at_fpr(curve(rank(scores, unsafe), weight[None]), fpr)[0] == pytest.approx(best)
+
+
+@settings(max_examples=cases(200), deadline=None)
+@given(weighted_rows(WHOLE), st.sampled_from([0.01, 0.05, 0.2, 0.5, 1.0]))
+def test_mean_recall_is_the_area_under_the_steps_of_the_roc_curve(rows, fpr):
+    scores, unsafe, weight = rows
+    c = curve(rank(scores, unsafe), weight[None])
+    blocked, _, _ = roc_curve(unsafe, scores, sample_weight=weight, drop_intermediate=False)
+    steps = np.unique([0.0, fpr, *blocked[blocked < fpr]])
+    area = sum(recall_at_fpr(c, start)[0] * (end - start) for start, end in pairwise(steps))
+    assert mean_recall(c, fpr)[0] == pytest.approx(area / fpr)
+
+
+@settings(max_examples=cases(50), deadline=None)
+@given(weighted_rows(WHOLE))
+def test_mean_recall_at_no_false_positives_is_recall_there_and_beyond_one_stays(rows):
+    scores, unsafe, weight = rows
+    c = curve(rank(scores, unsafe), np.stack([weight, weight]))
+    assert mean_recall(c, np.array([0.0, 1.4])) == pytest.approx([recall_at_fpr(c, 0.0)[0], mean_recall(c, 1.0)[0]])
 
 
 @settings(max_examples=cases(50), deadline=None)

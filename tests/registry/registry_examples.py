@@ -28,7 +28,7 @@ def evaluation(verdict: Outcome = "passed", gain: float = 0.05) -> Evaluation:
         improved=guard("improved", 0.6 + gain),
         gains={
             "auprc": Estimate(value=gain, low=gain - 0.02, high=gain + 0.02),
-            "recall_at_default_fpr": Estimate(value=0.1, low=0.04, high=0.16),
+            "recall_near_default_fpr": Estimate(value=0.1, low=0.04, high=0.16),
             "fpr": Estimate(value=0.0, low=-0.01, high=0.01),
         },
         slices=[],

@@ -51,10 +51,10 @@ def test_a_fall_in_false_positives_is_good() -> None:
 
 
 def test_recall_at_the_defaults_fpr_is_read_off_each_guards_curve(evaluation: Evaluation) -> None:
-    row = next(row for row in key_figures(evaluation) if row.name == "Recall at the default's FPR")
-    assert row.default == evaluation.default.recall_at_default_fpr
-    assert row.improved == evaluation.improved.recall_at_default_fpr
-    assert row.gain == evaluation.gains["recall_at_default_fpr"]
+    row = next(row for row in key_figures(evaluation) if row.name == "Recall near the default's FPR")
+    assert row.default == evaluation.default.recall_near_default_fpr
+    assert row.improved == evaluation.improved.recall_near_default_fpr
+    assert row.gain == evaluation.gains["recall_near_default_fpr"]
 
 
 def test_metrics_without_a_measured_gain_are_still_compared(evaluation: Evaluation) -> None:
