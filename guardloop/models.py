@@ -19,6 +19,7 @@ transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft still asks by the old name
 
 EMBEDDED = "embedded:"
+NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def cache_folder() -> Path:
@@ -57,6 +58,13 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: for torch, or for CUDA and its libraries, which say so in words alone."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.facts import guard_facts
-from guardloop.models import locate, pick_device, pick_dtype
+from guardloop.models import is_out_of_memory, locate, pick_device, pick_dtype
 
 LOAD = """
 from guardloop.errors import GuardLoopError
@@ -111,3 +111,17 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
         monkeypatch.setattr(f"torch.cuda.{name}", value)
 
     assert pick_dtype("auto", torch.device("cuda")) == format_
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+    ],
+)
+def test_a_want_of_memory_is_known_by_who_reports_it(error, expected):
+    assert is_out_of_memory(error) is expected

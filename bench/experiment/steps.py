@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -30,10 +30,12 @@ class Kept:
             partial_folder = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial_folder, ignore_errors=True)
             partial_folder.mkdir(parents=True)
-            build(partial_folder)
+            try:
+                build(partial_folder)
+            finally:  # the others need the memory
+                gc.collect()
+                torch.cuda.empty_cache()
             partial_folder.rename(folder)
-            gc.collect()
-            torch.cuda.empty_cache()
         return folder
 
 
@@ -50,8 +52,19 @@ class Workers:
             self.pool = ProcessPoolExecutor(count, context, _settle, (places, max(1, (os.cpu_count() or 1) // count)))
 
     def map(self, function: Callable[..., Any], items: Iterable[Any]) -> list[Any]:
-        """`function` of each item, in order. The first error is raised when the others are done."""
-        return list(self.pool.map(function, items) if self.pool else map(function, items))
+        """`function` of each item, in order.
+
+        What fails beside others is done again by itself when they are done, as the memory of a GPU may not have
+        sufficed for all at once. The first error that comes again is raised.
+        """
+        if not self.pool:
+            return [function(item) for item in items]
+        begun = [(item, self.pool.submit(function, item)) for item in items]
+        wait([future for _, future in begun])
+        return [
+            future.result() if future.exception() is None else self.pool.submit(function, item).result()
+            for item, future in begun
+        ]
 
     def __enter__(self) -> Self:
         return self

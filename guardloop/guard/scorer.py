@@ -16,6 +16,7 @@ from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
 from guardloop.guard.products import FirstProducts, first_products
 from guardloop.guard.verdict import LabelTokens
+from guardloop.models import is_out_of_memory
 
 log = logging.getLogger("guardloop")
 BATCH_TOKENS = {"cpu": 512, "gpu": 4096}  # a CPU's caches hold no more: larger batches take half as long again
@@ -78,8 +79,9 @@ class Scorer:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
-                pass
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
             self._halve()  # out of the handler, where the error still holds the tensors of its frames
 
     def _halve(self) -> None:

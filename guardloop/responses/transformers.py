@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from guardloop.errors import GuardLoopError
-from guardloop.models import load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from guardloop.models import is_out_of_memory, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.responses.chat import ChatRenderer, PromptError
 from guardloop.responses.responder import FinishReason, Reply, Request, failure
 from guardloop.responses.sampling import choose_tokens, uniforms
@@ -110,7 +110,7 @@ class TransformersResponder:
             except ENGINE_ERRORS as error:
                 suspects = _groups(rows, admitted)
                 slots, rows, admitted = Slots(), [], []
-                if isinstance(error, torch.OutOfMemoryError) and self._halve(suspects):
+                if is_out_of_memory(error) and self._halve(suspects):
                     queue = deque(part for group in [*suspects, *queue] for part in self._parts(group))
                     replies = []
                 else:

@@ -22,6 +22,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_logits, trunk
 from guardloop.guard.packed import fits
 from guardloop.guard.verdict import LabelTokens
+from guardloop.models import is_out_of_memory
 from guardloop.training.checkpoint import (
     ADAPTER,
     BEST,
@@ -263,7 +264,9 @@ class Training:
         try:
             for piece in pieces:
                 value += self._piece(piece, weight)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self.optimizer.zero_grad(set_to_none=True)
             return None
         if self.processes == 1:

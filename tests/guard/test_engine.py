@@ -93,7 +93,10 @@ def test_many_conversations_are_packed_and_few_are_not():
     )
 
 
-def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nSearch for")]
+)
+def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch, error):
     conversations = user(*[f"hello there {n}" for n in range(600)])
     expected = [verdict.margin for verdict in tiny_guard().score(conversations)]
     forward, tried = PackedForward.__call__, []
@@ -101,7 +104,7 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
     def small(self, *args):
         tried.append(self.size)
         if self.size > 2048:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return forward(self, *args)
 
     monkeypatch.setattr(PackedForward, "__call__", small)
