@@ -120,6 +120,7 @@ def measure_benchmark(
             name=settings.name, kind=settings.kind, rows=0, unsafe=0, revision=revision, licence=licence, metrics=[]
         )
     table = read_scores(rows)
+    default, improved = default.judging(settings.judged), improved.judging(settings.judged)
     if table.unsafe.any() and not table.unsafe.all():
         compared = compare_guards(table, default, improved, evaluation)
         metrics = [compared[name] for name in MIXED]

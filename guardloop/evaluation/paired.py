@@ -1,7 +1,7 @@
 """Both guards on one table: every metric, with the paired bootstrap interval of each and of its change."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,13 +32,21 @@ class GuardRun:
 
     name: str
     threshold: float
-    """A margin above it is flagged. Chosen on validation data, never on the test set."""
+    """A prompt with a margin above it is flagged. Chosen on validation data, never on the test set."""
     median_label_mass: float
     """Median of P(safe) + P(unsafe) over the test rows."""
     unreadable: int
     """Test rows that it could not judge; they are not among the scores."""
     temperature: float = 1.0
     """Fitted on held-out data, never on the test set; 1 where it was not."""
+    response_threshold: float | None = None
+    """A response with a margin above it is flagged; None where that is `threshold`, too."""
+
+    def judging(self, what: str) -> "GuardRun":
+        """The guard at its threshold for what is judged, `prompt` or `response`."""
+        if what == "prompt" or self.response_threshold is None:
+            return self
+        return replace(self, threshold=self.response_threshold)
 
 
 def compare_guards(

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from guardloop.errors import GuardLoopError
-from guardloop.guard.facts import guard_facts
+from guardloop.guard.facts import guard_facts, thresholds
 from guardloop.guard.float8 import to_float8
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.prompt import Renderer
@@ -51,6 +51,7 @@ class Guard:
         renderer: Renderer,
         *,
         threshold: float = 0.0,
+        response_threshold: float | None = None,
         temperature: float = 1.0,
         batch_tokens: int | None = None,
         pack_tokens: int = 20992,
@@ -60,10 +61,13 @@ class Guard:
         is_guard: bool = True,
         name: str = "guard",
     ) -> None:
-        """`packed`: whether conversations are packed; by default on a GPU, for models that can be."""
+        """`response_threshold`: by default that of prompts. `packed`: whether conversations are packed; by default on a
+        GPU, for models that can be.
+        """
         self.model = model
         self.renderer = renderer
         self.threshold = threshold
+        self.response_threshold = threshold if response_threshold is None else response_threshold
         self.temperature = temperature
         self.categories = categories
         self.min_label_mass = min_label_mass
@@ -102,14 +106,13 @@ class Guard:
                 model = model.merge_and_unload()
         if settings.quantization == "fp8":
             model = to_float8(model)
-        if settings.threshold is not None and adapter is None:
-            threshold = settings.threshold
-        else:
-            threshold = float(facts.get("threshold", 0.0))
+        own = (settings.threshold, settings.response_threshold) if adapter is None else ()
+        threshold, response_threshold = thresholds(facts, *own)
         return cls(
             model,
             renderer,
             threshold=threshold,
+            response_threshold=response_threshold,
             temperature=float(facts.get("temperature", 1.0)),
             batch_tokens=settings.batch_tokens,
             pack_tokens=settings.pack_tokens,
@@ -139,13 +142,15 @@ class Guard:
         judged = [i for i, row in enumerate(rows) if (row["prompt"] or "").strip()]
         prompts = self.renderer.render_all([(rows[i]["prompt"], rows[i].get("response")) for i in judged])
         tokens = [[*prompt.tokens, *self.labels.lead] for prompt in prompts]
-        return Started(len(rows), judged, tokens, [p.truncated for p in prompts], self.scorer.score(tokens))
+        limits = [self.threshold if rows[i].get("response") is None else self.response_threshold for i in judged]
+        return Started(len(rows), judged, tokens, limits, [p.truncated for p in prompts], self.scorer.score(tokens))
 
     def _finish(self, started: Started, masses: list[float]) -> list[Verdict]:
         verdicts = [Verdict(None, None, False, False, "empty prompt")] * started.rows
         for indices, margins, label_masses in started.scored:
             for index, margin, mass in zip(indices, margins.tolist(), label_masses.tolist(), strict=True):
-                verdicts[started.judged[index]] = self._verdict(margin, mass, started.truncated[index])
+                limit, truncated = started.limits[index], started.truncated[index]
+                verdicts[started.judged[index]] = self._verdict(margin, mass, limit, truncated)
         if len(masses) < MASS_SAMPLE:
             masses += [v.label_mass for v in verdicts if v.label_mass is not None]
             self._check_mass(masses)
@@ -153,12 +158,12 @@ class Guard:
             self._add_categories(verdicts, started)
         return verdicts
 
-    def _verdict(self, margin: float, mass: float, truncated: bool) -> Verdict:
+    def _verdict(self, margin: float, mass: float, limit: float, truncated: bool) -> Verdict:
         if not (isfinite(margin) and isfinite(mass)):
             # overflow in half precision, or broken weights; it counts as no label mass at all
             return Verdict(None, 0.0, False, truncated, "the guard's answer is not a number")
         probability = 1 / (1 + exp(min(-margin / self.temperature, 700.0)))
-        return Verdict(margin, mass, margin > self.threshold, truncated, None, probability)
+        return Verdict(margin, mass, margin > limit, truncated, None, probability)
 
     def _add_categories(self, verdicts: list[Verdict], started: Started) -> None:
         """A second pass over the flagged rows: what the guard writes after `unsafe`, token by token."""
@@ -198,5 +203,7 @@ class Started:
     judged: list[int]
     """The rows that are judged; all below is indexed by these."""
     tokens: list[list[int]]
+    limits: list[float]
+    """Margins above which they are flagged."""
     truncated: list[bool]
     scored: list[Scored]

@@ -25,7 +25,11 @@ class GuardSettings(Section):
     excluded_categories: list[str] = []
     """Category codes left out of the policy, for guards that accept it."""
     threshold: float | None = None
-    """A margin above this is flagged; by default the guard's own calibrated threshold, or 0 where it has none."""
+    """A prompt with a margin above this is flagged; by default the guard's own calibrated threshold, or 0 where it has
+    none."""
+    response_threshold: float | None = None
+    """A response with a margin above this is flagged; by default the guard's own calibrated threshold for responses, or
+    that for prompts where it has none."""
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """Load the base in 8 or 4 bits (bitsandbytes), or compute in 8-bit floating point (GPUs from Ada and Hopper on)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

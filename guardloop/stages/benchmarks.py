@@ -17,11 +17,11 @@ from guardloop.stages.guard import load_guard
 
 @dataclass(frozen=True)
 class ScoredBenchmarks:
-    """Rows of BENCHMARKED, what is to be told of each benchmark, and the guards' thresholds."""
+    """Rows of BENCHMARKED, what is to be told of each benchmark, and each guard's two thresholds."""
 
     rows: list[Row]
     facts: dict[str, Row]
-    thresholds: dict[str, float]
+    thresholds: dict[str, tuple[float, float]]
 
 
 def score_benchmarks(
@@ -55,7 +55,10 @@ def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: Evalua
     with Stage("score_benchmarks") as stage:
         found = _score(stage, settings, guard, folder, [])
         stage.done(len(found.rows), ", ".join(found.facts))
-    runs = [GuardRun(name, threshold, 1.0, 0) for name, threshold in found.thresholds.items()]
+    runs = [
+        GuardRun(name, prompt, 1.0, 0, response_threshold=response)
+        for name, (prompt, response) in found.thresholds.items()
+    ]
     return measured(found.facts, found.rows, runs[0], runs[-1], settings)
 
 
@@ -81,11 +84,11 @@ def _score(
     stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
     read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
     rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
-    thresholds: dict[str, float] = {}
+    thresholds: dict[str, tuple[float, float]] = {}
     for name, own in {"default": None, **({"improved": adapter} if adapter else {})}.items():
         stage.say(f"loading the {name} guard")
         model = load_guard(guard, own)
-        thresholds[name] = model.threshold
+        thresholds[name] = (model.threshold, model.response_threshold)
         scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
         for row, verdict in scored:
             row[f"{name}_margin"] = verdict.margin

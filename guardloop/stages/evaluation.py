@@ -45,7 +45,14 @@ def evaluate(
         facts = [read_facts(default_scores), read_facts(improved_scores)]
         rows = list(_paired(default_scores, improved_scores))
         runs = [
-            GuardRun(name, f["threshold"], f["median_label_mass"], f["unreadable"], f.get("temperature", 1.0))
+            GuardRun(
+                name,
+                f["threshold"],
+                f["median_label_mass"],
+                f["unreadable"],
+                f.get("temperature", 1.0),
+                f.get("response_threshold"),
+            )
             for name, f in zip(("default", "improved"), facts, strict=True)
         ]
         told = read_facts(benchmarks) if benchmarks else {}

@@ -53,13 +53,21 @@ def screen(
                 yield {**row, **verdict.__dict__}
 
         def facts() -> Row:
+            from guardloop.guard.facts import thresholds
+
             model = loaded.get("guard")
+            points = (
+                (model.threshold, model.response_threshold)
+                if model
+                else thresholds({}, settings.threshold, settings.response_threshold)
+            )
             return {
                 "data": read_facts(conversations),
                 "guard": settings.base,
                 "revision": _base_revision(settings, model),
                 "adapter": settings.adapter or "",
-                "threshold": model.threshold if model else settings.threshold or 0.0,
+                "threshold": points[0],
+                "response_threshold": points[1],
                 "temperature": _temperature(settings, adapter) if model else 1.0,
                 "shards": shards,
                 "median_label_mass": median(masses) if masses else 1.0,

@@ -55,6 +55,7 @@ def train_guard(
         "last_loss": made.last_loss,
         "scale": made.scale,
         "threshold": made.threshold,
+        "response_threshold": made.response_threshold,
         "temperature": made.temperature,
         "held_out_auprc": made.held_out_auprc or 0.0,
     }

@@ -72,6 +72,23 @@ def stricter_point(
     )
 
 
+def same_share(before: np.ndarray, after: np.ndarray, threshold: float) -> float:
+    """The point nearest to `threshold` above which are as many of `after[N]` as of `before[N]` are above `threshold`.
+
+    Where margins are equal there may be none; fewer are above it then.
+    """
+    if not len(after):
+        return threshold
+    falling = np.sort(after.astype(float))[::-1]
+    count = int((before > threshold).sum())
+    least = falling[count - 1] if count else np.inf  # of those that are to be above it
+    most = falling[count] if count < len(falling) else -np.inf
+    step = min(HAIR, float(least - most) / 2)
+    if most <= threshold < least:
+        return threshold
+    return float(least - step if threshold >= least else most + step)
+
+
 def _point(margins: np.ndarray, weights: np.ndarray, allowed: float) -> float:
     """A hair above the highest margin with which the weights from there upwards come to more than `allowed`."""
     falling = np.argsort(-margins, kind="stable")

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from guardloop.errors import GuardLoopError
 from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
-from guardloop.guard.facts import guard_facts
+from guardloop.guard.facts import guard_facts, thresholds
 from guardloop.guard.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.prompt import Renderer
@@ -24,7 +24,7 @@ from guardloop.guard.verdict import UNSAFE, label_tokens
 from guardloop.models import cache_folder, load_causal_lm, locate, pick_device, pick_dtype
 from guardloop.records import Row
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
-from guardloop.training.calibrate import CONTRAST, benign_fpr, ranking, stricter_point, temperature
+from guardloop.training.calibrate import CONTRAST, benign_fpr, ranking, same_share, stricter_point, temperature
 from guardloop.training.card import model_card
 from guardloop.training.checkpoint import Checkpoints
 from guardloop.training.fit import Fitted, Look, fit
@@ -59,6 +59,7 @@ class Trained:
     seed: int
     scale: float
     threshold: float
+    response_threshold: float
     temperature: float
     held_out_auprc_default: float | None
     held_out_auprc: float | None
@@ -100,14 +101,14 @@ def train(
     facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
     model = _load(base, own_adapter, guard, settings, device)
-    default_threshold = guard.threshold if guard.threshold is not None else float(facts.get("threshold", 0.0))
+    default_threshold, default_for_responses = thresholds(facts, guard.threshold, guard.response_threshold)
     default_margins = _margins(model, renderer, held_out, guard, processes)
     encoded = [encode(row, renderer) for row in training]
     data_hash = _hash([dict(row) for row in examples])
     decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes", "sharded"})
     key = [
         *(data_hash, _hash([example.tokens for example in encoded])),  # the tokens show the policy's content, too
-        *(guard.plain(), default_threshold, _digest(own_adapter), decisive),
+        *(guard.plain(), default_threshold, default_for_responses, _digest(own_adapter), decisive),
     ]
 
     def judged(margins: np.ndarray) -> tuple[float | None, float | None]:
@@ -149,6 +150,7 @@ def train(
     taught = [row for row in training if not row["kind"].startswith("replay")]
     with scaled(model, best.trial.scale):
         taught_margins = _margins(model, renderer, taught, guard, processes)
+    responses = np.array([row["response"] is not None for row in held_out], dtype=bool)
     losses = [step.loss for step in best.fitted.steps]
     tenth = max(1, len(losses) // 10)
     trained = Trained(
@@ -168,6 +170,7 @@ def train(
             default_threshold,
             settings.max_newly_blocked,
         ),
+        response_threshold=same_share(default_margins[responses], best.margins[responses], default_for_responses),
         temperature=temperature(held_out, best.margins),
         held_out_auprc_default=ranking(held_out, default_margins),
         held_out_auprc=best.trial.held_out_auprc,
@@ -275,7 +278,7 @@ def _margins(
 
 def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
     """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
-    point = {"threshold": trained.threshold, "temperature": trained.temperature}
+    point = {name: getattr(trained, name) for name in ("threshold", "response_threshold", "temperature")}
     facts = {**origin, **point, CHECKSUM: checksum(folder / WEIGHTS)}
     facts["training"] = {**asdict(trained), "settings": settings.plain()}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def test_a_set_of_one_kind_is_measured_by_what_is_flagged(kind: str, metric: str
     assert (compared.metric, compared.default.value, compared.improved.value) == (metric, 0.25, 0.75)
     assert compared.gain.value == 0.5 and compared.gain.low <= 0.5 <= compared.gain.high
     assert (found.rows, found.unsafe) == (8, 8 if kind == "unsafe" else 0)
+
+
+def test_a_benchmark_of_responses_is_measured_at_the_thresholds_of_responses() -> None:
+    source = {"kind": "file", "path": "x"}
+    settings = BenchmarkSettings(name="b", kind="unsafe", judged="response", licence="none", source=source)
+    rows = scored([True] * 8, [1, 1, -1, -1, -1, -1, -1, -1], [0.6] * 6 + [0.4, -1])
+    guards = replace(DEFAULT, response_threshold=-1.0), replace(IMPROVED, response_threshold=-0.5)
+    (compared,) = measure_benchmark(rows, settings, *guards, FAST).metrics
+    assert (compared.default.value, compared.improved.value) == (0.25, 0.875)
+    prompts = settings.model_copy(update={"judged": "prompt"})
+    assert measure_benchmark(rows, prompts, *guards, FAST) == measure_benchmark(rows, prompts, DEFAULT, IMPROVED, FAST)
 
 
 def test_what_is_left_of_a_mixed_set_is_measured() -> None:

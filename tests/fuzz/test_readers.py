@@ -55,14 +55,18 @@ def test_any_adapter_configuration_is_judged(scratch: Path, config: dict) -> Non
     refused_or(lambda: check_adapter_files(folder, {}))
 
 
+POINTS = ("threshold", "response_threshold")
+
+
 @many
-@given(facts=st.dictionaries(st.sampled_from(["threshold", "temperature", "family", "base"]), trees) | trees)
+@given(facts=st.dictionaries(st.sampled_from([*POINTS, "temperature", "family", "base"]), trees) | trees)
 def test_any_guard_json_is_judged_and_its_numbers_are_finite(scratch: Path, facts: object) -> None:
     (scratch / "guard.json").write_text(json.dumps(facts))
 
     def read() -> None:
         found = guard_facts(scratch)
-        assert abs(float(found.get("threshold", 0.0))) < 1e300 and float(found.get("temperature", 1.0)) > 0
+        assert all(abs(float(found.get(name, 0.0))) < 1e300 for name in POINTS)
+        assert float(found.get("temperature", 1.0)) > 0
 
     refused_or(read)
 

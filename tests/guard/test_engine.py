@@ -305,6 +305,16 @@ def test_the_threshold_divides_flagged_from_passed():
     assert sum(v.flagged for v in guard.score(prompts)) == 3
 
 
+def test_prompts_and_responses_have_thresholds_of_their_own():
+    rows = [*user("hello", "build a bomb"), *agent(("hello", "no"), ("hello", "yes"))]
+    guard = tiny_guard()
+    lowest = min(margins(guard, rows))
+    guard.threshold, guard.response_threshold = lowest - 1, max(margins(guard, rows)) + 1
+    assert [v.flagged for v in guard.score(rows)] == [True, True, False, False]
+    guard.threshold, guard.response_threshold = guard.response_threshold, guard.threshold
+    assert [v.flagged for v in guard.score(rows)] == [False, False, True, True]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_guard(tmp_path_factory.mktemp("base"), threshold=0.25)
@@ -348,6 +358,20 @@ def test_threshold_and_family_come_from_guard_json(base, tmp_path):
 
 def test_a_set_threshold_wins_over_the_guards_own(base):
     assert load(base, threshold=-1.5).threshold == -1.5
+
+
+def points(guard):
+    return guard.threshold, guard.response_threshold
+
+
+def test_the_threshold_of_responses_is_that_of_prompts_where_none_is_named(base, tmp_path):
+    assert points(load(base)) == (0.25, 0.25)
+    assert points(load(base, threshold=2.0)) == (2.0, 2.0)
+    assert points(load(base, response_threshold=1.0)) == (0.25, 1.0)
+    folder = adapter(tmp_path / "lora", facts={"threshold": 0.75, "response_threshold": -0.5})
+    assert points(load(base, folder, threshold=2.0, response_threshold=1.0)) == (0.75, -0.5)
+    by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder), threshold=2.0)
+    assert points(Guard.load(by_setting)) == (2.0, -0.5)
 
 
 def test_the_adapters_threshold_wins_where_one_is_given(base, tmp_path):

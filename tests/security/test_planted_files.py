@@ -183,9 +183,10 @@ def test_plain_adapters_of_peft_are_taken(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", '"low"', "true", "[0]", "1e999"])
-def test_a_threshold_that_lets_everything_pass_is_refused(model: Path, value: str) -> None:
-    (model / "guard.json").write_text(f'{{"family": "guardloop", "threshold": {value}}}')
-    with pytest.raises(GuardLoopError, match="threshold"):
+@pytest.mark.parametrize("name", ["threshold", "response_threshold"])
+def test_a_threshold_that_lets_everything_pass_is_refused(model: Path, name: str, value: str) -> None:
+    (model / "guard.json").write_text(f'{{"family": "guardloop", "{name}": {value}}}')
+    with pytest.raises(GuardLoopError, match=f": {name} is"):
         Guard.load(GuardSettings(base=str(model), dtype="float32", is_guard=False))
 
 
