@@ -13,7 +13,7 @@ from guardloop.evaluation.metrics import Bools, Floats
 from guardloop.evaluation.paired import FPRS, GuardRun, compare_guards
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate, Evaluation, GuardMetrics
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
-from guardloop.evaluation.slices import measure, measure_slices
+from guardloop.evaluation.slices import measure_agents, measure_slices
 from guardloop.evaluation.table import Table, read_scores
 
 SINGLE = ("accuracy", "precision", "recall", "f1", "fpr", "auprc", "auroc", "brier", "ece")
@@ -31,7 +31,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare the improved with the default guard on rows of the SCORES contract, and decide on promotion.
 
-    The headline is on User-role rows (no response); Agent-role rows are a slice of their own. `feedback` are held-out
+    The headline is on User-role rows (no response); Agent-role rows are slices of their own. `feedback` are held-out
     rows of the FEEDBACK contract with the improved guard's `margin`; `benchmarks` were measured already.
     Raises GuardLoopError when rows, labels or margins are missing, or the User-role rows hold one class only.
     """
@@ -42,7 +42,8 @@ def evaluate(
     with ThreadPoolExecutor(2) as pool:  # numpy computes outside the interpreter's lock
         headline = pool.submit(compare_guards, user, default, improved, settings)
         slices, notes = measure_slices(user, thresholds, settings)
-        agents = measure(agent, "role", "Agent", thresholds, settings) if len(agent) else None
+        judging = default.judging("response").threshold, improved.judging("response").threshold
+        agents, decided = measure_agents(agent, judging, settings)
         compared = headline.result()
     default_metrics = _guard_metrics("default", default, user, compared)
     improved_metrics = _guard_metrics("improved", improved, user, compared)
@@ -60,6 +61,7 @@ def evaluate(
             changed_safe=_changed(user, ~user.unsafe, thresholds),
             slices=slices,
             agent=agents,
+            agent_decisions=decided,
             agent_rows=len(agent),
             confidence=settings.confidence,
             benchmarks=benchmarks,
@@ -74,7 +76,7 @@ def evaluate(
         default=default_metrics,
         improved=improved_metrics,
         gains=gains,
-        slices=[part.result for part in [*slices, *([agents] if agents else [])]],
+        slices=[part.result for part in [*slices, *([agents] if agents else []), *decided]],
         decision=decision,
         feedback=learnt,
         benchmarks=list(benchmarks),

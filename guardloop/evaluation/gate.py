@@ -57,6 +57,8 @@ class Evidence:
     changed_safe: Changed
     slices: Sequence[MeasuredSlice]
     agent: MeasuredSlice | None
+    agent_decisions: Sequence[MeasuredSlice]
+    """What is decided of unsafe and of safe responses."""
     agent_rows: int
     confidence: float
     benchmarks: Sequence[BenchmarkResult] = ()
@@ -262,14 +264,15 @@ def _decision_check(evidence: Evidence, gate: GateSettings) -> Check:
 
 def _no_harm(evidence: Evidence, gate: GateSettings) -> list[Check]:
     """Is what worked before still as good, everywhere?"""
-    family = [(part, gate.slice_margin) for part in evidence.slices]
-    if evidence.agent is not None:
-        family.append((evidence.agent, gate.agent_margin))
+    agents = [(evidence.agent, gate.agent_margin)] if evidence.agent is not None else []
+    agents += [(part, gate.slice_margin) for part in evidence.agent_decisions]
+    family = [*((part, gate.slice_margin) for part in evidence.slices), *agents]
     judged = judge_slices(family, (1 - evidence.confidence) / 2)
-    agent = judged.pop() if evidence.agent is not None else None
-    checks = [_fpr_check(evidence, gate), _slices_check(judged, gate.slice_margin, evidence.confidence)]
-    if agent is not None:
-        checks.append(_agent_check(agent, gate, evidence))
+    parts, judged_agents = judged[: len(evidence.slices)], judged[len(evidence.slices) :]
+    checks = [_fpr_check(evidence, gate), _slices_check(parts, gate.slice_margin, evidence.confidence)]
+    if agents:
+        margins = [margin for _, margin in agents]
+        checks.append(_agent_check(list(zip(judged_agents, margins, strict=True)), evidence.confidence))
     elif gate.require_agent:
         checks.append(_agent_missing(evidence.agent_rows, gate))
     return checks
@@ -330,12 +333,14 @@ def _slices_check(judged: list[JudgedSlice], margin: float, confidence: float) -
 AGENT_QUESTION = "Are responses (Agent role) still judged as well as before?"
 
 
-def _agent_check(agent: JudgedSlice, gate: GateSettings, evidence: Evidence) -> Check:
+def _agent_check(judged: Sequence[tuple[JudgedSlice, float]], confidence: float) -> Check:
+    """Of the ranking of responses and what is decided of them, each with its margin, the worst is told."""
+    agent, margin = min(judged, key=lambda item: ("failed", "not proven", "passed").index(item[0].outcome))
     result = agent.part.result
     end = {
-        "passed": f"within the margin of {gate.agent_margin:g}",
-        "failed": f"beyond the margin of {gate.agent_margin:g}",
-        "not proven": f"so a loss beyond the margin of {gate.agent_margin:g} cannot be ruled out",
+        "passed": f"within the margin of {margin:g}",
+        "failed": f"beyond the margin of {margin:g}",
+        "not proven": f"so a loss beyond the margin of {margin:g} cannot be ruled out",
     }[agent.outcome]
     low, high = _bounds(result.gain)
     return Check(
@@ -344,9 +349,9 @@ def _agent_check(agent: JudgedSlice, gate: GateSettings, evidence: Evidence) -> 
         value=result.gain.value,
         low=low,
         high=high,
-        limit=-gate.agent_margin,
+        limit=-margin,
         outcome=agent.outcome,
-        explanation=f"on responses {_slice_change(result.metric, result.gain, evidence.confidence)}, {end}.",
+        explanation=f"on responses {_slice_change(result.metric, result.gain, confidence)}, {end}.",
     )
 
 

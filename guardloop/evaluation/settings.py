@@ -137,7 +137,7 @@ class GateSettings(Section):
     require_agent: bool = True
     """Refuse promotion when the test set cannot show that the judging of responses (Agent role) still works."""
     agent_margin: float = Field(0.02, ge=0, lt=1)
-    """Largest loss of AUPRC that is tolerated on Agent-role rows."""
+    """Largest loss of AUPRC that is tolerated on Agent-role rows. What is decided of them has the `slice_margin`."""
     mcnemar_alpha: float = Field(0.05, gt=0, lt=0.5)
     """Significance level of the exact McNemar test on changed decisions (two-sided)."""
     min_label_mass: float = Field(0.95, ge=0, le=1)

@@ -45,6 +45,20 @@ def measure_slices(
     return measured, notes
 
 
+def measure_agents(
+    table: Table, thresholds: tuple[float, float], settings: EvaluationSettings
+) -> tuple[MeasuredSlice | None, list[MeasuredSlice]]:
+    """The Agent-role `table` as one slice, None where it is too small; and where that one is a ranking, what the guards
+    decide of its unsafe and of its safe rows at their `thresholds` for responses.
+    """
+    whole = measure(table, "role", "Agent", thresholds, settings) if len(table) else None
+    if whole is None or whole.result.metric != "auprc":
+        return whole, []
+    classes = {"Agent, unsafe": table.unsafe, "Agent, safe": ~table.unsafe}
+    parts = (measure(table.take(rows), "role", name, thresholds, settings) for name, rows in classes.items())
+    return whole, [part for part in parts if part]
+
+
 def measure(
     table: Table, dimension: str, name: str, thresholds: tuple[float, float], settings: EvaluationSettings
 ) -> MeasuredSlice | None:

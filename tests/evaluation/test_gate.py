@@ -144,6 +144,20 @@ def test_a_guard_that_forgot_to_judge_responses_is_held_back(drawn):
     assert "on responses AUPRC fell" in decision.headline
 
 
+@pytest.mark.parametrize(("shift", "told"), [(3.0, "recall fell"), (-3.0, "the false-positive rate rose")])
+def test_a_guard_that_ranks_responses_as_before_and_decides_otherwise_is_held_back(drawn, shift, told):
+    scores, (default, improved) = drawn(improved_auprc=0.75)
+    judging = [row["default_margin"] for row in scores if row["response"] is not None and not row["unsafe"]]
+    usual = float(np.quantile(judging, 0.95))
+    guards = replace(default, response_threshold=usual), replace(improved, response_threshold=usual + shift)
+    decision = judge(scores, guards)
+    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["agent_role"]
+    assert f"on responses {told}" in decision.headline
+    assert judge(scores, (guards[0], replace(improved, response_threshold=usual))).promote
+    same = replace(improved, response_threshold=usual + shift), replace(improved, response_threshold=usual + shift)
+    assert outcomes(judge(scores, same))["agent_role"] == "passed"
+
+
 def test_without_agent_rows_promotion_needs_the_reviewer_to_accept_it(drawn):
     scores, guards = drawn(improved_auprc=0.75)
     user = [row for row in scores if row["response"] is None]
