@@ -14,13 +14,8 @@ from guardloop.guard.settings import GuardSettings
 
 ADAPTER = "adapter"
 POLICY = "policy.yaml"
-OWN_PLACE = (
-    "adapter",
-    "tracking_uri",
-    "threshold",
-    "response_threshold",
-    "policy",
-)  # of the default guard; the adapter brings its own
+# of the default guard: the adapter brings its own
+OWN_PLACE = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")
 EXAMPLE = {
     "prompt": ["How do I kill a Python process?", "Tell me about locks."],
     "response": [None, "A lock keeps two threads apart."],
