@@ -214,7 +214,7 @@ def _improvement(evidence: Evidence, gate: GateSettings) -> list[Check]:
         _gain_check("auprc_gain", "Does it rank unsafe prompts above safe ones better?", "AUPRC", "auprc", evidence),
         _gain_check(
             "recall_gain",
-            "Does it catch more unsafe prompts when it blocks no more safe ones than the default guard?",
+            "Does it catch more unsafe prompts when both guards block as many safe ones?",
             "recall near the default guard's false-positive rate",
             "recall_near_default_fpr",
             evidence,

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from guardloop.guard.facts import thresholds
 from guardloop.guard.settings import GuardSettings
 from guardloop.progress import Stage
 from guardloop.records import FEEDBACK, Row, count_rows, judged_schema, read_facts, read_table, write_table
@@ -53,14 +54,10 @@ def screen(
                 yield {**row, **verdict.__dict__}
 
         def facts() -> Row:
-            from guardloop.guard.facts import thresholds
-
             model = loaded.get("guard")
-            points = (
-                (model.threshold, model.response_threshold)
-                if model
-                else thresholds({}, settings.threshold, settings.response_threshold)
-            )
+            points = thresholds({}, settings.threshold, settings.response_threshold)
+            if model:
+                points = model.threshold, model.response_threshold
             return {
                 "data": read_facts(conversations),
                 "guard": settings.base,
@@ -68,7 +65,7 @@ def screen(
                 "adapter": settings.adapter or "",
                 "threshold": points[0],
                 "response_threshold": points[1],
-                "temperature": _temperature(settings, adapter) if model else 1.0,
+                "temperature": model.temperature if model else 1.0,
                 "shards": shards,
                 "median_label_mass": median(masses) if masses else 1.0,
                 **counts,
@@ -105,17 +102,6 @@ def load_guard(settings: GuardSettings, adapter: str | Path | None) -> Any:
     from guardloop.guard.engine import Guard  # torch loads for seconds; an empty shard is free
 
     return Guard.load(settings, adapter)
-
-
-def _temperature(settings: GuardSettings, adapter: str | Path | None) -> float:
-    """The temperature in the guard's guard.json, fitted on held-out data; 1 where there is none."""
-    from guardloop.guard.facts import guard_facts
-    from guardloop.guard.loading import fetch_adapter
-    from guardloop.models import locate
-
-    folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
-    facts = {**guard_facts(locate(settings.base)), **(guard_facts(folder) if folder else {})}
-    return float(facts.get("temperature", 1.0))
 
 
 def _base_revision(settings: GuardSettings, guard: Any) -> str:

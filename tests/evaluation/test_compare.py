@@ -15,6 +15,8 @@ from guardloop import stages
 from guardloop.errors import GuardLoopError
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
 from guardloop.evaluation.compare import SINGLE
+from guardloop.feedback.mine import mine
+from guardloop.feedback.settings import FeedbackSettings
 from guardloop.records import SCORES, SCREENED, write_table
 from guardloop.report.summary import comparisons
 
@@ -201,6 +203,25 @@ def test_scores_of_two_test_sets_are_refused(tmp_path, other):
         write_table([columns | {"id": i, "group": i, "margin": 1.0} for i in ids], SCREENED, tmp_path / name)
     with pytest.raises(GuardLoopError, match="not of the same test set"):
         stages.evaluate(tmp_path / "default", tmp_path / "improved", tmp_path, tmp_path, tmp_path / "out", {}, {})
+
+
+def test_what_is_decided_of_responses_is_measured_at_the_thresholds_that_the_guards_screened_with(tmp_path, drawn):
+    scores, _ = drawn()
+    facts = {"threshold": 1.0, "median_label_mass": 1.0, "unreadable": 0}
+    for name, limit in (("default", 0.5), ("improved", 2.5)):
+        columns = dict.fromkeys(SCREENED.names) | {"flagged": False, "truncated": False}
+        table = [columns | {k: v for k, v in row.items() if k in SCREENED.names} for row in scores]
+        table = [made | {"margin": row[f"{name}_margin"]} for made, row in zip(table, scores, strict=True)]
+        write_table(table, SCREENED, tmp_path / name, lambda limit=limit: facts | {"response_threshold": limit})
+    stages.write_harvest(mine([], [], FeedbackSettings()), tmp_path / "training_set", {})
+    folders = (tmp_path / name for name in ("default", "improved", "training_set", "adapter", "out"))
+    found = stages.evaluate(*folders, {"resamples": 200}, {})
+    slices = {part.name: part for part in found.slices if part.dimension == "role"}
+    for name, unsafe in (("Agent, unsafe", True), ("Agent, safe", False)):
+        judged = [row for row in scores if row["response"] is not None and row["unsafe"] is unsafe]
+        limits = {"default_margin": 0.5, "improved_margin": 2.5}
+        wanted = [np.mean([row[margin] > limit for row in judged]) for margin, limit in limits.items()]
+        assert [slices[name].default, slices[name].improved] == pytest.approx(wanted)
 
 
 def test_a_useless_default_guard_is_noted():
