@@ -20,6 +20,9 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning) 
 
 EMBEDDED = "embedded:"
 NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf):
+    # where several threads make a process's first call of one, MKL may give some three digits (pytorch#188792)
+    _function(torch.ones(1))
 
 
 def cache_folder() -> Path:

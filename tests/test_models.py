@@ -25,6 +25,20 @@ except GuardLoopError as error:
     print(error)
 """
 
+FIRST_COSINES = """
+import os, sys
+import torch
+import guardloop.models
+angles = torch.tensor([i / 100 for i in range(40_000)])
+wrong = 0
+for _ in range(int(sys.argv[1])):
+    if not (child := os.fork()):  # a process whose first cosine of many numbers this is, on two threads at once
+        first = angles.cos()
+        os._exit(not torch.equal(first, angles.cos()))
+    wrong += os.waitpid(child, 0)[1] != 0
+print(wrong)
+"""
+
 
 class Hub(BaseHTTPRequestHandler):
     """Refuses everything, for the reason that the server holds."""
@@ -125,3 +139,16 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
 )
 def test_a_want_of_memory_is_known_by_who_reports_it(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.slow
+def test_a_process_computes_its_first_cosines_to_the_last_digit() -> None:
+    """Else one guard in a hundred scores its template with wrong angles, where MKL has the fault."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+
+    told = subprocess.run(
+        [sys.executable, "-c", FIRST_COSINES, "1000"],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+
+    assert int(told.stdout) == 0
