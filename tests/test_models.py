@@ -142,8 +142,9 @@ def test_a_want_of_memory_is_known_by_who_reports_it(error, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_computes_its_first_cosines_to_the_last_digit() -> None:
-    """Else one guard in a hundred scores its template with wrong angles, where MKL has the fault."""
+    """Else one process in a hundred computes a template's angles with three digits, where MKL has the fault."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
     told = subprocess.run(
