@@ -354,11 +354,12 @@ class Training:
 
 
 def batches(examples: Sequence[Encoded], settings: TrainingSettings, total: int) -> Iterator[list[Encoded]]:
-    """`total` batches of like length, in an order that depends on the seed alone."""
+    """`total` batches, of examples of like length or of any, in an order that depends on the seed alone."""
     draw = random.Random(settings.seed)
     made = 0
     while made < total:
-        order = sorted(examples, key=lambda e: (len(e.tokens) // 16, draw.random()))
+        alike = settings.order == "length"
+        order = sorted(examples, key=lambda e: (len(e.tokens) // 16 if alike else 0, draw.random()))
         epoch = [order[i : i + settings.batch_rows] for i in range(0, len(order), settings.batch_rows)]
         draw.shuffle(epoch)
         for batch in epoch[: total - made]:

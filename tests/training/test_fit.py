@@ -377,11 +377,12 @@ def test_the_rate_ends_near_nothing(schedule):
     rows=st.integers(1, 12),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 9),
+    order=st.sampled_from(["length", "random"]),
 )
 @PROPERTY
-def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed):
+def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed, order):
     examples = [Encoded(str(n), [0] * length, 0.5, 1.0) for n, length in enumerate(lengths)]
-    options = TrainingSettings(batch_rows=rows, seed=seed)
+    options = TrainingSettings(batch_rows=rows, seed=seed, order=order)
     per_epoch = math.ceil(len(examples) / rows)
     made = list(batches(examples, options, per_epoch * epochs))
     for epoch in range(epochs):
@@ -395,6 +396,15 @@ def test_another_seed_gives_another_order():
     examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(60)]
     first, second = (list(batches(examples, TrainingSettings(seed=seed), 4)) for seed in (0, 1))
     assert first != second
+
+
+@pytest.mark.parametrize(("order", "least", "most"), [("length", 0, 16), ("random", 100, 640)])
+def test_a_step_is_of_like_lengths_or_a_fair_sample(order, least, most):
+    examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(640)]
+    made = list(batches(examples, TrainingSettings(batch_rows=16, order=order), 80))
+    spans = [max(lengths) - min(lengths) for lengths in ([len(e.tokens) for e in batch] for batch in made)]
+    assert all(least < span < most for span in spans)
+    assert made[:40] != made[40:]  # each epoch in an order of its own
 
 
 def fitted_state(**options):
