@@ -108,9 +108,10 @@ coverage: ready ## Run all tests and list the lines that none of them reaches
 bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
 	@$(BIN)/python -W ignore -m bench.guard
 
-experiment: ready ## Compare the recipe with every control (CONFIG=configs/experiments/smollm2.yaml DATA=folder WORKERS=1)
+experiment: ready ## Compare the recipe with every control (CONFIG= DATA=folder WORKERS=1; FINISHED=1: the arms that are done)
 	@$(BIN)/python -W ignore -m bench.experiment.run \
-	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)") --workers $(WORKERS)
+	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)") --workers $(WORKERS) \
+	  $(if $(FINISHED),--finished)
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
 	@QUICK=1 $(BIN)/pytest -m "not slow and not faults" -n auto --dist worksteal $(PYTEST_ARGS)

@@ -75,7 +75,14 @@ def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Pat
     (folder / "figures.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", "utf-8")
     plot = page.with_suffix("") / f"{folder.name}.svg"
     _plot(scores, plot)
-    lines = [f"## {settings.title}", "", *_tables(parts, scores), *_rivals(parts, settings), *_gate(cells)]
+    lines = [
+        f"## {settings.title}",
+        "",
+        *_missing(settings, cells),
+        *_tables(parts, scores),
+        *_rivals(parts, settings),
+        *_gate(cells),
+    ]
     lines += [
         *_harvests(cells),
         *_rankings(cells),
@@ -84,6 +91,14 @@ def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Pat
     ]
     lines += [f"{settings.evaluation.resamples:,} bootstrap resamples of near-duplicate groups. {machine()}"]
     write_section(folder.name, "\n".join(lines), page, TITLE)
+
+
+def _missing(settings: ExperimentSettings, cells: Iterable[Cell]) -> list[str]:
+    """Which arms are not done, where only what is finished was wanted."""
+    there = {cell.arm for cell in cells}
+    asked = [arm.name for arm in settings.arms] + [f"{RECIPE}, round {n}" for n in range(2, settings.rounds + 1)]
+    missing = [name for name in asked if name not in there]
+    return [f"Not finished, and not in these tables: {'; '.join(missing)}.", ""] if missing else []
 
 
 def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Score]]:

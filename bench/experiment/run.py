@@ -5,11 +5,13 @@ traffic is answered once, whichever guard lets it pass: responses to a prompt de
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import typer
@@ -18,7 +20,7 @@ from rich.console import Console
 from bench.experiment.arms import lessons, ranking
 from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
 from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, load_experiment
-from bench.experiment.steps import Kept, Workers
+from bench.experiment.steps import Kept, UnfinishedError, Workers
 from guardloop import stages
 from guardloop.data.sources import read_conversations
 from guardloop.errors import GuardLoopError
@@ -39,6 +41,7 @@ from guardloop.training.bootstrap import make_guard
 from guardloop.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
+Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,16 @@ class Lessons:
 class Experiment:
     """The steps of one experiment, from its settings; each can be done by a worker."""
 
-    def __init__(self, settings: ExperimentSettings, root: Path) -> None:
+    def __init__(self, settings: ExperimentSettings, root: Path, *, only_finished: bool = False) -> None:
         self.settings = settings
-        self.kept = Kept(root)
+        self.kept = Kept(root, only_finished=only_finished)
 
     def run(self, workers: int = 1) -> list[Cell]:
-        """Every arm from every default guard with every seed. Returns what each scored on the test set."""
+        """Every arm from every default guard with every seed. Returns what each scored on the test set.
+
+        If only what is finished is wanted, these are the arms of which all guards are there; raises UnfinishedError
+        where not even the default guards have screened their data.
+        """
         settings = self.settings
         with Workers(workers) as side_by_side:
             guards = side_by_side.map(self.default_guard, settings.default_seeds)
@@ -88,23 +95,32 @@ class Experiment:
             cells = [Cell(DEFAULT, b.default_seed, 0, _margins(b.test)) for b in before]
             arms, recipe = settings.arms, RECIPE
             for number in range(1, settings.rounds + 1):
-                taught = side_by_side.map(self.lessons, product(arms, before))
-                made = side_by_side.map(
-                    self.trained, [(t, seed) for t in taught for seed in t.arm.seeds or settings.seeds]
-                )
+                made = self._round(side_by_side, arms, before)
                 cells += made
                 if number < settings.rounds:  # the recipe's guard becomes the default, and the judge stays
                     (again,) = (arm for arm in arms if arm.name == recipe)
                     first = (again.seeds or settings.seeds)[0]
                     champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == first}
+                    if not champions:
+                        break
                     told = [
                         (b.default_seed, {**b.guard, "adapter": f"{champions[b.default_seed]}/adapter"}, b.judged)
                         for b in before
+                        if b
                     ]
-                    before = side_by_side.map(self.screened, told)
+                    before = side_by_side.map(partial(_if_done, self.screened), told)
                     recipe = f"{RECIPE}, round {number + 1}"
                     arms = [again.model_copy(update={"name": recipe, "seeds": [first]})]
         return cells
+
+    def _round(self, workers: Workers, arms: Sequence[Arm], before: Sequence[Screened | None]) -> list[Cell]:
+        """The guards of the arms that are made whole: one from each default guard with each seed."""
+        taught = workers.map(partial(_if_done, self.lessons), [pair for pair in product(arms, before) if pair[1]])
+        asked = [(t, seed) for t in taught if t for seed in t.arm.seeds or self.settings.seeds]
+        made = [c for c in workers.map(partial(_if_done, self.trained), asked) if c]
+        guards = Counter(c.arm for c in made)
+        whole = {a.name for a in arms if guards[a.name] == len(before) * len(a.seeds or self.settings.seeds)}
+        return [c for c in made if c.arm in whole]
 
     def default_guard(self, seed: int) -> Path:
         """The folder of the default guard that is made with `seed`."""
@@ -216,6 +232,14 @@ class Experiment:
         return {**self.settings.guard.plain(), "base": str(base)}
 
 
+def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
+    """What `step` makes of `item`; None where only what is finished is wanted, and this is not."""
+    try:
+        return step(item)
+    except UnfinishedError:
+        return None
+
+
 def _taught(default: DefaultGuard) -> list[Row]:
     rows = [row for row in read_conversations(default.responses) if row["response"] and row["unsafe"] is not None]
     prompts = {row["prompt"]: row for row in read_conversations(default.prompts) if row["unsafe"]}
@@ -233,11 +257,12 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where finished steps are kept.")] = Path(".guardloop/experiments"),
     results: Annotated[Path, typer.Option(help="The page that is written.")] = Path("docs/results.md"),
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the GPUs and cores.")] = 1,
+    finished: Annotated[bool, typer.Option("--finished", help="Do nothing new: write the arms that are done.")] = False,
 ) -> None:
     """Compare the recipe with every control."""
     try:
         settings = load_experiment(config, data)
-        cells = Experiment(settings, folder / config.stem).run(workers)
+        cells = Experiment(settings, folder / config.stem, only_finished=finished).run(workers)
         write_results(settings, cells, results, folder / config.stem)
     except GuardLoopError as error:
         console.print(f"[red]error:[/] {error}")

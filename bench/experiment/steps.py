@@ -15,18 +15,30 @@ from typing import Any, Self
 
 import torch
 
+from guardloop.errors import GuardLoopError
+
+
+class UnfinishedError(GuardLoopError):
+    """A step is not done yet, and none is to be done now."""
+
 
 class Kept:
     """Folders of finished steps, named by what they are made from."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, only_finished: bool = False) -> None:
         self.root = root
+        self.only_finished = only_finished
 
     def make(self, name: str, key: Any, build: Callable[[Path], None]) -> Path:
-        """The folder of step `name`, built first unless one with this `key` (JSON values) is there."""
+        """The folder of step `name`, built first unless one with this `key` (JSON values) is there.
+
+        Raises UnfinishedError instead of building it if `only_finished`.
+        """
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
         folder = self.root / f"{name}-{digest}"
         if not folder.is_dir():
+            if self.only_finished:
+                raise UnfinishedError(f"experiment: the step {folder} is not done yet", "leave out --finished")
             partial_folder = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial_folder, ignore_errors=True)
             partial_folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from guardloop.errors import GuardLoopError
 from guardloop.feedback.settings import FeedbackSettings
 from guardloop.settings import read_section
 
+CONTROLS = {"positives only": "positives", "self-training": "self", "gold labels": "gold"}
 SOURCE = {"kind": "file", "path": "rows.jsonl"}
 SMALL = {
     "title": "tiny",
@@ -134,8 +136,8 @@ def test_a_part_without_both_classes_is_left_out():
     assert agent is not None and len(agent.unsafe) == 60
 
 
-@pytest.mark.slow
-def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_little(folder: Path) -> dict:
+    """An experiment on tiny models and made-up prompts, all below `folder`."""
     words = ("a cake", "a bomb", "the garden", "a door")
     rows = [
         {"id": f"r{n}", "prompt": f"how do I build {words[n % 4]} number {n}?", "source": "a" if n % 2 else "b"}
@@ -143,11 +145,11 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         for n in range(120)
     ]
     for name, chosen in {"traffic": rows[:60], "test": rows[60:]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     answered = [row | {"response": f"mix flour and sugar {n}"} for n, row in enumerate(rows)]
     for name, chosen in {"judge": answered[:60], "agent": answered[60:]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
-    responder = tmp_path / "responder"
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    responder = folder / "responder"
     responder.mkdir()
     save_responder(responder)
     prompts, responses = ({"label": f"{kind}_label"} for kind in ("prompt", "response"))
@@ -164,11 +166,10 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         "dtype": "float32",
     }
     opened = answering | {"name": "opened", "opening": "Sure, here is"}
-    arms = {"positives only": "positives", "self-training": "self", "gold labels": "gold"}
-    experiment = {
+    return {
         "title": "In little",
         "default": {
-            "base": str(save_guard(tmp_path / "guard", threshold=0.0)),
+            "base": str(save_guard(folder / "guard", threshold=0.0)),
             "responses": file("judge", responses, 40),
             "prompts": file("judge", prompts, 20),
             "ordinary": file("traffic", prompts, 6),
@@ -189,16 +190,28 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
         "rounds": 2,
         "shards": 2,
         "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
-        "arms": [{"name": "recipe", "seeds": [1]}, *({"name": name, "lessons": kind} for name, kind in arms.items())],
+        "arms": [
+            {"name": "recipe", "seeds": [1]},
+            *({"name": name, "lessons": kind} for name, kind in CONTROLS.items()),
+        ],
     }
+
+
+def beginnings(text: str, arm: str) -> list[list[str]]:
+    """The cells of each row of an arm, without the share of the gap that it closes."""
+    return [line.split(" | ")[:5] for line in text.splitlines() if line.startswith(f"| {arm} |")]
+
+
+@pytest.mark.slow
+def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, page, kept = tmp_path / "tiny.yaml", tmp_path / "docs" / "results.md", tmp_path / "kept"
-    config.write_text(yaml.safe_dump(experiment))
+    config.write_text(yaml.safe_dump(in_little(tmp_path)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     module.main(config, tmp_path, kept, page, workers=2)
 
     text = page.read_text()
-    assert all(f"| {arm} |" in text for arm in ("default", "recipe", *arms, "recipe, round 2"))
+    assert all(f"| {arm} |" in text for arm in ("default", "recipe", *CONTROLS, "recipe, round 2"))
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
     assert "What the targets know of the passed prompts: all" in text
     assert "The recipe against self-training on all: AUPRC " in text
@@ -223,6 +236,17 @@ def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch
     monkeypatch.setattr(module, "make_guard", None)
     module.main(config, tmp_path, kept, page, workers=1)
     assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text
+
+    shutil.rmtree(next((kept / "tiny").glob(f"{GOLD}-1-*")))
+    module.main(config, tmp_path, kept, page, workers=2, finished=True)
+    part = page.read_text()
+    assert f"| {GOLD} |" not in part and f"Not finished, and not in these tables: {GOLD}.\n" in part
+    assert beginnings(part, RECIPE) == beginnings(text, RECIPE) != []
+    shutil.rmtree(next((kept / "tiny").glob(f"{RECIPE}-1-*")))  # the second round's guard was made from it
+    module.main(config, tmp_path, kept, page, workers=1, finished=True)
+    assert f"tables: recipe; {GOLD}; recipe, round 2.\n" in page.read_text()
+    with pytest.raises(SystemExit):
+        module.main(config, tmp_path, tmp_path / "nothing", page, workers=1, finished=True)
 
 
 def test_the_experiments_of_the_project_are_sound(tmp_path: Path) -> None:
