@@ -126,7 +126,7 @@ def table(timings: dict[str, Timing], settings: TrainingSettings, machine: str) 
     slowest = max(median(t.seconds) for t in timings.values())
     lines = [
         f"{machine}. SmolLM2-135M, LoRA r {settings.rank} on the top {settings.top_layers:.0%} of the layers, batches "
-        f"of {settings.batch_rows}; median of {len(next(iter(timings.values())).seconds)} steps.",
+        f"of {settings.batch_rows}; median of {len(next(iter(timings.values())).seconds)} steps. `make bench-train`",
         "",
         "| way | examples/s | tokens per step | seconds per step | times |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-TITLE = "# Benchmarks\n\nEach section is written by the command that it names.\n"
+TITLE = "# Benchmarks\n\nEach section names the command that writes it.\n"
 
 
 def write_section(name: str, markdown: str, page: Path = PAGE, title: str = TITLE) -> None:

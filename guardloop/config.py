@@ -22,6 +22,8 @@ from guardloop.responses.settings import ResponderSettings
 from guardloop.settings import Section, read_section
 from guardloop.training.settings import TrainingSettings
 
+BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"), ("multiple_of", "a multiple of"))
+
 
 class Settings(Section):
     """Everything that decides a run's result. Where it runs is the platform's business."""
@@ -166,6 +168,6 @@ def _limits(metadata: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """(sign, value) of the bounds that a field declares."""
     for rule in metadata:
         for inner in getattr(rule, "metadata", [rule]):
-            for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
+            for name, sign in BOUNDS:
                 if (value := getattr(inner, name, None)) is not None:
                     yield sign, value

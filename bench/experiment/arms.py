@@ -51,7 +51,7 @@ def ranking(
 ) -> dict[str, tuple[float, float]]:
     """AUPRC of the default guard's own score and of the targets on the passed prompts, by subset that has both classes.
 
-    People's labels are looked at here to see what was taught, and nowhere else.
+    The data's labels are looked at here to see what was taught, and nowhere else.
     """
     taught = {row["id"]: row["target"] for row in examples if row["response"] is None}
     known = [row for row in screened if row["id"] in taught and not row["flagged"] and row["unsafe"] is not None]

@@ -62,7 +62,7 @@ class Score:
     gain: Estimate
     """Against the default guard."""
     closed: Estimate | None
-    """Share of the way from the default guard to one that learnt people's labels; None where those gain nothing."""
+    """Share of the way from the default guard to one that learnt the data's labels; None where those gain nothing."""
     spread: float
     """Standard deviation over its guards."""
 
@@ -204,7 +204,7 @@ def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Scor
 
 
 def _by_source(part: Part) -> list[str]:
-    """What knowing only the data set of each row is worth; people's labels tell that, too."""
+    """What knowing only the data set of each row is worth; the labels tell that, too."""
     names, sources = np.unique(part.sources, return_inverse=True)
     if len(names) < 2:
         return []

@@ -136,7 +136,7 @@ class Experiment:
         return self.kept.make(f"default-{seed}", key, build)
 
     def data(self) -> Path:
-        """The traffic without the prompts that made the default guard, and the test set."""
+        """The traffic without the ordinary prompts that made the default guard, and the test set."""
         settings = self.settings
 
         def build(folder: Path) -> None:

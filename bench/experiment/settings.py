@@ -41,7 +41,8 @@ class Arm(Section):
     """Its row in the table."""
     lessons: Literal["recipe", "positives", "balanced", "self", "gold"] = "recipe"
     """recipe: what mine_feedback writes. positives: mined prompts as unsafe, and nothing else. balanced: with as many
-    random passed prompts as safe. self: the default guard's own decisions, without responses. gold: people's labels."""
+    random passed prompts as safe. self: the default guard's own decisions, without responses. gold: the data's own
+    labels."""
     feedback: dict[str, Any] = {}
     """Settings of `feedback` that differ."""
     training: dict[str, Any] = {}
