@@ -7,6 +7,9 @@ from kfp.dsl import Dataset, Input, Model
 
 import components as stage
 
+# Kubeflow fills this in where it is a task's own constant, and not where it comes from a pipeline's default.
+RUN_ID = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+
 
 class Processed(NamedTuple):
     """What `process` hands on."""
@@ -48,7 +51,6 @@ def compare(
     test_set: Input[Dataset],
     training_set: Input[Dataset],
     adapter: Input[Model],
-    run_id: str,
     guard: dict,
     evaluation: dict,
     gate: dict,
@@ -82,7 +84,7 @@ def compare(
         adapter=adapter,
         evaluated=compared.outputs["evaluated"],
         training_set=training_set,
-        run_id=run_id,
+        run_id=RUN_ID,
         registry=registry,
         guard=guard,
         evaluation=evaluation,
@@ -105,14 +107,12 @@ def evaluate(
     evaluation: dict,
     gate: dict,
     registry: dict,
-    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
 ):
     """From the adapter of an earlier run to a decision."""
     compare(
         test_set=dsl.importer(artifact_uri=test_set_uri, artifact_class=Dataset).output,
         training_set=dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset).output,
         adapter=dsl.importer(artifact_uri=adapter_uri, artifact_class=Model).output,
-        run_id=run_id,
         guard=guard,
         evaluation=evaluation,
         gate=gate,
@@ -131,7 +131,6 @@ def full(
     gate: dict,
     registry: dict,
     shards: int = 1,
-    run_id: str = dsl.PIPELINE_JOB_ID_PLACEHOLDER,
 ):
     """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
     processed = process(dataset=dataset, guard=guard, responder=responder, feedback=feedback, shards=shards)
@@ -143,7 +142,6 @@ def full(
             test_set=processed.outputs["test_set"],
             training_set=processed.outputs["training_set"],
             adapter=trained.outputs["adapter"],
-            run_id=run_id,
             guard=guard,
             evaluation=evaluation,
             gate=gate,
@@ -156,7 +154,7 @@ def full(
     with dsl.If(processed.outputs["Output"] == False, name="harvest is too small"):  # noqa: E712
         stage.record_harvest(
             training_set=processed.outputs["training_set"],
-            run_id=run_id,
+            run_id=RUN_ID,
             registry=registry,
             guard=guard,
             dataset=dataset,

@@ -18,7 +18,7 @@ def stage(name: str) -> Any:
 @stage("prepare-data")
 def prepare_data(
     dataset: dict, shards: int, traffic: Output[Dataset], test_set: Output[Dataset], metrics: Output[Metrics]
-) -> list:
+) -> list[int]:
     """Read, clean and deduplicate the traffic; keep it apart from the test set. Returns the numbers of the shards."""
     from guardloop.stages import prepare_data
 
@@ -177,6 +177,8 @@ def register_model(
     training: dict = {},  # noqa: B006
 ) -> int:
     """Record the run in MLflow and register the adapter as the candidate. Returns its version."""
+    import os
+
     from guardloop.stages import register_model
 
     sections = {
@@ -189,6 +191,7 @@ def register_model(
         "gate": gate,
         "registry": registry,
     }
+    run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
     return register_model(adapter.path, evaluated.path, training_set.path, run_id, sections)
 
 
@@ -203,9 +206,12 @@ def record_harvest(
     feedback: dict = {},  # noqa: B006
 ):
     """Record in MLflow a run whose harvest is too small to train on."""
+    import os
+
     from guardloop.stages import record_harvest
 
     sections = {"dataset": dataset, "guard": guard, "responder": responder, "feedback": feedback, "registry": registry}
+    run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
     record_harvest(training_set.path, run_id, sections)
 
 

@@ -35,11 +35,8 @@ KFP_WORKERS = 2  # kfp.local runs at most this many loop iterations side by side
 PARAMETERS = {
     "process": ("dataset", "guard", "responder", "feedback", "shards"),
     "train": ("guard", "training", "registry"),
-    "evaluate": ("guard", "evaluation", "gate", "registry", "run_id"),
-    "full": (
-        *("dataset", "guard", "responder", "feedback", "training", "evaluation", "gate", "registry"),
-        *("shards", "run_id"),
-    ),
+    "evaluate": ("guard", "evaluation", "gate", "registry"),
+    "full": ("dataset", "guard", "responder", "feedback", "training", "evaluation", "gate", "registry", "shards"),
 }
 NEEDS = {"train": ("training_set",), "evaluate": ("training_set", "test_set", "adapter")}
 
@@ -104,7 +101,7 @@ def run_local(
     Raises GuardLoopError where a stage refused its input, and KeyboardInterrupt after a tidy stop.
     """
     arguments: dict[str, Any] = {**settings.sections(), "shards": platform.shards}
-    arguments = {name: arguments[name] for name in PARAMETERS[pipeline] if name != "run_id"}
+    arguments = {name: arguments[name] for name in PARAMETERS[pipeline]}
     for name in NEEDS.get(pipeline, ()):
         found = earlier.inherited(name) if earlier else None
         if found is None:
@@ -162,6 +159,7 @@ def run_again(earlier: Run, console: Console) -> Run:
     It is recorded in a database of its own, so that no candidate is registered twice. Raises as `run_local` does.
     """
     told = json.loads((earlier.folder / "run.json").read_text("utf-8"))
+    # an older run's arguments hold its id
     arguments = {name: value for name, value in told["arguments"].items() if name != "run_id"}
     for name, place in arguments.items():
         if name.endswith("_uri") and not Path(place).exists():
@@ -197,8 +195,6 @@ def _create(
     try:
         folder = _new_folder(runs, f"{stamp}-{pipeline}")
         run = Run(folder.name, pipeline, folder)
-        if "run_id" in PARAMETERS[pipeline]:
-            arguments = {**arguments, "run_id": run.id}
         described = {"pipeline": pipeline, "arguments": arguments, "created": stamp, "platform": platform.plain()}
         described |= {"configuration": configuration, "threads": _threads(platform), **made_with()}
         _describe(run, **described)

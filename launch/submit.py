@@ -69,7 +69,7 @@ def prepare(
             f"--artifact {name}: not an input of {pipeline}", f"its inputs: {', '.join(needed) or 'none'}"
         )
     given = {**settings.sections(), "shards": platform.shards}
-    arguments = {name: given[name] for name in PARAMETERS[pipeline] if name in given}  # KFP knows the run's id itself
+    arguments = {name: given[name] for name in PARAMETERS[pipeline]}
     arguments |= {f"{name}_uri": uri for name, uri in artifacts.items()}
     code = code_state()
     with TemporaryDirectory() as folder:

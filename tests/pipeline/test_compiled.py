@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kfp import dsl
 
 from guardloop.config import load_settings
 from launch.compile import compile_all
@@ -78,7 +79,62 @@ def test_sections_of_the_settings_are_the_parameters_of_the_form(compiled: dict[
     sections = set(load_settings(Path("configs/demo.yaml")).sections())
 
     assert sections <= takes
-    assert len(takes) == len(sections) + 2
+    assert len(takes) == len(sections) + 1  # shards
+
+
+# What kfp.local lets pass, and Kubeflow's driver does not
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_parameters_arrive_with_the_type_that_is_asked_for(compiled: dict[str, dict], name: str) -> None:
+    components, found = compiled[name]["components"], set()
+    for part in (compiled[name]["root"], *components.values()):
+        tasks = part.get("dag", {}).get("tasks", {})
+        for label, task in tasks.items():
+            takes = _parameters(components[task["componentRef"]["name"]], "inputDefinitions")
+            for key, given in task.get("inputs", {}).get("parameters", {}).items():
+                if "parameterExpressionSelector" in given:
+                    continue
+                if "componentInputParameter" in given:
+                    source = _parameters(part, "inputDefinitions")[given["componentInputParameter"]]
+                elif output := given.get("taskOutputParameter"):
+                    producer = components[tasks[output["producerTask"]]["componentRef"]["name"]]
+                    source = _parameters(producer, "outputDefinitions")[output["outputParameterKey"]]
+                else:
+                    continue
+                found.add(key)
+                assert source["parameterType"] == takes[key]["parameterType"], (label, key)
+    assert name not in ("process", "full") or "shard" in found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_default_holds_a_placeholder(compiled: dict[str, dict], name: str) -> None:
+    for part in (compiled[name]["root"], *compiled[name]["components"].values()):
+        defaults = [one.get("defaultValue") for one in _parameters(part, "inputDefinitions").values()]
+        assert "{{$" not in json.dumps(defaults)
+
+
+@pytest.mark.parametrize(
+    ("name", "recorders"),
+    [("evaluate", {"register-model"}), ("full", {"register-model", "record-harvest"})],
+)
+def test_what_records_a_run_is_given_its_id_as_a_constant(
+    compiled: dict[str, dict], name: str, recorders: set[str]
+) -> None:
+    given = {
+        label: task["inputs"]["parameters"]["run_id"]
+        for dag in _dags(compiled[name])
+        for label, task in dag["tasks"].items()
+        if "run_id" in task.get("inputs", {}).get("parameters", {})
+    }
+
+    assert given.keys() == recorders
+    for source in given.values():
+        assert source == {"runtimeValue": {"constant": dsl.PIPELINE_JOB_ID_PLACEHOLDER}}
+
+
+def _parameters(part: dict, definitions: str) -> dict[str, dict]:
+    return part.get(definitions, {}).get("parameters", {})
 
 
 def _dags(compiled: dict) -> list[dict]:
