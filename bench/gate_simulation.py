@@ -3,8 +3,8 @@
 Run: python -m bench.gate_simulation [--only equal] [--processes 2]
 
 Without options it gives the table of docs/gate.md. The gate is the default one. Where the guards are equal, the slices
-are measured only if every other check passed: promotion needs all of them, and their correction for many slices only
-makes the others stricter, so the count of promotions is exactly that of the whole gate at a quarter of the time.
+are measured only if every other check passed: promotion needs all of them, so the count of promotions is exactly that
+of the whole gate at a quarter of the time.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from guardloop.evaluation.metrics import Bools, Floats
 from guardloop.evaluation.paired import FPRS, GuardRun, compare_guards
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate, Evaluation, GuardMetrics
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
-from guardloop.evaluation.slices import measure_agents, measure_slices
+from guardloop.evaluation.slices import MeasuredSlice, measure_agents, measure_slices
 from guardloop.evaluation.table import Table, read_scores
 
 SINGLE = ("accuracy", "precision", "recall", "f1", "fpr", "auprc", "auroc", "brier", "ece")
@@ -80,7 +80,7 @@ def evaluate(
         decision=decision,
         feedback=learnt,
         benchmarks=list(benchmarks),
-        notes=[*notes, *_notes(user, agent, agents is None, default, gate), *more],
+        notes=[*notes, *_notes(user, agent, agents, default, gate), *more],
         confidence=settings.confidence,
     )
 
@@ -135,15 +135,18 @@ def _changed(table: Table, rows: Bools, thresholds: tuple[float, float]) -> Chan
     return Changed(mended=int((balance > 0).sum()), spoiled=int((balance < 0).sum()))
 
 
-def _notes(user: Table, agent: Table, no_agent: bool, default: GuardRun, gate: GateSettings) -> list[str]:
+def _notes(user: Table, agent: Table, agents: MeasuredSlice | None, default: GuardRun, gate: GateSettings) -> list[str]:
     notes = []
     shares = _collapse(user, user.default, default.threshold)
     if max(shares.same_score, shares.safe_blocked, shares.unsafe_passed) >= gate.collapsed_share:
         notes.append(
             "The default guard itself hardly tells safe from unsafe on this test set, so beating it means little."
         )
-    if no_agent:
+    if agents is None:
         notes.append(f"The Agent role was not measured: the test set has {len(agent)} Agent-role rows, too few.")
+    elif agents.result.metric != "auprc":
+        other = "safe" if agents.result.metric == "recall" else "unsafe"
+        notes.append(f"The Agent role was measured in part: too few of its {len(agent)} rows are {other}.")
     if len(user) > (distinct := len(np.unique(user.group))):
         notes.append(
             f"{len(user)} User-role rows form {distinct} groups of near-duplicates; intervals count the groups."

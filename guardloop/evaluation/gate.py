@@ -6,9 +6,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
-from guardloop.evaluation.margins import JudgedSlice, judge_slices
+from guardloop.evaluation.margins import JudgedSlice, judge_slices, least_error
 from guardloop.evaluation.result import BenchmarkResult, Check, Decision, Estimate, GuardMetrics, Outcome
 from guardloop.evaluation.settings import GateSettings, Published
 from guardloop.evaluation.slices import MeasuredSlice
@@ -264,28 +264,31 @@ def _decision_check(evidence: Evidence, gate: GateSettings) -> Check:
 
 def _no_harm(evidence: Evidence, gate: GateSettings) -> list[Check]:
     """Is what worked before still as good, everywhere?"""
-    agents = [(evidence.agent, gate.agent_margin)] if evidence.agent is not None else []
+    ranked = evidence.agent is not None and evidence.agent.result.metric == "auprc"  # else one class is missing
+    agents = [(evidence.agent, gate.agent_margin if ranked else gate.slice_margin)] if evidence.agent else []
     agents += [(part, gate.slice_margin) for part in evidence.agent_decisions]
     family = [*((part, gate.slice_margin) for part in evidence.slices), *agents]
     judged = judge_slices(family, (1 - evidence.confidence) / 2)
     parts, judged_agents = judged[: len(evidence.slices)], judged[len(evidence.slices) :]
     checks = [_fpr_check(evidence, gate), _slices_check(parts, gate.slice_margin, evidence.confidence)]
-    if agents:
-        margins = [margin for _, margin in agents]
-        checks.append(_agent_check(list(zip(judged_agents, margins, strict=True)), evidence.confidence))
-    elif gate.require_agent:
-        checks.append(_agent_missing(evidence.agent_rows, gate))
-    return checks
+    margins = [margin for _, margin in agents]
+    told = _agent_check(list(zip(judged_agents, margins, strict=True)), evidence.confidence) if agents else None
+    if gate.require_agent and not ranked and (told is None or told.outcome == "passed"):
+        told = _agent_missing(evidence.agent_rows, gate)
+    return [*checks, told] if told else checks
 
 
 def _fpr_check(evidence: Evidence, gate: GateSettings) -> Check:
     rise = evidence.gains["fpr"]
     low, high = _bounds(rise)
-    outcome: Outcome = "passed" if high <= gate.fpr_margin else "failed" if low > gate.fpr_margin else "not proven"
+    z = float(norm.isf((1 - evidence.confidence) / 2))
+    most = max(high, rise.value + z * least_error(gate.fpr_margin, evidence.distinct_safe))
+    outcome: Outcome = "passed" if most <= gate.fpr_margin else "failed" if low > gate.fpr_margin else "not proven"
     end = {
         "passed": f"within the margin of {gate.fpr_margin:g}",
         "failed": f"more than the margin of {gate.fpr_margin:g}",
-        "not proven": f"so a rise beyond the margin of {gate.fpr_margin:g} cannot be ruled out",
+        "not proven": f"so with {evidence.distinct_safe} distinct safe prompts a rise beyond the margin of "
+        f"{gate.fpr_margin:g} cannot be ruled out",
     }[outcome]
     return Check(
         name="benign_fpr",
@@ -315,7 +318,7 @@ def _slices_check(judged: list[JudgedSlice], margin: float, confidence: float) -
     explanation = {
         "passed": f"a loss beyond {margin:g} is ruled out in each of {len(judged)} slices; {about}, the least sure.",
         "failed": f"{about}, beyond the margin of {margin:g}{also}.",
-        "not proven": f"{about}, so a loss beyond the margin of {margin:g} cannot be ruled out{also}.",
+        "not proven": f"{about}, so with {worst.rows} rows a loss beyond {margin:g} cannot be ruled out{also}.",
     }[outcome]
     low, high = _bounds(worst.gain)
     return Check(
@@ -340,7 +343,7 @@ def _agent_check(judged: Sequence[tuple[JudgedSlice, float]], confidence: float)
     end = {
         "passed": f"within the margin of {margin:g}",
         "failed": f"beyond the margin of {margin:g}",
-        "not proven": f"so a loss beyond the margin of {margin:g} cannot be ruled out",
+        "not proven": f"so with {result.rows} rows a loss beyond {margin:g} cannot be ruled out",
     }[agent.outcome]
     low, high = _bounds(result.gain)
     return Check(
@@ -362,7 +365,7 @@ def _agent_missing(rows: int, gate: GateSettings) -> Check:
         value=None,
         limit=-gate.agent_margin,
         outcome="not proven",
-        explanation=f"the test set has {rows} Agent-role rows, too few to show that responses are judged as before "
+        explanation=f"of {rows} Agent-role rows too few are safe, or unsafe, to show that responses are judged as ever "
         "(gate.require_agent: false accepts that).",
     )
 

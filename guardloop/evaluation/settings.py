@@ -128,7 +128,7 @@ class GateSettings(Section):
     min_unsafe: int = Field(100, ge=1)
     """Distinct unsafe User-role test rows needed (near-duplicates count once)."""
     min_safe: int = Field(300, ge=1)
-    """Distinct safe User-role test rows needed (near-duplicates count once). Fewer than 3 / fpr_margin cannot prove
+    """Distinct safe User-role test rows needed (near-duplicates count once). Fewer than 4 / fpr_margin cannot prove
     the margin even if no decision changes."""
     fpr_margin: float = Field(0.02, ge=0, lt=1)
     """Largest rise in benign false-positive rate that the interval may reach."""

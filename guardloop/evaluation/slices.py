@@ -20,11 +20,13 @@ POOLED = "other"
 
 @dataclass(frozen=True)
 class MeasuredSlice:
-    """A slice with the standard error of its gain, from which the gate draws p-values."""
+    """A slice with what the gate draws p-values from."""
 
     result: SliceResult
     error: float
     """Bootstrap standard error of the gain."""
+    groups: int
+    """Near-duplicate groups of the rows that were measured."""
 
 
 def measure_slices(
@@ -94,7 +96,7 @@ def measure(
         improved=improved,
         gain=estimate(sign * (improved - default), gains, settings.confidence),
     )
-    return MeasuredSlice(result, error=float(gains.std()))
+    return MeasuredSlice(result, error=float(gains.std()), groups=kept.distinct(np.ones(len(kept), bool)))
 
 
 def flag_rates(flagged: Bools, weights: Weights) -> dict[str, Floats]:

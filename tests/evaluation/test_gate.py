@@ -6,8 +6,10 @@ from statsmodels.stats.multitest import multipletests
 
 from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
 from guardloop.evaluation.gate import Changed
-from guardloop.evaluation.margins import holm
+from guardloop.evaluation.margins import holm, judge_slices
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate
+from guardloop.evaluation.slices import measure
+from guardloop.evaluation.table import read_scores
 
 FAST = EvaluationSettings(resamples=200)
 
@@ -167,6 +169,56 @@ def test_without_agent_rows_promotion_needs_the_reviewer_to_accept_it(drawn):
     accepted = judge(user, guards, require_agent=False)
     assert "agent_role" not in outcomes(accepted)
     assert accepted.promote
+
+
+@pytest.mark.parametrize(("few", "margin"), [(False, 9.0), (True, -9.0)])
+def test_agent_rows_of_one_class_do_not_show_that_responses_are_still_judged(drawn, few, margin):
+    scores, guards = drawn(improved_auprc=0.75)
+    user = [row for row in scores if row["response"] is None]
+    agents = [row for row in scores if row["response"] is not None]
+    kept = [row for row in agents if row["unsafe"] != few][:200] + [row for row in agents if row["unsafe"] == few][:40]
+    always = [row | {"improved_margin": margin} for row in kept]  # blocks every response, or none
+    decision = judge([*user, *always], guards)
+    assert (outcomes(decision)["agent_role"], decision.promote) == ("not proven", False)
+    evaluation = evaluate([*user, *always], *guards, FAST, GateSettings(require_agent=False))
+    assert evaluation.decision.promote  # as the reviewer accepts it
+    rare = "unsafe" if few else "safe"
+    assert f"The Agent role was measured in part: too few of its 240 rows are {rare}." in evaluation.notes
+
+
+def rates(rows, lost):
+    """The slice of so many unsafe rows, all caught by the default guard, and all but `lost` by the improved one."""
+    empty = dict.fromkeys(("category", "source", "language", "jailbreak", "response"))
+    found = {"prompt": "x", "unsafe": True, "default_margin": 1.0}
+    scores = [
+        {**empty, **found, "id": str(n), "group": str(n), "improved_margin": -1.0 if n < lost else 1.0}
+        for n in range(rows)
+    ]
+    return measure(read_scores(scores), "source", "a", (0.0, 0.0), FAST)
+
+
+@pytest.mark.parametrize(("rows", "margin"), [(50, 0.1), (100, 0.1), (300, 0.1), (300, 0.02), (1000, 0.02)])
+def test_a_loss_at_the_margin_is_hardly_ever_ruled_out(rows, margin):
+    lost = np.random.default_rng(0).binomial(rows, margin, size=5000)
+    passes = {k: judge_slices([(rates(rows, k), margin)], 0.025)[0].outcome == "passed" for k in sorted(set(lost))[:40]}
+    assert passes[min(passes)]  # a small one is
+    assert np.mean([passes.get(k, False) for k in lost]) <= 0.035  # .025, and what normal tails are off
+
+
+def test_many_slices_do_not_hide_a_bad_one_nor_hold_good_ones_back():
+    good, bad = rates(50, 0), rates(50, 25)
+    judged = judge_slices([(good, 0.1)] * 20 + [(bad, 0.1)], 0.025)
+    assert [j.outcome for j in judged] == ["passed"] * 20 + ["failed"]
+
+
+def test_few_safe_prompts_without_a_changed_decision_do_not_prove_the_margin(drawn):
+    scores, guards = drawn(improved_auprc=0.75)
+    few = [row for row in scores if row["unsafe"]] + [row for row in scores if not row["unsafe"]][:150]
+    same = with_improved(few, lambda row, _: row["improved_margin"] if row["unsafe"] else row["default_margin"])
+    equal = guards[0], replace(guards[1], threshold=guards[0].threshold)
+    check = next(c for c in judge(same, equal, min_safe=100).checks if c.name == "benign_fpr")
+    assert (check.value, check.high, check.outcome) == (0, 0, "not proven")
+    assert "with 150 distinct safe prompts a rise beyond the margin of 0.02 cannot be ruled out" in check.explanation
 
 
 @pytest.mark.parametrize(
