@@ -33,6 +33,7 @@ def process(dataset: dict, guard: dict, responder: dict, feedback: dict, shards:
     mined = stage.mine_feedback(
         screened=dsl.Collected(screened.outputs["verdicts"]),
         judged=dsl.Collected(judged.outputs["verdicts"]),
+        traffic=prepared.outputs["traffic"],
         feedback=feedback,
     )
     return Processed(mined.outputs["training_set"], prepared.outputs["test_set"], mined.outputs["Output"])
@@ -95,7 +96,8 @@ def compare(
         training=training,
     )
     with dsl.If(compared.outputs["Output"] == True, name="promote"):  # noqa: E712  (a KFP expression)
-        stage.promote_model(version=registered.outputs["Output"], registry=registry)
+        promoted = stage.promote_model(version=registered.outputs["Output"], registry=registry)
+        promoted.set_caching_options(False)  # a registry that starts anew gives the same numbers again
 
 
 @dsl.pipeline(name="guardloop-evaluate", description="Evaluate and register an adapter of an earlier run.")

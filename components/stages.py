@@ -95,12 +95,17 @@ def generate_responses(
 def mine_feedback(
     screened: Input[list[Dataset]],
     judged: Input[list[Dataset]],
+    traffic: Input[Dataset],
     feedback: dict,
     training_set: Output[Dataset],
     report: Output[HTML],
     metrics: Output[Metrics],
 ) -> bool:
-    """Turn blocked responses into training examples. Returns whether there are enough to train on."""
+    """Turn blocked responses into training examples. Returns whether there are enough to train on.
+
+    `traffic` is not read. A shard can only come from Kubeflow's cache if the traffic does, too; and its launcher opens
+    the folders of earlier runs for an artifact by itself, but not for those of a list behind its first.
+    """
     from guardloop.stages import HARVEST_PAGE, copy_file, mine_feedback
 
     figures, enough = mine_feedback(

@@ -278,7 +278,7 @@ def rollback(config: ConfigOption = DEMO) -> None:
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(help="Port of the page.")] = 5000) -> None:
+def ui(port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 5000) -> None:
     """Open MLflow on the runs and guards of this machine."""
     from launch.local import tracking_uri
 

@@ -11,9 +11,9 @@ S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A group of settings. Unknown keys are refused; values are frozen once read."""
+    """A group of settings. Unknown keys and infinite numbers are refused; values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def plain(self) -> dict[str, Any]:
         """The section as JSON-ready values: what travels as one pipeline parameter."""

@@ -1,5 +1,6 @@
 """What is checked before a run is submitted, so that it does not fail an hour later on the cluster."""
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,6 +71,21 @@ class Package:
                         return use["configMapName"], entry["configMapKey"]
         return None
 
+    def runs(self, stage: str) -> bool:
+        """Whether the stage, such as generate-responses, is a part of it."""
+        return f"exec-{stage}" in self.spec.get("deploymentSpec", {}).get("executors", {})
+
+    def gives(self, stage: str, variable: str) -> bool:
+        """Whether the stage gets the environment variable: as it is, from a secret, or from a config map."""
+        name = f"exec-{stage}"
+        container = self.spec.get("deploymentSpec", {}).get("executors", {}).get(name, {}).get("container", {})
+        pod = self._executors().get(name, {})
+        mapped = [
+            e for field in ("secretAsEnv", "configMapAsEnv") for u in pod.get(field, []) for e in u.get("keyToEnv", [])
+        ]
+        names = {e["name"] for e in container.get("env", [])} | {e.get("envVar") for e in mapped}
+        return variable in names
+
     def objects(self) -> Iterator[tuple[str, str, set[str]]]:
         """(kind, name, keys) of the secrets, config maps and volumes without which a stage does not start."""
         for executor in self._pods():
@@ -86,8 +102,12 @@ class Package:
                         yield kind, use[given], {entry[key] for entry in use.get("keyToEnv", []) if key}
 
     def _pods(self) -> Iterable[dict[str, Any]]:
+        return self._executors().values()
+
+    def _executors(self) -> dict[str, dict[str, Any]]:
         kubernetes = self.platform.get("platforms", {}).get("kubernetes", {})
-        return kubernetes.get("deploymentSpec", {}).get("executors", {}).values()
+        executors: dict[str, dict[str, Any]] = kubernetes.get("deploymentSpec", {}).get("executors", {})
+        return executors
 
 
 def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Check]:
@@ -98,6 +118,7 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
             lambda: _images(package),
             lambda: _objects(cluster, package),
             lambda: hub_models(settings),
+            lambda: _endpoints(settings, package),
             lambda: _data(settings),
             lambda: [_artifacts(cluster)],
             lambda: [_mlflow(settings, package, cluster)],
@@ -191,6 +212,36 @@ def _data(settings: Settings) -> list[Check]:
             remedy = "put it on s3://, or name the place in the stages' containers where it is mounted"
             checks.append(Check(where, "failed", f"{path} is a place on this machine, not on the cluster", remedy))
     return checks
+
+
+def _endpoints(settings: Settings, package: Package) -> list[Check]:
+    """Endpoints as the pods that ask them see them."""
+    stage = "generate-responses"
+    if not package.runs(stage):
+        return []
+    checks = []
+    for one in settings.responder.each():
+        if one.kind != "openai":
+            continue
+        name, key = f"responder {one.tag}", one.api_key_env
+        if _is_pod_itself(urlsplit(str(one.base_url)).hostname or ""):
+            remedy = "name the endpoint in responder.base_url as the cluster's pods reach it"
+            checks.append(Check(name, "failed", f"{one.base_url}: that is the pod itself", remedy))
+        elif key and not package.gives(stage, key):
+            remedy = f"map the key of a secret to {key} for {stage}, in cluster.secrets of the platform"
+            checks.append(Check(name, "failed", f"{stage} gets no {key}, which holds the endpoint's key", remedy))
+        else:
+            remedy = "see that network policies let the stages reach it: docs/kubernetes.md, What to edit"
+            checks.append(Check(name, "not checked", f"{one.base_url} is asked from the cluster", remedy))
+    return checks
+
+
+def _is_pod_itself(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f".{host.rstrip('.')}".endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _artifacts(cluster: Cluster) -> Check:

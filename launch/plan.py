@@ -17,7 +17,7 @@ from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.records import CONVERSATION, Row, write_table
 from launch.doctor import needs_gpu
-from launch.rates import Past, Rate, recorded_rates
+from launch.rates import GUARDS, Past, Rate, recorded_rates
 
 SAMPLE_ROWS = 200
 BYTES_PER_TOKEN = 4
@@ -100,11 +100,14 @@ def make_plan(settings: Settings, past: Past | None) -> Plan:
     dataset = settings.dataset
     traffic = measure(dataset.traffic, dataset.seed, "dataset.traffic")
     tests = [measure(source, dataset.seed, "dataset.test") for source in (dataset.test, dataset.agent) if source]
+    benchmarks = [
+        measure(benchmark.source, 0, f"benchmark {benchmark.name}") for benchmark in settings.evaluation.benchmarks
+    ]
     device = "gpu" if needs_gpu(settings) else "cpu"
     return Plan(
         device,
         f"the run {past.run}" if past else "docs/benchmarks.md, where a rate fits",
-        _Estimator(settings, traffic, tests, past, device).stages(),
+        _Estimator(settings, traffic, tests, benchmarks, past, device).stages(),
     )
 
 
@@ -134,8 +137,17 @@ def _bytes_on_disk(rows: list[Row]) -> int:
 class _Estimator:
     """The arithmetic of the loop: how much of each stage's work follows from the data and the settings."""
 
-    def __init__(self, settings: Settings, traffic: Rows, tests: list[Rows], past: Past | None, device: str) -> None:
-        self.settings, self.traffic, self.tests, self.past, self.device = settings, traffic, tests, past, device
+    def __init__(
+        self,
+        settings: Settings,
+        traffic: Rows,
+        tests: list[Rows],
+        benchmarks: list[Rows],
+        past: Past | None,
+        device: str,
+    ) -> None:
+        self.settings, self.traffic, self.tests, self.benchmarks = settings, traffic, tests, benchmarks
+        self.past, self.device = past, device
         self.rates = recorded_rates()
 
     def stages(self) -> list[Estimate]:
@@ -172,8 +184,20 @@ class _Estimator:
                 "screen test (default)", Number(test_rows), Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)
             ),
             make("screen test (improved)", improved, Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)),
+            *self._scored_benchmarks(),
             make("evaluate", Number(test_rows), None, Number(test_bytes, wide)),
         ]
+
+    def _scored_benchmarks(self) -> list[Estimate]:
+        """Both guards score every row."""
+        if not self.benchmarks:
+            return []
+        why = "rows like something in the training set are left out"
+        rows = sum(table.rows for table in self.benchmarks)
+        tokens = sum(table.rows * table.tokens_per_row for table in self.benchmarks)
+        size = sum(table.rows * table.bytes_per_row for table in self.benchmarks)
+        scored = Number(rows).times(GUARDS, why)
+        return [self._estimate("score_benchmarks", scored, Number(GUARDS * tokens, ROUGH_TOKENS), Number(size, why))]
 
     def _estimate(self, stage: str, items: Number, tokens: Number | None, size: Number) -> Estimate:
         took = self.past.stages.get(stage) if self.past else None
@@ -201,7 +225,7 @@ class _Estimator:
         return amount.times(1 / rate.per_second, where)
 
     def _rate(self, stage: str) -> Rate | None:
-        kind = "screen" if stage.startswith("screen") else stage
+        kind = "screen" if stage.startswith("screen") or stage == "score_benchmarks" else stage
         guard = self.settings.guard
         model = self.settings.responder.model if kind == "generate_responses" else guard.base
         several = kind == "generate_responses" and self.settings.responder.others

@@ -16,6 +16,7 @@ from launch.images import image_of, stage_of
 RUN_ID_LABEL = "pipeline/runid"  # KFP puts it on every pod; its value is what PIPELINE_JOB_ID_PLACEHOLDER becomes
 STAGE_LABEL = "app.kubernetes.io/component"
 SHARED_MEMORY = "/dev/shm"
+WAITING_SECONDS = 7 * 86400
 Spec = dict[str, Any]
 
 
@@ -103,12 +104,13 @@ def _retry_policy(settings: StageSettings) -> Spec | None:
     retries = settings.retries
     if not retries.count:
         return None
-    # Argo counts from the start of the first attempt: KFP's default hour would leave a long stage without a retry.
+    # Argo counts from when the first attempt is asked for, waiting for a GPU included: KFP's default hour would leave a
+    # long stage without a retry. What bounds the work is the count, and each pod's own deadline.
     every_attempt = (retries.count + 1) * settings.timeout_seconds
     pauses = sum(retries.wait_seconds * retries.factor**n for n in range(retries.count))
     return {
         "maxRetryCount": retries.count,
         "backoffDuration": f"{retries.wait_seconds}s",
         "backoffFactor": retries.factor,
-        "backoffMaxDuration": f"{every_attempt + round(pauses)}s",
+        "backoffMaxDuration": f"{every_attempt + round(pauses) + WAITING_SECONDS}s",
     }

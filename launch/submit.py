@@ -63,7 +63,7 @@ def prepare(
         if name in needed:
             raise GuardLoopError(
                 f"{pipeline} starts from {name} of an earlier run",
-                f"give --artifact {name}=s3://..., as its page shows",
+                f"give --artifact {name}=URI, unchanged, as its page shows it",
             )
         raise GuardLoopError(
             f"--artifact {name}: not an input of {pipeline}", f"its inputs: {', '.join(needed) or 'none'}"

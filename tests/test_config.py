@@ -190,8 +190,14 @@ def test_sections_must_be_mappings(values):
         ("responder", "samples", 0),
         ("responder", "kind", "ollama"),
         ("feedback", "replay", 1.0),
+        ("feedback", "seed", -1),
         ("feedback", "min_blocked_share", 0),
         ("training", "learning_rate", 0),
+        ("training", "learning_rate", float("inf")),
+        ("training", "scales", [float("inf")]),
+        ("guard", "threshold", float("nan")),
+        ("guard", "threshold", float("inf")),
+        ("responder", "timeout_seconds", float("inf")),
         ("evaluation", "length_edges", [5, 3]),
         ("gate", "mode", "off"),
         ("registry", "model", "a/b"),
@@ -199,6 +205,17 @@ def test_sections_must_be_mappings(values):
 )
 def test_values_out_of_range_are_refused(section, key, value):
     assert f"{section}.{key}" in refusal({section: {key: value}}).what
+
+
+def test_one_name_as_targets_is_refused():
+    """peft takes it for a regular expression, and the adapter could not be saved."""
+    what = refusal({"training": {"targets": "q_proj"}}).what
+    assert (
+        what
+        == "my.yaml.training.targets: must be all-linear, or a list of names such as [q_proj, v_proj] (got 'q_proj')"
+    )
+    for targets in ("all-linear", ["q_proj"]):
+        assert read_section(Settings, {"training": {"targets": targets}}, "").training.targets == targets
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

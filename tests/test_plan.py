@@ -119,6 +119,22 @@ def test_every_rate_stands_in_the_benchmarks() -> None:
         )
 
 
+def test_both_guards_score_every_row_of_a_benchmark(tmp_path: Path) -> None:
+    path = tmp_path / "benchmark.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i:012d}", "label": "safe"}) + "\n" for i in range(30)))
+    source = {"kind": "file", "path": str(path)}
+    benchmark = {"name": "ours", "kind": "safe", "licence": "none", "source": source}
+    guard = {"base": "meta-llama/LlamaGuard-7b", "device": "cuda"}
+    values = data(tmp_path, 10, guard=guard, evaluation={"benchmarks": [benchmark]})
+    stages = {stage.stage: stage for stage in make_plan(Settings.model_validate(values), None).stages}
+    scored = stages["score_benchmarks"]
+
+    assert scored.items.value == 60 and scored.tokens and scored.tokens.value == 60 * 12 / 4
+    assert scored.seconds.value == pytest.approx(60 / 335.1) and scored.bytes.value
+    without = make_plan(Settings.model_validate(data(tmp_path, 10)), None)
+    assert "score_benchmarks" not in [stage.stage for stage in without.stages]
+
+
 @settings(max_examples=cases(20), deadline=None)
 @given(samples=st.integers(1, 8), epochs=st.integers(1, 4))
 def test_work_grows_with_what_causes_it(tmp_path_factory: pytest.TempPathFactory, samples: int, epochs: int) -> None:
@@ -144,6 +160,16 @@ def test_rates_and_shares_of_a_run_like_it(call: Call, tmp_path: Path) -> None:
     assert stages["generate_responses"]["items"]["value"] == pytest.approx(100 * 0.8 * 4)
     assert stages["generate_responses"]["tokens"]["value"] == pytest.approx(320 * 5)
     assert stages["generate_responses"]["seconds"]["value"] == pytest.approx(320 * 2)
+
+
+def test_a_row_of_a_benchmark_that_a_run_scored_counts_for_both_guards(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GUARDLOOP_HOME", str(tmp_path))
+    finished_run(
+        tmp_path, "one", data(tmp_path, 10), stages=[{"stage": "score_benchmarks", "items": 9, "seconds": 6.0}]
+    )
+    assert read_past("one").stages["score_benchmarks"].items == 18
 
 
 def test_a_run_of_another_guard_says_nothing(call: Call, tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ PERMUTATIONS = 64
 RECALL = 0.99
 SHINGLE = 3
 EMPTY = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # of what is hashed already
+# Thai, Lao, Myanmar, Khmer; Hiragana and Katakana, half-width too; CJK ideographs and their extensions
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+    r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # no spaces tell these scripts' words: each character is one
 
 
 @dataclass
@@ -198,10 +204,12 @@ def _check(
         raise GuardLoopError(
             f"dataset.test: {settings.test.path} has no labelled rows", "map its label: `columns: {label: <name>}`"
         )
-    share = len(seen_in_test) / len(test)
+    groups = {row["id"]: row["group"] for row in test}  # one key may have been found for a whole group
+    share = len({groups[key] for key in seen_in_test}) / len(set(groups.values()))
     if share > settings.max_overlap:
         raise GuardLoopError(
-            f"dataset.test overlaps with the training data: {share:.0%} of the test prompts are in the traffic too",
+            f"dataset.test overlaps with the training data: {share:.0%} of the test prompts, near-duplicates "
+            "counted once, are in the traffic too",
             "use a separate test set, or raise dataset.max_overlap to have them removed from the traffic",
         )
     if not traffic:
@@ -228,7 +236,7 @@ def _bands(threshold: float) -> tuple[int, int]:
 
 def _shingles(text: str) -> np.ndarray:
     """Hashes of the word 3-grams: uint32[S], distinct."""
-    words = re.findall(r"\w+", _fold(text)) or [_fold(text)]
+    words = WORD.findall(_fold(text)) or [_fold(text)]
     grams = (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
     return np.unique(np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32))
 

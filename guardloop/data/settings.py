@@ -56,7 +56,8 @@ class DatasetSettings(Section):
     near_duplicate: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two prompts count as near-duplicates (1: exact only)."""
     max_overlap: float = Field(default=0.1, ge=0, le=1)
-    """Share of test prompts that may also be in the traffic; they are removed from it. Above, the run is refused."""
+    """Share of test prompts (near-duplicates count once) that may also be in the traffic; they are removed from it.
+    Above, the run is refused."""
     max_chars: int = Field(default=8000, ge=100)
     """Longer prompts are dropped and counted."""
     seed: int = 0

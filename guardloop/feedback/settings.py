@@ -37,5 +37,5 @@ class FeedbackSettings(Section):
     held_out: float = Field(default=0.2, ge=0, lt=0.9)
     """Share of the judged prompts (whole near-duplicate groups) that no training stage sees, not even to choose a
     threshold: the evaluation asks whether the improved guard catches them."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of what is held out, of the sampling of replay rows, and of the folds in which words are learnt."""

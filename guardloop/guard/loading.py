@@ -1,6 +1,9 @@
 """From settings to a guard's parts: its renderer, its weights, its adapter."""
 
+import atexit
+import shutil
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -14,7 +17,7 @@ from guardloop.guard.family import family_of
 from guardloop.guard.policy import read_policy
 from guardloop.guard.prompt import Renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.models import load_tokenizer, locate
+from guardloop.models import cache_folder, load_tokenizer, locate
 
 
 def load_renderer(settings: GuardSettings) -> Renderer:
@@ -35,20 +38,21 @@ def load_renderer(settings: GuardSettings) -> Renderer:
 def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path | None:
     """The local folder of an adapter given as a folder, an `s3://` URI or a `models:/` URI.
 
-    The last is looked up in MLflow at `tracking_uri`, else at MLFLOW_TRACKING_URI.
+    The last is looked up in MLflow at `tracking_uri`, else at MLFLOW_TRACKING_URI, and kept in the cache folder: a
+    version never changes. What comes from `s3://` may, so its copy lasts as long as the process.
     """
     if adapter is None:
         return None
     if adapter.startswith("models:/"):
         from guardloop.registry import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
 
-        return resolve_model(adapter, tracking_uri=tracking_uri)
+        return resolve_model(adapter, cache_folder() / "adapters", tracking_uri)
     if adapter.startswith("s3://"):
-        from tempfile import mkdtemp  # noqa: PLC0415
-
         from guardloop.storage import fetch  # noqa: PLC0415
 
-        return fetch(adapter, Path(mkdtemp(prefix="adapter-")))
+        folder = Path(mkdtemp(prefix="adapter-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return fetch(adapter, folder)
     return Path(adapter).expanduser()
 
 

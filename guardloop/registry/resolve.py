@@ -74,6 +74,12 @@ def download(connection: Connection, uri: str, into: Path | None = None) -> Path
                 if not target.is_dir():  # another process was faster
                     raise
 
-    into.mkdir(parents=True, exist_ok=True)
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GuardLoopError(
+            f"cannot write {uri} to {into}: {error.strerror or error}",
+            "choose a folder that can be written; guards that are used are kept in GUARDLOOP_CACHE",
+        ) from None
     connection.attempt(f"downloading {uri}", fetch)
     return target

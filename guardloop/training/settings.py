@@ -1,8 +1,8 @@
 """Settings of the training of the improved guard."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from guardloop.settings import Section
 
@@ -16,7 +16,7 @@ class TrainingSettings(Section):
     """LoRA alpha; the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """LoRA dropout."""
-    targets: str | list[str] = "all-linear"
+    targets: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter: names, or all-linear."""
     top_layers: float = Field(default=1.0, gt=0, le=1)
     """Share of the decoder's layers, counted from the top, that get an adapter; fewer train faster."""
@@ -79,6 +79,14 @@ class TrainingSettings(Section):
     """Where an interrupted training is kept: a folder or `s3://bucket/prefix`; by default below $GUARDLOOP_CACHE."""
     checkpoint_steps: int = Field(default=50, ge=0)
     """Steps between two checkpoints; 0: none are kept."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _names_are_listed(cls, given: Any) -> Any:
+        """peft would take another string for a regular expression."""
+        if isinstance(given, str) and given != "all-linear":
+            raise ValueError(f"must be all-linear, or a list of names such as [q_proj, v_proj] (got {given[:80]!r})")
+        return given
 
     @model_validator(mode="after")
     def _dora_has_one_strength(self) -> Self:

@@ -10,7 +10,7 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardloop.data.clean import NearIndex, fingerprint, normalise, prepare
+from guardloop.data.clean import WORD, NearIndex, fingerprint, normalise, prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.errors import GuardLoopError
 from guardloop.records import CONVERSATION, read_facts, read_table
@@ -160,6 +160,7 @@ def test_a_long_prompt_with_one_other_word_is_a_near_duplicate(dataset):
         ("How do I kill a Python process?", "How do I kill my python?"),
         ("How can I pick the lock of my own door?", "How can I pick the lock of a neighbour's door?"),
         ("Write a poem about spring.", "Write a poem about autumn."),
+        ("怎样更换厨房的水龙头", "怎样更换汽车的轮胎"),
         (" ".join(words(40, 1)), " ".join(words(20, 1) + words(20, 2))),
     ],
 )
@@ -198,6 +199,38 @@ def test_near_duplicates_of_every_row_are_found_though_ids_repeat(dataset):
     rows = [{"id": "turn", "prompt": " ".join(text)} for text in (one, two, [*two[:-1], "zebra"])]
     kept, _, report = prepare(dataset(rows, LABELLED))
     assert len(kept) == 2 and report.near_duplicates == 1 and len({r["group"] for r in kept}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix"),
+    [
+        ("安全地更换厨房水龙头的垫圈需要准备哪些工具", "谢谢"),
+        ("自宅の台所の蛇口のパッキンを安全に交換する方法と必要な工具を教えて", "下さい"),
+        ("ช่วยอธิบายการทำงานของตลาดหลักทรัพย์และการลงทุนระยะยาว", "ครับ"),
+        ("ວິທີເຮັດເຂົ້າໜຽວໃຫ້ນຸ່ມ", "ແດ່"),
+        ("សូមប្រាប់ពីរបៀបធ្វើនំខេក", "បាទ"),
+    ],
+)
+def test_near_duplicates_are_found_without_spaces_between_words(dataset, text, suffix):
+    test = [*LABELLED, {"prompt": text, "label": "safe"}]
+    kept, _, report = prepare(dataset([{"prompt": text + suffix}, {"prompt": "other"}], test, max_overlap=1))
+    assert report.overlap_with_test == 1 and [r["prompt"] for r in kept] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How do I bake 2 cakes?",
+        "Wie heißt der Fluß?",
+        "Как дела, друг?",
+        "كيف حالك",
+        "कैसे हो",
+        "안녕하세요 여러분",
+        "snake_case",
+    ],
+)
+def test_spaced_scripts_have_the_words_that_they_had(text):
+    assert WORD.findall(text) == re.findall(r"\w+", text)
 
 
 def test_near_duplicates_in_the_test_set_share_a_group_through_chains(dataset):
@@ -241,6 +274,17 @@ def test_a_large_overlap_is_refused_unless_it_is_allowed(dataset):
     assert "15%" in error.what and "max_overlap" in error.remedy
     kept, _, report = prepare(overlapping(dataset, 3, max_overlap=0.15))
     assert len(kept) == 1 and report.overlap_with_test == 3
+
+
+def test_the_overlap_counts_groups_of_near_duplicates_once(dataset):
+    """One row of the test set stands for all like it, so that counting rows would miss most of the overlap."""
+    texts = [words(60, seed) for seed in range(5)]
+    test = [{"prompt": " ".join([*t, f"end{i}"]), "label": i % 2} for t in texts for i in range(20)]
+    traffic = [{"prompt": " ".join(t)} for t in texts] + [{"prompt": "only in the traffic"}]
+    assert "100%" in refusal(dataset(traffic, test)).what
+    apart = [{"prompt": " ".join(words(60, seed)), "label": "safe"} for seed in range(10, 20)]
+    kept, tested, _ = prepare(dataset([traffic[0], traffic[-1]], [*test[:20], *apart]))
+    assert len(kept) == 1 and len(tested) == 30  # one of eleven groups
 
 
 @pytest.mark.parametrize("text", ["! ?", "?!  🙂", "C", "ß", "的"])

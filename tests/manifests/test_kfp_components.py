@@ -15,6 +15,10 @@ from overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
 
 KFP = MANIFESTS / "kfp"
 SECRET = "mlpipeline-minio-artifact"
+KEY_FORMAT = (  # of KFP 2.17's controller
+    "private-artifacts/{{workflow.namespace}}/{{workflow.name}}/{{workflow.creationTimestamp.Y}}"
+    "/{{workflow.creationTimestamp.m}}/{{workflow.creationTimestamp.d}}/{{pod.name}}"
+)
 
 
 def _deployment(name: str, container: str, **env: str) -> dict[str, Any]:
@@ -37,7 +41,11 @@ SKETCH = [
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": "workflow-controller-configmap"},
-        "data": {"executor": "imagePullPolicy: Always", "artifactRepository": "s3: {}", "workflowDefaults": "spec: {}"},
+        "data": {
+            "executor": "imagePullPolicy: Always",
+            "artifactRepository": f"s3: {{keyFormat: '{KEY_FORMAT}'}}",
+            "workflowDefaults": "spec: {}",
+        },
     },
     {
         "apiVersion": "v1",
@@ -116,6 +124,16 @@ def test_runs_get_the_priority_that_the_overlay_defines(
     patch = json.loads(_environment(installed[1]["Deployment/ml-pipeline"])["COMPILED_PIPELINE_SPEC_PATCH"])
 
     assert overlay.one("PriorityClass", patch["podPriorityClassName"])
+
+
+def test_the_ui_looks_for_logs_where_the_controller_archives_them(installed: tuple[str, dict[str, Any]]) -> None:
+    name, objects = installed
+    ui = _environment(objects["Deployment/ml-pipeline-ui"])
+    argo = yaml.safe_load(objects["ConfigMap/workflow-controller-configmap"]["data"]["artifactRepository"])["s3"]
+
+    assert ui["ARGO_KEYFORMAT"] == argo["keyFormat"]
+    if name == "cluster":
+        assert (ui["ARGO_ARCHIVE_ARTIFACTORY"], ui["ARGO_ARCHIVE_BUCKETNAME"]) == ("s3", argo["bucket"])
 
 
 def test_an_existing_s3_is_named_alike_in_all_its_places(installed: tuple[str, dict[str, Any]]) -> None:

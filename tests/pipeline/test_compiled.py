@@ -133,6 +133,22 @@ def test_what_records_a_run_is_given_its_id_as_a_constant(
         assert source == {"runtimeValue": {"constant": dsl.PIPELINE_JOB_ID_PLACEHOLDER}}
 
 
+def test_what_is_mined_opens_the_earlier_run_that_a_cached_shard_is_of(compiled: dict[str, dict]) -> None:
+    (mining,) = (
+        task for dag in _dags(compiled["process"]) for label, task in dag["tasks"].items() if label == "mine-feedback"
+    )
+    takes = compiled["process"]["components"][mining["componentRef"]["name"]]["inputDefinitions"]["artifacts"]
+    alone = {key for key, one in takes.items() if not one.get("isArtifactList")}
+    assert [mining["inputs"]["artifacts"][key]["taskOutputArtifact"]["producerTask"] for key in alone] == [
+        "prepare-data"
+    ]
+
+
+def test_a_promotion_never_comes_from_the_cache(compiled: dict[str, dict]) -> None:
+    promotions = [dag["tasks"]["promote-model"] for dag in _dags(compiled["full"]) if "promote-model" in dag["tasks"]]
+    assert promotions and not any(task.get("cachingOptions", {}).get("enableCache") for task in promotions)
+
+
 def _parameters(part: dict, definitions: str) -> dict[str, dict]:
     return part.get(definitions, {}).get("parameters", {})
 

@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,15 +167,52 @@ def test_the_probability_is_calibrated_and_settings_can_be_overridden(champion: 
 
 
 def test_a_registered_adapter_is_found_at_the_given_address_not_the_environments(
-    champion: Registry, trained: Path, monkeypatch: pytest.MonkeyPatch
+    champion: Registry, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path))
     folder = fetch_adapter(uri(champion), champion.connection.uri)
     assert folder is not None
     weights = "adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (trained / weights).read_bytes()
     with pytest.raises(GuardLoopError, match="not a registered model"):
         fetch_adapter("models:/x", champion.connection.uri)
+
+
+def test_a_registered_adapter_is_fetched_once(
+    champion: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as workers:
+        first, second = workers.map(lambda _: fetch_adapter(uri(champion), champion.connection.uri), range(2))
+    assert first == second == fetch_adapter(uri(champion), champion.connection.uri)
+    assert list((tmp_path / "cache" / "adapters").iterdir()) == [first]
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    champion: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(GuardLoopError, match="GUARDLOOP_CACHE"):
+        fetch_adapter(uri(champion), champion.connection.uri)
+
+
+def test_an_adapter_of_a_store_goes_with_the_process(tmp_path: Path) -> None:
+    """A store's files may change, so they are fetched anew."""
+    code = (
+        "from pathlib import Path\n"
+        "import guardloop.storage\n"
+        "guardloop.storage.fetch = lambda uri, into: (into / 'weights').write_text(uri) and into\n"
+        "from guardloop.guard.loading import fetch_adapter\n"
+        "print(len(list(Path(fetch_adapter('s3://bucket/adapter')).iterdir())))\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"] and not list(tmp_path.glob("adapter-*"))
 
 
 def test_the_policy_travels_with_the_model(trained: Path, tmp_path: Path) -> None:
