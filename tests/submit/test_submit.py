@@ -105,7 +105,7 @@ def test_train_starts_from_an_earlier_output(server: KubeflowServer, submits: Ca
     unknown = submits("--pipeline", "trian")
 
     assert [e.code for e in (lacking, wrong, shapeless, unknown)] == [2, 2, 2, 2] and not server.requests
-    assert "--artifact training_set=s3://" in lacking.err and "its inputs: training_set" in wrong.err
+    assert "--artifact training_set=URI" in lacking.err and "its inputs: training_set" in wrong.err
     assert "process, train, evaluate, full" in unknown.err
 
     assert submits("--pipeline", "train", "--artifact", "training_set=s3://b/set").code == 0
