@@ -54,6 +54,12 @@ def test_help_names_every_command(guardloop):
     )
 
 
+@pytest.mark.parametrize("port", ["0", "65536"])
+def test_a_port_that_there_is_not_is_refused(guardloop, port):
+    ended = guardloop("ui", "--port", port)
+    assert ended.code == 2 and "--port" in ended.err and "Traceback" not in ended.err
+
+
 def test_no_arguments_give_the_help(guardloop):
     assert "Usage" in guardloop().out
 

@@ -2,6 +2,7 @@ import hashlib
 import ipaddress
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -53,6 +54,20 @@ def folder(tmp_path: Path) -> Path:
 
 def listing(root: Path) -> dict[str, bytes]:
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_the_copy_of_an_adapter_goes_with_its_process(s3: S3Server, folder: Path, tmp_path: Path) -> None:
+    """A store's files may change, so they are fetched anew."""
+    put(folder, "s3://guardloop/adapter")
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "from guardloop.guard.loading import fetch_adapter\n"
+        "print(sorted(path.name for path in fetch_adapter('s3://guardloop/adapter').iterdir()))\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['adapter_config.json', 'inner']"
+    assert not list((tmp_path / "temporary").glob("adapter-*"))
 
 
 def test_a_file_goes_there_and_back(s3: S3Server, tmp_path: Path) -> None:

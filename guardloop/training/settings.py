@@ -32,7 +32,7 @@ class TrainingSettings(Section):
     """Examples in one step, over all processes."""
     order: Literal["length", "random"] = "length"
     """Which examples share a step. length: those of like length, which pads least. random: any, so that each step is a
-    fair sample; packs, on a GPU, pad nothing either way."""
+    fair sample; packs, on a GPU, hold rows of any length."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     clip: float = Field(default=1.0, gt=0)

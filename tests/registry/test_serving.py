@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -199,20 +198,6 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path / "file"))
     with pytest.raises(GuardLoopError, match="GUARDLOOP_CACHE"):
         fetch_adapter(uri(champion), champion.connection.uri)
-
-
-def test_an_adapter_of_a_store_goes_with_the_process(tmp_path: Path) -> None:
-    """A store's files may change, so they are fetched anew."""
-    code = (
-        "from pathlib import Path\n"
-        "import guardloop.storage\n"
-        "guardloop.storage.fetch = lambda uri, into: (into / 'weights').write_text(uri) and into\n"
-        "from guardloop.guard.loading import fetch_adapter\n"
-        "print(len(list(Path(fetch_adapter('s3://bucket/adapter')).iterdir())))\n"
-    )
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1"] and not list(tmp_path.glob("adapter-*"))
 
 
 def test_the_policy_travels_with_the_model(trained: Path, tmp_path: Path) -> None:
