@@ -21,6 +21,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from guardloop.errors import GuardLoopError
 from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_logits, trunk
 from guardloop.guard.packed import fits
+from guardloop.guard.packing import batches as within
 from guardloop.guard.verdict import LabelTokens
 from guardloop.models import is_out_of_memory
 from guardloop.training.checkpoint import (
@@ -282,7 +283,11 @@ class Training:
         share = list(batch[process :: self.processes]) or [replace(batch[0], weight=0.0)]
         if self.packs:
             return self.packs.pieces(share)
-        return [share[i : i + self.micro_rows] for i in range(0, len(share), self.micro_rows)]
+        lengths = [len(e.tokens) - len(behind(self.learner.prefixes, e.tokens)) for e in share]
+        most, rows = self.settings.pack_tokens, self.micro_rows
+        whole = max(lengths) * len(share) <= most  # and in its own order
+        together = [range(len(share))] if whole else within(lengths, most)
+        return [[share[i] for i in chosen[n : n + rows]] for chosen in together for n in range(0, len(chosen), rows)]
 
     def _piece(self, piece: Sequence[Encoded], weight: float) -> float:
         loss = self.wrapped(piece) / weight

@@ -57,8 +57,8 @@ class TrainingSettings(Section):
     category_weight: float = Field(default=0.1, ge=0)
     """Weight of the written categories in the loss, for examples that carry trusted `codes`."""
     micro_rows: int | None = Field(default=None, ge=1)
-    """Examples in one forward pass where they are not packed; by default a whole step. Halved by itself where memory
-    runs out."""
+    """Most examples in one forward pass where they are not packed; by default a whole step. Halved by itself where
+    memory runs out."""
     processes: int = Field(default=1, ge=1)
     """Processes that share each step, one for each GPU of the machine."""
     sharded: bool = False
@@ -68,7 +68,8 @@ class TrainingSettings(Section):
     """Share of the layers whose activations are computed again in the backward pass: slower, in less memory. Without
     packs, any share means all layers."""
     pack_tokens: int = Field(default=8192, ge=1024, multiple_of=512)
-    """On a GPU: tokens of the largest pack of examples in one forward pass. Halved by itself where memory runs out."""
+    """Most tokens in one forward pass: of a pack on a GPU, elsewhere of examples padded to the longest. Packs are
+    halved by themselves where memory runs out."""
     validate_steps: int = Field(default=0, ge=0)
     """Steps between two looks at the held-out examples; 0: after each epoch."""
     patience: int = Field(default=3, ge=0)

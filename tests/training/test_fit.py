@@ -435,6 +435,35 @@ def test_micro_batches_change_nothing_but_rounding(micro_rows):
         torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=1e-4)
 
 
+def computed(model):
+    """Rows and width of each forward pass of `model` behind a template, as they happen."""
+    seen = []
+
+    def note(module, args, kwargs):
+        if kwargs["past_key_values"].get_seq_length():
+            seen.append(tuple(kwargs["input_ids"].shape))
+
+    model.get_base_model().model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+def test_a_step_of_more_tokens_than_a_pack_is_computed_in_pieces_of_like_length():
+    renderer, seen = renderer_of("guardloop"), []
+    prompts = [f"{n} " + "tea " * (40 * (n % 3) ** 2) for n in range(24)]
+    rows = [Encoded(str(n), renderer.render(p, None).tokens, n % 2, 1.0) for n, p in enumerate(prompts)]
+    found = []
+    for most in (1024, 1024 * 512):
+        model = adapted()
+        seen.append(computed(model))
+        settings = TrainingSettings(batch_rows=24, epochs=1, dropout=0.0, order="random", pack_tokens=most)
+        found.append(fit(model, renderer.prefixes, label_tokens(renderer), rows, settings))
+    pieces, (whole,) = seen
+    assert sum(count for count, _ in pieces) == 24 == whole[0]
+    assert all(count == 1 or count * width <= 1024 for count, width in pieces)
+    assert sum(count * width for count, width in pieces) < 0.6 * whole[0] * whole[1]  # less padding
+    assert found[0].steps[0].loss == pytest.approx(found[1].steps[0].loss, rel=1e-5)
+
+
 def small_memory(rows):
     """Lets a model run out of memory where more than `rows` prompts are computed at once."""
 
