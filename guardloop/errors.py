@@ -18,3 +18,8 @@ class GuardLoopError(Exception):
 def without_secrets(text: str) -> str:
     """`text` with the user names and passwords of its URLs left out, for messages and logs."""
     return re.sub(r"://[^/\s'\"]*@", "://", text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from guardloop.data.settings import SourceSettings
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.records import DAMAGED, Row
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -76,7 +76,7 @@ def _hub(source: SourceSettings, where: str) -> Iterator[Row]:
                 f"accept its terms at huggingface.co/datasets/{source.path}, then set HF_TOKEN",
             ) from error
         raise GuardLoopError(
-            f"{where}: cannot read {source.path} from the hub: {(str(error) or repr(error)).splitlines()[0]}",
+            f"{where}: cannot read {source.path} from the hub: {first_line(error)}",
             "check the id, configuration, split and network; a local file works too (kind: file)",
         ) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.evaluation.bootstrap import bootstrap
 from guardloop.evaluation.paired import GuardRun, compare_guards, paired_estimate
 from guardloop.evaluation.result import BenchmarkResult, Compared
@@ -96,7 +96,7 @@ def resolve_commit(repository: str, revision: str | None, where: str) -> str:
         return str(HfApi().dataset_info(repository, revision=revision).sha)
     except (HTTPError, OSError, ValueError) as error:
         raise GuardLoopError(
-            f"{where}: the hub does not tell the commit of {repository}: {(str(error) or repr(error)).splitlines()[0]}",
+            f"{where}: the hub does not tell the commit of {repository}: {first_line(error)}",
             f"check the network, and HF_TOKEN if it is gated (huggingface.co/datasets/{repository}); "
             "or save it as a file and give source: {kind: file, path: ...}",
         ) from error

@@ -23,7 +23,7 @@ from guardloop.guard.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
 from guardloop.guard.products import FirstProducts, add_product, is_plain, product_behind
 from guardloop.models import cache_folder
 
-SIDE = 64  # of the squares of the mask where no gradient is wanted; with gradient, BLOCK
+SIDE = 64  # of the squares of the mask for HOPPER_TILES without a gradient; else BLOCK
 HOPPER_TILES: dict[int, Any] = {  # by the side of the squares, in half precision; measured on it
     SIDE: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
     BLOCK: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
@@ -41,6 +41,16 @@ def fits(model: Any) -> bool:
     """Whether the model's layers have the form that is written out here."""
     config = trunk(model).config
     return config.model_type in FORMS and not getattr(config, "sliding_window", None)
+
+
+def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether HOPPER_TILES are used; elsewhere PyTorch chooses tiles, which may be as large as BLOCK."""
+    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def side_of(device: torch.device, dtype: torch.dtype, with_gradient: bool) -> int:
+    """The side of the squares of the mask: whole tiles must fill one."""
+    return SIDE if is_tuned(device, dtype) and not with_gradient else BLOCK
 
 
 class PackedForward:
@@ -78,7 +88,8 @@ class PackedForward:
         self.room = size - len(self.own)
         function = _compiled(layer) if compiled else layer
         self._layers = [_of(module, function) for module in self.decoder.layers]
-        self._masks = Masks(self._lay_out([[0]]), model.device, BLOCK if with_gradient else SIDE)
+        side = side_of(model.device, model.dtype, with_gradient)
+        self._masks = Masks(self._lay_out([[0]]), model.device, side)
         self._ends = deque[torch.cuda.Event]()
 
     def __call__(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> torch.Tensor:
@@ -291,8 +302,7 @@ def _attend(
         return scaled_dot_product_attention(
             queries, keys, values, attn_mask=dense[0, 0], scale=scale, enable_gqa=grouped
         )
-    tuned = torch.cuda.get_device_capability(queries.device) == (9, 0) and queries.element_size() == 2
-    options = HOPPER_TILES[mask.BLOCK_SIZE[0]] if tuned else None
+    options = HOPPER_TILES[mask.BLOCK_SIZE[0]] if is_tuned(queries.device, queries.dtype) else None
     seen: torch.Tensor = flex_attention(
         queries, keys, values, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options
     )

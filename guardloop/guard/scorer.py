@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_hidden, label_logits, margins_of, trunk
 from guardloop.guard.packed import PackedForward, fits
 from guardloop.guard.packing import batches, packs
@@ -56,6 +56,7 @@ class Scorer:
         self._caches: dict[Prefix, PrefixCache] = {}
         self._packs: dict[tuple[Prefix, int], PackedForward] = {}
         self._first: FirstProducts | None = None
+        self._packs_work = False  # none was computed yet
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
@@ -80,9 +81,18 @@ class Scorer:
             try:
                 return work()
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if is_out_of_memory(error):
+                    remedy = self._halve
+                elif self.packed and not self._packs_work:
+                    log.warning("packs: %s; from here on batches, which are slower", first_line(error))
+                    remedy = self._unpack
+                else:
                     raise
-            self._halve()  # out of the handler, where the error still holds the tensors of its frames
+            remedy()  # out of the handler, where the error still holds the tensors of its frames
+
+    def _unpack(self) -> None:
+        """Do without packs, as where a GPU or its compiler cannot do them."""
+        self.packed, self._packs, self._first = False, {}, None
 
     def _halve(self) -> None:
         if is_sharded(self.model) or (self.pack_tokens <= LEAST_PACK and self.batch_tokens <= LEAST_BATCH):
@@ -116,7 +126,9 @@ class Scorer:
             sizes = [self.pack_tokens, self.pack_tokens // 4]
             packed, left = packs(lengths, sizes) if self.packed and prefix else ([], list(range(len(rows))))
             for size, pack in packed:
-                yield [members[i] for i in pack], self._packed(prefix, size)([rows[i] for i in pack])
+                hidden = self._packed(prefix, size)([rows[i] for i in pack])
+                self._packs_work = True
+                yield [members[i] for i in pack], hidden
             for chosen in batches([lengths[i] for i in left], self.batch_tokens):
                 batch = [left[i] for i in chosen]
                 hidden = label_hidden(self.model, self._cache(prefix), [rows[i] for i in batch])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.models import is_out_of_memory, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.responses.chat import ChatRenderer, PromptError
 from guardloop.responses.responder import FinishReason, Reply, Request, failure
@@ -114,7 +114,7 @@ class TransformersResponder:
                     queue = deque(part for group in [*suspects, *queue] for part in self._parts(group))
                     replies = []
                 else:
-                    log.warning("a batch failed; its prompts are answered one by one: %s", _first_line(error))
+                    log.warning("a batch failed; its prompts are answered one by one: %s", first_line(error))
                     replies = [reply for group in suspects for reply in self._alone(group)]
             yield from replies
 
@@ -145,7 +145,7 @@ class TransformersResponder:
                     del left[reply.sample]
                     yield reply
         except ENGINE_ERRORS as error:
-            yield from (failure(request, f"the model failed on it: {_first_line(error)}") for request in left.values())
+            yield from (failure(request, f"the model failed on it: {first_line(error)}") for request in left.values())
 
     def _read(self, source: Iterator[Request]) -> tuple[list[Group], list[Reply]]:
         """The next window: prompts, shortest first so that rows of like length run together, and unusable requests."""
@@ -251,10 +251,6 @@ def _groups(rows: list[Row], admitted: list[Group]) -> list[Group]:
     groups = [Group(row.prompt, [row.request]) for row in rows]
     started = {row.request for row in rows}
     return groups + [group for group in admitted if group.requests[0] not in started]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

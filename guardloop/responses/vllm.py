@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.models import load_tokenizer
 from guardloop.responses.chat import ChatRenderer, PromptError
 from guardloop.responses.responder import FinishReason, Reply, Request, failure
@@ -53,7 +53,7 @@ class VllmResponder:
         try:
             self.llm = self._start({**own, **options})
         except (ValueError, RuntimeError, OSError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
+            reason = first_line(error)
             raise GuardLoopError(
                 f"responder: vLLM cannot serve {load}: {reason}",
                 "check the GPU's free memory and that vLLM knows the model, or lower responder.max_prompt_tokens",
@@ -133,7 +133,7 @@ class VllmResponder:
             return list(self._engine.step())
         except Exception as error:
             raise GuardLoopError(
-                f"responder: vLLM stopped working: {(str(error) or repr(error)).splitlines()[0]}",
+                f"responder: vLLM stopped working: {first_line(error)}",
                 "look at its log above; what was generated is kept, and a new run goes on from there",
             ) from error
 

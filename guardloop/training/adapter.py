@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.guard.forward import trunk
 from guardloop.guard.loading import changes_vocabulary
 from guardloop.training.settings import TrainingSettings
@@ -46,7 +46,7 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         adapted = _stacked(model, config) if isinstance(model, PeftModel) else get_peft_model(model, config, TRAINED)
     except ValueError as error:
         raise GuardLoopError(
-            f"training.targets: {str(error).splitlines()[0]}", "use all-linear, or names of the model's own layers"
+            f"training.targets: {first_line(error)}", "use all-linear, or names of the model's own layers"
         ) from error
     if changes_vocabulary(adapted):
         raise GuardLoopError(

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_logits, trunk
 from guardloop.guard.packed import fits
 from guardloop.guard.packing import batches as within
@@ -193,6 +193,7 @@ class Training:
         if model.device.type == "cuda" and fits(model):
             share = settings.gradient_checkpointing
             self.packs = Packs(model, prefixes, labels.lead, largest=settings.pack_tokens, checkpointed=share)
+        self.packs_work = False  # no step was taken with them yet
         # FSDP gathers a layer for one pass before each backward pass: a template by itself would be another one
         known = [] if is_sharded(model) else prefixes
         self.learner = Learner(model, known, labels, settings.category_weight, self.packs)
@@ -266,10 +267,17 @@ class Training:
             for piece in pieces:
                 value += self._piece(piece, weight)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
             self.optimizer.zero_grad(set_to_none=True)
-            return None
+            if is_out_of_memory(error):
+                return None
+            if not self.packs or self.packs_work:
+                raise
+            log.warning("packs: %s; training goes on without them, which is slower", first_line(error))
+            self.packs = self.learner.packs = None
+            pieces = []
+        if not pieces:  # out of the handler, where the error still holds the tensors of its frames
+            return self._backward(batch, number)
+        self.packs_work = True
         if self.processes == 1:
             return value, self.learner.tokens
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -110,6 +110,37 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
     assert max(tried[3:]) == 2048
 
 
+def test_where_packs_cannot_be_computed_batches_serve_and_a_log_line_says_so(monkeypatch, caplog):
+    conversations = user(*[f"hello there {n}" for n in range(600)])
+    expected = [verdict.margin for verdict in tiny_guard().score(conversations)]
+    monkeypatch.setattr(PackedForward, "__call__", broken := Broken())
+    guard = tiny_guard(packed=True, pack_tokens=2048)
+    for _ in range(2):
+        assert [verdict.margin for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
+    assert broken.tried == 1
+    assert [record.message for record in caplog.records if "packs" in record.message] == [
+        "packs: no valid Triton configs; from here on batches, which are slower"
+    ]
+
+
+def test_an_error_of_a_later_pack_is_not_taken_for_one_of_all_packs(monkeypatch):
+    guard, conversations = tiny_guard(packed=True, pack_tokens=2048), user(*[f"hello there {n}" for n in range(600)])
+    list(guard.score(conversations))
+    monkeypatch.setattr(PackedForward, "__call__", Broken())
+    with pytest.raises(RuntimeError, match="no valid Triton configs"):
+        list(guard.score(conversations))
+
+
+class Broken:
+    """Packs on a GPU whose compiler cannot do them."""
+
+    tried = 0
+
+    def __call__(self, *args):
+        self.tried += 1
+        raise RuntimeError("no valid Triton configs\nRequired: 131072 Hardware limit: 101376")
+
+
 @pytest.mark.parametrize("work", [lambda g: list(g.score(user("hello"))), lambda g: g.scorer.next_tokens([[1]])])
 def test_a_conversation_that_fits_no_memory_ends_in_an_error_for_people(monkeypatch, work):
     def never(*args):

@@ -8,10 +8,11 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, with_lora
+from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
 from guardloop.guard.float8 import Float8Linear, to_float8
 from guardloop.guard.forward import trunk
-from guardloop.guard.packed import PackedForward, fits
+from guardloop.guard.packed import HOPPER_TILES, PackedForward, fits, is_tuned, side_of
 from guardloop.guard.packing import most_rows
 from guardloop.guard.products import first_products
 
@@ -117,6 +118,27 @@ def test_only_the_rows_that_are_read_pass_through_the_last_layers_mlp():
     with torch.no_grad():
         PackedForward(model, [1, 2, 3], 1024, compiled=False)([[4, 5], [6]])
     assert shapes[-2:] == [1024, most_rows(1024)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gpu", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("head", [64, 80, 128])
+def test_on_every_gpu_whole_tiles_fill_a_square_of_the_mask(gpu, dtype, head, monkeypatch):
+    """FlexAttention raises otherwise. Where no tiles are given, PyTorch takes some that depend on the GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: gpu)
+    cuda, chosen = torch.device("cuda"), CUDAConfigHeuristic()
+    for with_gradient in (False, True):
+        side = side_of(cuda, dtype, with_gradient)
+        (forward,), (backward, *_) = (
+            chosen.get_flex_attn_fwd_configs(head, dtype),
+            chosen.get_flex_attn_bwd_configs(head, dtype),
+        )
+        tiles = [forward.block_m, forward.block_n]
+        if is_tuned(cuda, dtype):
+            tiles = [HOPPER_TILES[side][f"fwd_BLOCK_{letter}"] for letter in "MN"]
+        if with_gradient:
+            tiles += [backward.block_m1, backward.block_n1, backward.block_m2, backward.block_n2]
+        assert all(side % tile == 0 for tile in tiles), (side, tiles)
 
 
 def test_models_of_another_form_are_told_apart():

@@ -488,6 +488,41 @@ def test_where_memory_runs_out_the_same_steps_are_taken_in_smaller_pieces(caplog
     assert same(found, expected)
 
 
+class CompiledNowhere:
+    """Packs on a GPU whose compiler cannot do them."""
+
+    largest = 8192
+
+    def pieces(self, share):
+        return [share]
+
+    def hidden(self, piece):
+        raise RuntimeError("no valid Triton configs\nRequired: 131072")
+
+
+def test_where_packs_cannot_be_computed_training_goes_on_without_them(caplog):
+    renderer, steps = renderer_of("guardloop"), []
+    for packs in (None, CompiledNowhere()):
+        training = Training(
+            adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(dropout=0.0, batch_rows=4)
+        )
+        training.packs = training.learner.packs = packs
+        steps.append([training.take(encoded(renderer)[:4], number, 2) for number in (1, 2)])
+    assert [s.loss for s in steps[0]] == [s.loss for s in steps[1]]
+    assert [r.message for r in caplog.records if "packs" in r.message] == [
+        "packs: no valid Triton configs; training goes on without them, which is slower"
+    ]
+
+
+def test_an_error_after_packs_have_worked_is_raised():
+    renderer = renderer_of("guardloop")
+    training = Training(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(batch_rows=4))
+    training.take(encoded(renderer)[:4], 1, 2)
+    training.packs = training.learner.packs = CompiledNowhere()
+    with pytest.raises(RuntimeError, match="no valid Triton configs"):
+        training.take(encoded(renderer)[:4], 2, 2)
+
+
 def test_memory_for_no_example_at_all_is_told():
     with pytest.raises(GuardLoopError, match="out of memory with 1 examples") as error:
         fitted_state(before=small_memory(0))
