@@ -87,6 +87,7 @@ class Renderer:
         self.ends = {i for name in ends if (i := getattr(tokenizer, name, None)) is not None}
         self.ends |= {i for i, t in tokenizer.added_tokens_decoder.items() if str(t) in ("<|eot_id|>", "<|im_end|>")}
         self._special = self._special_pattern()
+        self._start = starting_tokens(tokenizer) if family.template else []  # a chat template writes its own
         self._skeletons = {turns: self._skeleton(turns) for turns in (1, 2)}
         self._plans = {turns: self._plan(skeleton) for turns, skeleton in self._skeletons.items()}
         self._check_exact()
@@ -167,7 +168,7 @@ class Renderer:
 
     def _plan(self, skeleton: list[str]) -> Plan:
         """What `_tokens` does for any messages, done as far as it can be: only stretches are left to tokenise."""
-        plan: Plan = []
+        plan: Plan = [self._start] if self._start else []
         for part in self._parts(skeleton):
             if isinstance(part, int):
                 plan.append([part])
@@ -217,7 +218,7 @@ class Renderer:
 
         Plain text is tokenised in one piece across the edge of template and message, as the guard saw it in training.
         """
-        tokens: list[int] = []
+        tokens = list(self._start)
         left = list(messages)
         for part in self._parts(skeleton):
             if isinstance(part, int):
@@ -281,13 +282,20 @@ class Renderer:
     def _check_exact(self) -> None:
         """For harmless text, our tokens must be what the tokenizer itself makes of the rendered prompt."""
         for messages in (["How are you?"], ["How are you?", "Fine, thanks."]):
-            native = list(self.tokenizer(self._template(messages), add_special_tokens=False)["input_ids"])
+            text = self._template(messages)
+            native = [*self._start, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
             ours = self._encode_all([(self._plans[len(messages)], messages)])[0]
             if ours != native:
                 raise GuardLoopError(
                     f"guard.family: {self.family.name}'s prompt is not tokenised as the model's own tokenizer does",
                     "choose the family that fits the model, or report this tokenizer",
                 )
+
+
+def starting_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before any text, such as <bos>, without which some base models read it badly."""
+    whole, plain = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
 
 
 def _fill(pieces: list[str], messages: list[str]) -> str:

@@ -14,6 +14,9 @@ from models import (
     special_ids,
     tokenizer_of,
 )
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.family import family_of
@@ -320,6 +323,23 @@ def test_a_template_that_loses_or_repeats_a_message_is_refused(template):
     tokenizer.chat_template = template
     with pytest.raises(GuardLoopError, match=r"guard\.family"):
         Renderer(tokenizer, family_of("llama-guard-2", ""))
+
+
+@pytest.mark.parametrize("kind", ["llama-guard-1", "llama-guard-2"])  # SentencePiece, byte-level
+def test_our_template_begins_as_the_models_own_tokenizer_begins_any_text(kind):
+    start, first = tokenizer_of(kind).bos_token, tokenizer_of(kind).bos_token_id
+    begins, plain = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer_of(kind).backend_tokenizer.to_str()))
+        for _ in range(2)
+    )
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=[(start, first)])
+    ours, without = (Renderer(tokenizer, family_of("guardloop", "")) for tokenizer in (begins, plain))
+    for turns in (("hello",), ("hello", "Take a bowl."), (f"{start} hello",)):
+        assert ours.render(*turns).tokens == [first, *without.render(*turns).tokens]
+    text = ours._template(["hello"])
+    assert ours.render("hello").tokens == begins(text).input_ids != plain(text).input_ids
+    assert ours.prefixes == [[first, *prefix] for prefix in without.prefixes]
+    assert ours.answer(" safe") == without.answer(" safe")
 
 
 def test_a_tokenizer_that_would_read_our_prompt_otherwise_is_refused():
