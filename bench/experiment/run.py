@@ -83,9 +83,11 @@ class Experiment:
         """
         settings = self.settings
         with Workers(workers) as side_by_side:
-            guards = side_by_side.map(self.default_guard, settings.default_seeds)
             self.data()
-            answers = side_by_side.map(self.answered, range(settings.shards))
+            steps = [partial(self.default_guard, seed) for seed in settings.default_seeds]
+            steps += [partial(self.answered, shard) for shard in range(settings.shards)]
+            folders, count = side_by_side.map(_done, steps), len(settings.default_seeds)
+            guards, answers = folders[:count], folders[count:]
             judged = side_by_side.map(self.judged, product(guards, answers))
             told = [
                 (seed, self._guard(base), judged[n * settings.shards : (n + 1) * settings.shards])
@@ -230,6 +232,10 @@ class Experiment:
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}
+
+
+def _done(step: Callable[[], Made]) -> Made:
+    return step()
 
 
 def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
