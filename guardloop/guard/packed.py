@@ -45,7 +45,8 @@ def fits(model: Any) -> bool:
 
 def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether HOPPER_TILES are used; elsewhere PyTorch chooses tiles, which may be as large as BLOCK."""
-    return device.type == "cuda" and dtype.itemsize == 2 and torch.cuda.get_device_capability(device) == (9, 0)
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def side_of(device: torch.device, dtype: torch.dtype, with_gradient: bool) -> int:

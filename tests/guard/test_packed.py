@@ -141,6 +141,18 @@ def test_on_every_gpu_whole_tiles_fill_a_square_of_the_mask(gpu, dtype, head, mo
         assert all(side % tile == 0 for tile in tiles), (side, tiles)
 
 
+def test_whether_tiles_are_given_is_decided_while_a_layer_is_compiled(monkeypatch):
+    """A question that the compiler cannot answer would cut the layer in two, or end in an error."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def asked(states):
+        return states + 1 if is_tuned(torch.device("cuda"), states.dtype) else states - 1
+
+    compiled = torch.compile(asked, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2, dtype=torch.bfloat16)).tolist() == [1, 1]
+    assert compiled(torch.zeros(2)).tolist() == [-1, -1]
+
+
 def test_models_of_another_form_are_told_apart():
     model = tiny_llama()
     assert fits(model)
