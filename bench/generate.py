@@ -28,7 +28,7 @@ from rich.table import Table
 from bench.machine import machine
 from bench.workload import LLAMA_7B, TINY, VOCABULARY, Size, config
 from bench.write import PAGE, write_section
-from guardloop.errors import GuardLoopError
+from guardloop.errors import GuardLoopError, first_line
 from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
 from guardloop.progress import Stage
 from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
@@ -190,7 +190,7 @@ def gpu(folder: Path) -> Iterator[list[Result]]:
             try:
                 found = pool.submit(way, folder).result()
             except Exception as error:  # noqa: BLE001  (a way that fails must not cost the others' figures)
-                found = [{"way": f"{(way.__doc__ or '').splitlines()[0]} Failed: {str(error).splitlines()[0]:.200}"}]
+                found = [{"way": f"{(way.__doc__ or '').splitlines()[0]} Failed: {first_line(error):.200}"}]
         rows += found
         plain = [row["tokens_per_second"] for row in rows if row["way"].startswith("vLLM") and "seconds" in row]
         for row in rows:

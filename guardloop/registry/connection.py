@@ -15,7 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-from guardloop.errors import GuardLoopError, without_secrets
+from guardloop.errors import GuardLoopError, first_line, without_secrets
 from guardloop.registry.contents import RUN_ID
 from guardloop.registry.settings import RegistrySettings
 
@@ -146,7 +146,7 @@ class Connection:
 
     def _explain(self, what: str, error: Exception) -> GuardLoopError:
         text = without_secrets(str(error))
-        reason = text.splitlines()[0][:300] if text else type(error).__name__
+        reason = without_secrets(first_line(error))[:300]
         status = _status(error)
         if status in {401, 403}:
             return GuardLoopError(
