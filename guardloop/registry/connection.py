@@ -145,8 +145,7 @@ class Connection:
         return Path(path) if separator and self.uri.startswith("sqlite") and path else None
 
     def _explain(self, what: str, error: Exception) -> GuardLoopError:
-        text = without_secrets(str(error))
-        reason = without_secrets(first_line(error))[:300]
+        text, reason = str(error), without_secrets(first_line(error))[:300]
         status = _status(error)
         if status in {401, 403}:
             return GuardLoopError(
