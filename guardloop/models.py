@@ -3,6 +3,7 @@
 Weights are read from safetensors only, and no code that comes with a model is ever run.
 """
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -18,7 +19,9 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft still asks by the old name
 
+log = logging.getLogger("guardloop")
 EMBEDDED = "embedded:"
+SENTENCE = "Please write a short letter to my neighbours about the garden fence."
 NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.tanh, torch.erf):
     # where several threads make a process's first call of one, MKL may give some three digits (pytorch#188792)
@@ -71,8 +74,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> Any:
-    """The tokenizer of a located model. Raises GuardLoopError if it cannot be had."""
-    return _from_pretrained(AutoTokenizer, model, revision)
+    """The tokenizer of a located model. Raises GuardLoopError if it cannot be had.
+
+    Warns of one that spells: a model that learnt words runs on letters, and quietly does everything worse.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, model, revision)
+    try:
+        tokens = len(tokenizer.encode(SENTENCE, add_special_tokens=False))
+    except Exception as error:
+        raise _explain(error, model) from error
+    if tokens > 0.8 * len(SENTENCE):
+        log.warning(
+            "%s: its tokenizer makes %d tokens of %d characters of English, as one does that was converted badly; "
+            "take the tokenizer's files from whoever made the model",
+            model,
+            tokens,
+            len(SENTENCE),
+        )
+    return tokenizer
 
 
 def load_causal_lm(

@@ -1,5 +1,6 @@
 """Models that cannot be had: what a person is told. The hub is a server on this machine that answers like it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from guardloop.errors import GuardLoopError
 from guardloop.guard.facts import guard_facts
-from guardloop.models import is_out_of_memory, locate, pick_device, pick_dtype
+from guardloop.models import is_out_of_memory, load_tokenizer, locate, pick_device, pick_dtype
 
 LOAD = """
 from guardloop.errors import GuardLoopError
@@ -139,6 +140,25 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
 )
 def test_a_want_of_memory_is_known_by_who_reports_it(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_tokenizer_that_lost_its_merges_is_told_of(
+    whole: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It spells every word, as that of Gemma did when transformers 5.17 converted it from GGUF."""
+    load_tokenizer(locate("embedded:smollm2")).save_pretrained(tmp_path)
+    plain = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    if not whole:
+        plain["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain), "utf-8")
+
+    load_tokenizer(str(tmp_path))
+
+    told = [record.message for record in caplog.records if "tokenizer" in record.message]
+    assert [f"{tmp_path}: its tokenizer makes 68 tokens of 68 characters" in message for message in told] == (
+        [] if whole else [True]
+    )
 
 
 @pytest.mark.slow
