@@ -135,11 +135,13 @@ def _compiled(function: Any) -> Any:
     """`function` compiled, with the code kept for later processes.
 
     It is a copy, since torch compiles a function for a few models only and then runs it as it is, which would take
-    more memory than a GPU has.
+    more memory than a GPU has. It is compiled in this process: torch's pool of compilers is larger than the few kernels
+    need, and a process may wait for it for ever (pytorch#189290).
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
-    return torch.compile(copy, dynamic=False)
+    return torch.compile(copy, dynamic=False, options={"compile_threads": 1})
 
 
 def _of(module: Any, function: Any) -> Any:

@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 from functools import partial
@@ -8,6 +9,7 @@ from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import tiny_llama, with_lora
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
 from guardloop.guard.float8 import Float8Linear, to_float8
@@ -74,6 +76,21 @@ def test_compiled_layers_give_the_same(model, tmp_path, monkeypatch):
         forward = PackedForward(model, prefix, 256, compiled=True, first=first_products(trunk(model)))
         for rows in packs:  # sums in place leave nothing behind for the next pack
             torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiled code for a CPU needs g++")
+def test_layers_are_compiled_without_helpers_that_may_hang(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 4)  # as on a machine of many cores
+    for pool in ("pool", "process_pool"):
+        monkeypatch.setattr(AsyncCompile, pool, lambda: pytest.fail("waits for helpers"))
+    prefix, rows = list(range(40)), [[5, 6, 7, 8], [9, 10]]
+
+    forward = PackedForward(with_lora(tiny_llama()), prefix, 256, with_gradient=True, compiled=True)
+
+    forward(rows).sum().backward()
+    assert os.environ["TORCH_WARM_POOL"] == "0"
 
 
 def test_a_process_compiles_the_layers_of_any_number_of_guards(monkeypatch):
