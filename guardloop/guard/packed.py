@@ -139,7 +139,6 @@ def _compiled(function: Any) -> Any:
     need, and a process may wait for it for ever (pytorch#189290).
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    os.environ.setdefault("TORCH_WARM_POOL", "0")
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(copy, dynamic=False, options={"compile_threads": 1})
 

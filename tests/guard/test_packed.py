@@ -1,4 +1,3 @@
-import os
 import random
 import shutil
 from functools import partial
@@ -90,7 +89,6 @@ def test_layers_are_compiled_without_helpers_that_may_hang(tmp_path, monkeypatch
     forward = PackedForward(with_lora(tiny_llama()), prefix, 256, with_gradient=True, compiled=True)
 
     forward(rows).sum().backward()
-    assert os.environ["TORCH_WARM_POOL"] == "0"
 
 
 def test_a_process_compiles_the_layers_of_any_number_of_guards(monkeypatch):
