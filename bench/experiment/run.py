@@ -5,6 +5,7 @@ traffic is answered once, whichever guard lets it pass: responses to a prompt de
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from guardloop.data.sources import read_conversations
 from guardloop.errors import GuardLoopError
 from guardloop.feedback.mine import Harvest
 from guardloop.models import locate
+from guardloop.progress import Stage
 from guardloop.records import (
     CONVERSATION,
     EXAMPLE,
@@ -37,7 +39,7 @@ from guardloop.records import (
     write_jsonl,
     write_table,
 )
-from guardloop.training.bootstrap import make_guard
+from guardloop.training.bootstrap import Watch, make_guard
 from guardloop.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -130,9 +132,11 @@ class Experiment:
         training = default.training.model_copy(update={"seed": seed})
 
         def build(folder: Path) -> None:
-            console.print(f"making the default guard, seed {seed}")
             rows, longest = _taught(default), default.max_text_tokens
-            make_guard(locate(default.base), default.family, rows, training, folder, max_text_tokens=longest)
+            with Stage(f"default guard {seed}") as stage:
+                watch = _steps_told(stage)
+                make_guard(locate(default.base), default.family, rows, training, folder, longest, watch)
+                stage.done(len(rows), "made")
 
         key = default.model_copy(update={"training": training}).plain()
         return self.kept.make(f"default-{seed}", key, build)
@@ -217,9 +221,11 @@ class Experiment:
 
         def build(folder: Path) -> None:
             examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
-            console.print(f"{arm.name}, seed {seed}: {len(examples)} examples")
             guard = settings.guard.model_validate(before.guard)
-            train(examples, guard, training, folder / "adapter", checked=False)
+            with Stage(f"{arm.name}, default guard {before.default_seed}, seed {seed}") as stage:
+                watch = _steps_told(stage)
+                made = train(examples, guard, training, folder / "adapter", lambda _, step: watch(step), checked=False)
+                stage.done(len(examples), f"{made.steps} steps")
             test = folder / "test.parquet"
             stages.screen(self.data() / "test.parquet", test, before.guard, adapter=folder / "adapter")
             tables = (before.test, test, taught.folder, folder / "adapter", folder / "gate")
@@ -244,6 +250,12 @@ def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
         return step(item)
     except UnfinishedError:
         return None
+
+
+def _steps_told(stage: Stage) -> Watch:
+    """Reports of training to a stage, now and then: compiling its layers can take minutes before the first."""
+    started = time.monotonic()
+    return lambda step: stage.report("step", step.number, step.total, started)
 
 
 def _taught(default: DefaultGuard) -> list[Row]:

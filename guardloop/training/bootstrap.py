@@ -39,14 +39,20 @@ Watch = Callable[[Step], None]
 
 
 def make_guard(
-    base: str, family: str, rows: Sequence[Row], settings: TrainingSettings, folder: Path, max_text_tokens: int = 1024
+    base: str,
+    family: str,
+    rows: Sequence[Row],
+    settings: TrainingSettings,
+    folder: Path,
+    max_text_tokens: int = 1024,
+    watch: Watch = lambda step: None,
 ) -> None:
     """Make a guard in `folder`: the model `base` (a local folder or a hub id) that has learnt labelled conversations.
 
     Messages longer than `max_text_tokens` keep their head and tail.
     """
     dtype = pick_dtype("auto", pick_device())
-    merged = _learnt(base, family, rows, settings, dtype, max_text_tokens).merge_and_unload()
+    merged = _learnt(base, family, rows, settings, dtype, max_text_tokens, watch).merge_and_unload()
     merged.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
     facts = {"family": family, "base": base, "threshold": 0.0}

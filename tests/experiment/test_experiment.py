@@ -203,13 +203,17 @@ def beginnings(text: str, arm: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_it_writes_its_page_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_writes_its_page_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     config, page, kept = tmp_path / "tiny.yaml", tmp_path / "docs" / "results.md", tmp_path / "kept"
     config.write_text(yaml.safe_dump(in_little(tmp_path)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     module.main(config, tmp_path, kept, page, workers=2)
 
+    told = capfd.readouterr().err
+    assert "default guard 0: step 1/" in told and "recipe, default guard 0, seed 1: step 1/" in told
     text = page.read_text()
     assert all(f"| {arm} |" in text for arm in ("default", "recipe", *CONTROLS, "recipe, round 2"))
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
