@@ -5,7 +5,6 @@ traffic is answered once, whichever guard lets it pass: responses to a prompt de
 """
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from guardloop.records import (
     write_jsonl,
     write_table,
 )
-from guardloop.training.bootstrap import Watch, make_guard
+from guardloop.training.bootstrap import make_guard, told
 from guardloop.training.train import train
 
 console = Console(highlight=False, soft_wrap=True)
@@ -134,8 +133,7 @@ class Experiment:
         def build(folder: Path) -> None:
             rows, longest = _taught(default), default.max_text_tokens
             with Stage(f"default guard {seed}") as stage:
-                watch = _steps_told(stage)
-                make_guard(locate(default.base), default.family, rows, training, folder, longest, watch)
+                make_guard(locate(default.base), default.family, rows, training, folder, longest, told(stage))
                 stage.done(len(rows), "made")
 
         key = default.model_copy(update={"training": training}).plain()
@@ -223,7 +221,7 @@ class Experiment:
             examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
             guard = settings.guard.model_validate(before.guard)
             with Stage(f"{arm.name}, default guard {before.default_seed}, seed {seed}") as stage:
-                watch = _steps_told(stage)
+                watch = told(stage)
                 made = train(examples, guard, training, folder / "adapter", lambda _, step: watch(step), checked=False)
                 stage.done(len(examples), f"{made.steps} steps")
             test = folder / "test.parquet"
@@ -250,12 +248,6 @@ def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
         return step(item)
     except UnfinishedError:
         return None
-
-
-def _steps_told(stage: Stage) -> Watch:
-    """Reports of training to a stage, now and then: compiling its layers can take minutes before the first."""
-    started = time.monotonic()
-    return lambda step: stage.report("step", step.number, step.total, started)
 
 
 def _taught(default: DefaultGuard) -> list[Row]:

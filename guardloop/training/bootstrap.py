@@ -49,7 +49,7 @@ def make_guard(
 ) -> None:
     """Make a guard in `folder`: the model `base` (a local folder or a hub id) that has learnt labelled conversations.
 
-    Messages longer than `max_text_tokens` keep their head and tail.
+    Messages longer than `max_text_tokens` keep their head and tail. `watch` is told each step.
     """
     dtype = pick_dtype("auto", pick_device())
     merged = _learnt(base, family, rows, settings, dtype, max_text_tokens, watch).merge_and_unload()
@@ -67,12 +67,8 @@ def embedded_guard(folder: Path) -> None:
         SourceSettings(path="seed_prompts", where={"label": "unsafe"}, limit=HARMFUL_PROMPTS),
     )
     rows = [row for source in learnt for row in read_conversations(source)]
-    started = time.monotonic()
     with Stage("embedded guard") as stage:
-
-        def watch(step: Step) -> None:
-            stage.report("training", step.number, step.total, started)
-
+        watch = told(stage)
         model = _learnt(str(embedded_model("smollm2")), FAMILY, rows, EMBEDDED_GUARD, torch.float32, watch=watch)
         save_adapter(model.to(torch.bfloat16), 1.0, folder)
         facts = {
@@ -84,6 +80,12 @@ def embedded_guard(folder: Path) -> None:
         }
         (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         stage.done(len(rows), f"adapter in {folder}")
+
+
+def told(stage: Stage) -> Watch:
+    """Reports the steps of a training to `stage`."""
+    started = time.monotonic()
+    return lambda step: stage.report("step", step.number, step.total, started)
 
 
 def recipe() -> str:
