@@ -19,8 +19,8 @@ from rich.console import Console
 
 from bench.machine import machine
 from bench.write import PAGE, write_section
-from guardloop.errors import GuardLoopError
-from launch.local import find_run
+from guardloop.core.errors import GuardLoopError
+from launch.local.run import find_run
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -70,7 +70,7 @@ def main(
 
 def summary(home: Path, config: Path, pipeline: str, earlier: str) -> dict[str, Any]:
     """What a run of `pipeline` with `config`, from the run `earlier`, told at its end."""
-    command = [sys.executable, "-m", "guardloop.cli", "run", "--json", "--config", str(config)]
+    command = [sys.executable, "-m", "guardloop.cli.main", "run", "--json", "--config", str(config)]
     command += ["--pipeline", pipeline, "--from", earlier]
     environment = {**os.environ, "GUARDLOOP_HOME": str(home)}
     environment.pop("MLFLOW_TRACKING_URI", None)  # the copy has a registry of its own

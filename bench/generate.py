@@ -28,14 +28,15 @@ from rich.table import Table
 from bench.machine import machine
 from bench.workload import LLAMA_7B, TINY, VOCABULARY, Size, config
 from bench.write import PAGE, write_section
-from guardloop.errors import GuardLoopError, first_line
-from guardloop.models import load_causal_lm, load_tokenizer, locate, pick_device, pick_dtype
-from guardloop.progress import Stage
-from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.progress import Stage
+from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_table
+from guardloop.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from guardloop.models.locate import locate
 from guardloop.responses.chat import ChatRenderer
+from guardloop.responses.engines.transformers import TransformersResponder
 from guardloop.responses.responder import Request, sample_seed
 from guardloop.responses.settings import ResponderSettings
-from guardloop.responses.transformers import TransformersResponder
 
 SHARES = (*np.linspace(0, 0.95, 20), 0.99, 1)
 TOXIC_CHAT_TOKENS = (4, 6, 7, 8, 9, 10, 10, 12, 13, 14, 16, 18, 21, 25, 31, 40, 55, 87, 145, 270, 400, 1270)
@@ -143,7 +144,7 @@ def gpu_vllm(folder: Path) -> list[Result]:
 def gpu_stage(folder: Path) -> list[Result]:
     """The stage from the screened table to the table of responses, with the engine loaded before; and that engine."""
     from guardloop.responses import resume  # noqa: PLC0415
-    from guardloop.responses.vllm import VllmResponder  # noqa: PLC0415
+    from guardloop.responses.engines.vllm import VllmResponder  # noqa: PLC0415
 
     settings = gpu_settings(folder)
     engine = VllmResponder(settings, str(folder), load_format="dummy")
@@ -232,7 +233,7 @@ def plain_texts(count: int, seed: int) -> list[str]:
 
 def toxic_chat_like(count: int, tokenizer: Any) -> list[str]:
     """Texts of the sample's traffic, put together and cut to ToxicChat's lengths in tokens."""
-    from guardloop.data.sources import SAMPLE  # noqa: PLC0415  (and what reads data sets, which a GPU needs not)
+    from guardloop.demo import SAMPLE  # noqa: PLC0415  (and what reads data sets, which a GPU needs not)
 
     rng = np.random.default_rng(0)
     lines = (SAMPLE / "traffic.jsonl").read_text("utf-8").splitlines()

@@ -37,12 +37,12 @@ from bench.workload import (
     with_tiny_weights,
 )
 from bench.write import PAGE, write_section
-from guardloop.guard.float8 import to_float8
-from guardloop.guard.forward import margins_of, trunk
-from guardloop.guard.packed import PackedForward
-from guardloop.guard.packing import BLOCK
-from guardloop.guard.scorer import Scorer
-from guardloop.guard.verdict import LabelTokens
+from guardloop.guard.inference.float8 import to_float8
+from guardloop.guard.inference.forward import margins_of, trunk
+from guardloop.guard.inference.packed import PackedForward
+from guardloop.guard.inference.packing import BLOCK
+from guardloop.guard.inference.scorer import Scorer
+from guardloop.guard.prompt.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
 MANY, CPU_PROMPTS = 8192, 128

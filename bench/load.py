@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.machine import machine
 from bench.write import write_section
 from guardloop import stages
-from guardloop.records import JUDGED, SCREENED, Row, write_table
+from guardloop.core.records import JUDGED, SCREENED, Row, write_table
 
 SAMPLES = 2
 TEST_ROWS = 1000

@@ -24,11 +24,12 @@ from bench.write import write_section
 from guardloop.config import load_settings
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
-from guardloop.guard.forward import label_logits, trunk
+from guardloop.guard.inference.forward import label_logits, trunk
 from guardloop.guard.loading import load_renderer
+from guardloop.guard.prompt.verdict import LabelTokens, label_tokens
 from guardloop.guard.settings import GuardSettings
-from guardloop.guard.verdict import LabelTokens, label_tokens
-from guardloop.models import load_causal_lm, locate, pick_device, pick_dtype
+from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
+from guardloop.models.locate import locate
 from guardloop.training.adapter import fresh_adapter
 from guardloop.training.fit import Prefixes, answer_hidden, batches
 from guardloop.training.loss import Encoded, batch_loss

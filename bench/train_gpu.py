@@ -23,9 +23,9 @@ from torch.nn.functional import cross_entropy
 from bench.machine import machine
 from bench.workload import LLAMA_7B, SAFE, TINY, UNSAFE, Size, free, in_nf4, llama, peak_gib, prompts, seconds
 from bench.write import PAGE, write_section
-from guardloop.guard import packed
-from guardloop.guard.forward import label_logits, trunk
-from guardloop.guard.verdict import LabelTokens
+from guardloop.guard.inference import packed
+from guardloop.guard.inference.forward import label_logits, trunk
+from guardloop.guard.prompt.verdict import LabelTokens
 from guardloop.training.fit import Training
 from guardloop.training.loss import Encoded
 from guardloop.training.processes import is_child

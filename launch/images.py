@@ -6,7 +6,7 @@
 import re
 import sys
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from launch.version import code_state
 
 STAGES = (

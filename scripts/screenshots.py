@@ -25,10 +25,11 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.places import home
 from guardloop.stages import REPORT
-from launch.local import Run, find_run, home
-from launch.summary import conclude
+from launch.local.run import Run, find_run
+from launch.local.summary import conclude
 
 PICTURES = Path(__file__).absolute().parents[1] / "docs/pictures"
 TERMINAL, REPORT_PAGE, REGISTRY_PAGE = "terminal.svg", "report.webp", "registry.webp"
@@ -97,7 +98,7 @@ def mlflow_on_a_copy(database: Path) -> Iterator[str]:
             source.backup(target)
         with Path(folder, "log").open("wb") as log:
             server = subprocess.Popen(
-                [sys.executable, "-m", "guardloop.cli", "ui", "--port", str(port)],
+                [sys.executable, "-m", "guardloop.cli.main", "ui", "--port", str(port)],
                 env=os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{copy}"},
                 stdout=log,
                 stderr=log,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from sklearn.metrics import average_precision_score
 
 from bench.experiment.settings import Arm, ExperimentSettings, Subset
-from guardloop.feedback.evidence import gather
-from guardloop.feedback.mine import Harvest, is_held_out, mine
-from guardloop.feedback.settings import FeedbackSettings
-from guardloop.records import Row
-from guardloop.settings import read_section
+from guardloop.core.records import Row
+from guardloop.core.settings import read_section
+from guardloop.mining.evidence import gather
+from guardloop.mining.mine import Harvest, is_held_out, mine
+from guardloop.mining.settings import FeedbackSettings
 
 
 def lessons(

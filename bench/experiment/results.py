@@ -13,11 +13,11 @@ from sklearn.metrics import average_precision_score
 from bench.experiment.settings import ExperimentSettings, Subset
 from bench.machine import machine
 from bench.write import write_section
+from guardloop.core.records import Row
 from guardloop.evaluation.bootstrap import bootstrap, estimate
 from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank, recall_at_fpr
 from guardloop.evaluation.result import Estimate
-from guardloop.feedback.mine import Harvest
-from guardloop.records import Row
+from guardloop.mining.mine import Harvest
 
 DEFAULT, RECIPE, GOLD = "default", "recipe", "gold labels"
 RIVALS = ("self-training", "own score and words")  # arms whose ranking owes nothing to responses

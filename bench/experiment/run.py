@@ -22,12 +22,9 @@ from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
 from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, load_experiment
 from bench.experiment.steps import Kept, UnfinishedError, Workers
 from guardloop import stages
-from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError
-from guardloop.feedback.mine import Harvest
-from guardloop.models import locate
-from guardloop.progress import Stage
-from guardloop.records import (
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.progress import Stage
+from guardloop.core.records import (
     CONVERSATION,
     EXAMPLE,
     SCREENED,
@@ -38,6 +35,9 @@ from guardloop.records import (
     write_jsonl,
     write_table,
 )
+from guardloop.data.sources import read_conversations
+from guardloop.mining.mine import Harvest
+from guardloop.models.locate import locate
 from guardloop.training.bootstrap import make_guard, told
 from guardloop.training.train import train
 

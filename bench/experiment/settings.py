@@ -5,13 +5,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from guardloop.config import read_yaml
+from guardloop.config.files import read_yaml
+from guardloop.core.settings import Section, read_section
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
-from guardloop.feedback.settings import FeedbackSettings
 from guardloop.guard.settings import GuardSettings
+from guardloop.mining.settings import FeedbackSettings
 from guardloop.responses.settings import ResponderSettings
-from guardloop.settings import Section, read_section
 from guardloop.training.settings import TrainingSettings
 
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 
 
 class UnfinishedError(GuardLoopError):

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from datasketch import MinHash
 
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import Row
 from guardloop.data.settings import DatasetSettings
 from guardloop.data.sources import CONTROL, read_conversations
-from guardloop.errors import GuardLoopError
-from guardloop.records import Row
 
 PERMUTATIONS = 64
 RECALL = 0.99

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from guardloop.settings import Section
+from guardloop.core.settings import Section
 
 COLUMNS = ("id", "prompt", "response", "label", "category", "source", "language", "jailbreak")
 

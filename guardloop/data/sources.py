@@ -16,18 +16,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.records import DAMAGED, Row
 from guardloop.data.settings import SourceSettings
-from guardloop.errors import GuardLoopError, first_line
-from guardloop.records import DAMAGED, Row
+from guardloop.demo import SAMPLE
 
-SAMPLE = Path(__file__).parent / "sample"
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 Numbered = Iterator[tuple[int, Row]]
 
 
 def read_conversations(source: SourceSettings, seed: int = 0, where: str = "dataset") -> Iterator[Row]:
-    """Rows of `source` as conversations (guardloop.records.CONVERSATION, without groups), sampled down to its limit.
+    """Rows of `source` as conversations (core.records.CONVERSATION, without groups), sampled down to its limit.
 
     Raises GuardLoopError, naming `where` and the row, for a missing file or column, or a malformed row.
     """
@@ -53,7 +53,7 @@ def _table(source: SourceSettings, where: str) -> Numbered:
     elif source.kind == "hub":
         yield from enumerate(_hub(source, where), start=1)
     elif source.path.startswith("s3://"):
-        from guardloop.storage import fetch  # noqa: PLC0415  (boto3 is slow to import and rarely needed)
+        from guardloop.core.storage import fetch  # noqa: PLC0415  (boto3 is slow to import and rarely needed)
 
         with TemporaryDirectory() as folder:
             yield from _file(fetch(source.path, Path(folder)), where)

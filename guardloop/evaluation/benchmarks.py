@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.records import Row
 from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError, first_line
 from guardloop.evaluation.bootstrap import bootstrap
 from guardloop.evaluation.paired import GuardRun, compare_guards, paired_estimate
 from guardloop.evaluation.result import BenchmarkResult, Compared
 from guardloop.evaluation.settings import BenchmarkSettings, EvaluationSettings
 from guardloop.evaluation.slices import flag_rates
 from guardloop.evaluation.table import read_scores
-from guardloop.records import Row
 
 MIXED = ("auprc", "auroc", "f1", "precision", "recall", "fpr", "accuracy")
 COMMIT = re.compile(r"[0-9a-f]{40}")

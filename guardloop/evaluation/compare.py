@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from guardloop.errors import GuardLoopError
-from guardloop.evaluation.feedback import measure_feedback
+from guardloop.core.errors import GuardLoopError
 from guardloop.evaluation.gate import Changed, Collapse, Evidence, decide
+from guardloop.evaluation.held_out import measure_feedback
 from guardloop.evaluation.metrics import Bools, Floats
 from guardloop.evaluation.paired import FPRS, GuardRun, compare_guards
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate, Evaluation, GuardMetrics

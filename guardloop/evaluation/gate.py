@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest, norm
 
-from guardloop.evaluation.margins import JudgedSlice, judge_slices, least_error
+from guardloop.evaluation.noninferiority import JudgedSlice, judge_slices, least_error
 from guardloop.evaluation.result import BenchmarkResult, Check, Decision, Estimate, GuardMetrics, Outcome
 from guardloop.evaluation.settings import GateSettings, Published
 from guardloop.evaluation.slices import MeasuredSlice

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.settings import Section, read_section
 from guardloop.data.settings import SourceSettings
-from guardloop.errors import GuardLoopError
-from guardloop.settings import Section, read_section
 
 BENCHMARKS = Path("configs/benchmarks")
 CHECKOUT = Path(__file__).parents[2]

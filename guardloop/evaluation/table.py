@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import SCORES
 from guardloop.evaluation.metrics import Bools, Floats, Ints
-from guardloop.records import SCORES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CHECKSUM = "adapter_sha256"

@@ -9,16 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard.facts import guard_facts, thresholds
-from guardloop.guard.float8 import to_float8
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import Row, chunks
+from guardloop.guard.inference.float8 import to_float8
+from guardloop.guard.inference.scorer import Scored, Scorer
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
-from guardloop.guard.prompt import Renderer
-from guardloop.guard.scorer import Scored, Scorer
+from guardloop.guard.metadata import guard_facts, thresholds
+from guardloop.guard.prompt.renderer import Renderer
+from guardloop.guard.prompt.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
 from guardloop.guard.settings import GuardSettings
-from guardloop.guard.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
-from guardloop.models import load_causal_lm, locate, pick_device, pick_dtype
-from guardloop.records import Row, chunks
+from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
+from guardloop.models.locate import locate
 
 WINDOW = 4096  # conversations sorted into packs or batches at a time
 MASS_SAMPLE = 256  # conversations before the label mass is judged

@@ -10,14 +10,16 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.places import cache_folder
 from guardloop.guard.adapter_files import WEIGHTS, check_adapter_files
-from guardloop.guard.facts import guard_facts
-from guardloop.guard.family import family_of
-from guardloop.guard.policy import read_policy
-from guardloop.guard.prompt import Renderer
+from guardloop.guard.metadata import guard_facts
+from guardloop.guard.prompt.family import family_of
+from guardloop.guard.prompt.policy import read_policy
+from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.models import cache_folder, load_tokenizer, locate
+from guardloop.models.loading import load_tokenizer
+from guardloop.models.locate import locate
 
 
 def load_renderer(settings: GuardSettings) -> Renderer:
@@ -44,11 +46,11 @@ def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path 
     if adapter is None:
         return None
     if adapter.startswith("models:/"):
-        from guardloop.registry import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
+        from guardloop.models.registered import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
 
         return resolve_model(adapter, cache_folder() / "adapters", tracking_uri)
     if adapter.startswith("s3://"):
-        from guardloop.storage import fetch  # noqa: PLC0415
+        from guardloop.core.storage import fetch  # noqa: PLC0415
 
         folder = Path(mkdtemp(prefix="adapter-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from guardloop.settings import Section, without_credentials
+from guardloop.core.settings import Section, without_credentials
 
 
 class GuardSettings(Section):
@@ -19,7 +19,7 @@ class GuardSettings(Section):
     tracking_uri: str | None = None
     """MLflow where a `models:/` adapter is found; by default registry.tracking_uri, else MLFLOW_TRACKING_URI."""
     family: str = "auto"
-    """How the guard is prompted and read (see guardloop/guard/families); `auto` asks the model's folder or name."""
+    """How the guard is prompted and read (guardloop/guard/prompt/families); `auto` asks the model's folder or name."""
     policy: str | None = None
     """A YAML file of categories for guards that accept one; by default the guard's own policy."""
     excluded_categories: list[str] = []

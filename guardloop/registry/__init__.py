@@ -11,10 +11,9 @@ from guardloop.registry.settings import RegistrySettings
 if TYPE_CHECKING:
     from guardloop.registry.contents import DataSource, Origin
     from guardloop.registry.registry import Candidate, Registry
-    from guardloop.registry.resolve import resolve_model
     from guardloop.registry.training_log import TrainingLog
 
-__all__ = ["Candidate", "DataSource", "Origin", "Registry", "RegistrySettings", "TrainingLog", "resolve_model"]
+__all__ = ["Candidate", "DataSource", "Origin", "Registry", "RegistrySettings", "TrainingLog"]
 
 MODULES = {
     "Candidate": "registry",
@@ -22,7 +21,6 @@ MODULES = {
     "Origin": "contents",
     "Registry": "registry",
     "TrainingLog": "training_log",
-    "resolve_model": "resolve",
 }
 
 

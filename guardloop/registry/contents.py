@@ -1,6 +1,5 @@
 """What is written into MLflow, as plain values: names of tags, parameters, metrics, and the text that people read."""
 
-import hashlib
 import json
 import math
 import re
@@ -10,14 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
+from guardloop.models.registered import DIGEST
 
-RUN_ID = "guardloop.run_id"
 VERDICT = "guardloop.gate_verdict"
 HEADLINE = "guardloop.headline"
 METRICS = "guardloop.metrics"
-DIGEST = "guardloop.adapter_sha256"
 FORCE_REASON = "guardloop.force_reason"
 PROMOTED_AT = "guardloop.promoted_at"
 REPLACED = "guardloop.replaced"
@@ -138,16 +136,6 @@ def description(origin: Origin, evaluation: Evaluation) -> str:
         lines += [f"| {_cell(c.name)} | {_outcome(c)} | {_cell(c.explanation)} |" for c in decision.checks]
     lines += ["", *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in origin if value)]
     return "\n".join(lines)
-
-
-def adapter_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the folder's files."""
-    total = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.relative_to(folder).as_posix()}\0{digest}\n".encode())
-    return total.hexdigest()
 
 
 def check_adapter(folder: Path) -> None:

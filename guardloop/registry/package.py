@@ -9,10 +9,10 @@ from mlflow.models.utils import _save_example
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import Array
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.settings import GuardSettings
+from guardloop.models.registered import ADAPTER
 
-ADAPTER = "adapter"
 POLICY = "policy.yaml"
 # of the default guard: the adapter brings its own
 OWN_PLACE = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")

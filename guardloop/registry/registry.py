@@ -19,14 +19,14 @@ import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.tracking import RUN_ID, Connection
 from guardloop.evaluation.result import Evaluation
 from guardloop.guard.settings import GuardSettings
+from guardloop.models.registered import DIGEST, adapter_digest, download
 from guardloop.registry import contents
-from guardloop.registry.connection import Connection
 from guardloop.registry.contents import DataSource, Origin
 from guardloop.registry.package import package
-from guardloop.registry.resolve import download
 from guardloop.registry.settings import RegistrySettings
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Registry:
         files = files or {}
         if missing := [str(path) for path in files.values() if not path.exists()]:
             raise GuardLoopError(f"cannot record the run: no such file: {', '.join(missing)}")
-        run = self.connection.run(self.settings, origin.run_id)
+        run = self.connection.run(self.settings.experiment, origin.run_id, self.settings.tags)
         run_id = str(run.info.run_id)
         params = _new_params(run, contents.params_of(sections))
         metrics = (contents.metrics_of(evaluation) if evaluation else {}) | dict(figures or {})
@@ -129,18 +129,18 @@ class Registry:
         Raises GuardLoopError if the folder lacks one of an adapter's files.
         """
         contents.check_adapter(adapter)
-        digest = contents.adapter_digest(adapter)
+        digest = adapter_digest(adapter)
         tags = self.settings.tags | contents.version_tags(origin, evaluation, digest)
         text = contents.description(origin, evaluation)
         name = self.settings.model
-        run_id = str(self.connection.run(self.settings, origin.run_id).info.run_id)
+        run_id = str(self.connection.run(self.settings.experiment, origin.run_id, self.settings.tags).info.run_id)
         scratch = tempfile.TemporaryDirectory(prefix="guardloop-model-")
         folder = Path(scratch.name) / "model"
 
         def create_or_update(client: Any) -> int:
             _create_model(client, name)
             for found in self._versions(client):
-                if found.run_id == run_id and found.tags.get(contents.DIGEST) == digest:
+                if found.run_id == run_id and found.tags.get(DIGEST) == digest:
                     for key, value in tags.items():
                         client.set_model_version_tag(name, found.version, key, value)
                     client.update_model_version(name, found.version, text)
@@ -227,7 +227,7 @@ class Registry:
                 aliases=sorted(alias for alias, version in aliases.items() if version == int(found.version)),
                 headline=found.tags.get(contents.HEADLINE, ""),
                 metrics=json.loads(found.tags.get(contents.METRICS, "{}")),
-                run_id=found.tags.get(contents.RUN_ID, ""),
+                run_id=found.tags.get(RUN_ID, ""),
                 force_reason=found.tags.get(contents.FORCE_REASON, ""),
             )
             for found in versions
@@ -347,14 +347,12 @@ def _create_model(client: Any, name: str) -> None:
 def _upload(client: Any, folder: Path, run_id: str, name: str, digest: str) -> Any:
     """The packaged adapter as a logged model of the run, complete; an upload that was cut off is taken up again."""
     experiment = client.get_run(run_id).info.experiment_id
-    query = f"tags.`{contents.DIGEST}` = '{digest}'"
+    query = f"tags.`{DIGEST}` = '{digest}'"
     found = [model for model in client.search_logged_models([experiment], query) if model.source_run_id == run_id]
     model = (
         found[0]
         if found
-        else client.create_logged_model(
-            experiment, name, run_id, tags={contents.DIGEST: digest}, model_type="lora-adapter"
-        )
+        else client.create_logged_model(experiment, name, run_id, tags={DIGEST: digest}, model_type="lora-adapter")
     )
     client.log_model_artifacts(model.model_id, str(folder))
     outputs = client.get_run(run_id).outputs

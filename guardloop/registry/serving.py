@@ -9,10 +9,11 @@ from typing import Any
 
 from scipy.special import expit
 
-from guardloop.guard.facts import guard_facts
+from guardloop.core.settings import read_section
+from guardloop.guard.metadata import guard_facts
 from guardloop.guard.settings import GuardSettings
-from guardloop.registry.package import ADAPTER, POLICY
-from guardloop.settings import read_section
+from guardloop.models.registered import ADAPTER
+from guardloop.registry.package import POLICY
 
 
 class ServedGuard:

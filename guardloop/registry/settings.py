@@ -4,7 +4,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from guardloop.settings import Section, without_credentials
+from guardloop.core.settings import Section, without_credentials
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
 TAG = re.compile(r"(?=.{1,250}$)\w[\w.: -]*(/\w[\w.: -]*)*")

@@ -10,8 +10,8 @@ from typing import Self
 
 from mlflow.entities import Metric
 
-from guardloop.errors import GuardLoopError
-from guardloop.registry.connection import Connection
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.tracking import Connection
 from guardloop.registry.settings import RegistrySettings
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,9 @@ class TrainingLog:
             return
         try:
             if self._mlflow_run is None:
-                self._mlflow_run = str(connection.run(self.settings, self.run_id).info.run_id)
+                self._mlflow_run = str(
+                    connection.run(self.settings.experiment, self.run_id, self.settings.tags).info.run_id
+                )
             run = self._mlflow_run
             while self._waiting:
                 connection.attempt(

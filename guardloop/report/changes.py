@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from guardloop.records import Row
+from guardloop.core.records import Row
 
 SHOWN = 6
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from guardloop.core.records import Row
 from guardloop.evaluation.bands import Band, curve_bands
 from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
-from guardloop.records import Row
 from guardloop.report.text import MINUS
 
 Floats = NDArray[np.float64]

@@ -14,8 +14,8 @@ from itertools import groupby
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from guardloop.core.records import Row
 from guardloop.evaluation.result import Evaluation
-from guardloop.records import Row
 from guardloop.report import plots, text
 from guardloop.report.changes import find_changes
 from guardloop.report.story import HarvestStory, RunStory, StageCounts

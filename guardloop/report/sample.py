@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from guardloop.core.records import Row
 from guardloop.evaluation.compare import evaluate
 from guardloop.evaluation.paired import GuardRun
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
-from guardloop.records import Row
 from guardloop.report.render import render_html
 from guardloop.report.story import RunStory, Source, StageCounts
 

@@ -6,8 +6,8 @@ Prompts are hostile: a special token written in one stays plain text, so that no
 import re
 from typing import Any
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard.prompt import TEMPLATE_ERRORS
+from guardloop.core.errors import GuardLoopError
+from guardloop.guard.prompt.renderer import TEMPLATE_ERRORS
 
 SLOT = "\ue000prompt\ue001"  # private-use characters stand in for the prompt
 PROBES = ("How are you?", "été 9", "(x)")

@@ -4,8 +4,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from guardloop.errors import GuardLoopError
-from guardloop.records import CONVERSATION, Row
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import CONVERSATION, Row
 from guardloop.responses.refusal import is_refusal
 from guardloop.responses.responder import Reply, Request, Responder, sample_seed
 from guardloop.responses.settings import ResponderSettings

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol
 
-from guardloop.models import locate
+from guardloop.models.locate import locate
 from guardloop.responses.settings import ResponderSettings
 
 FinishReason = Literal["stop", "length", "error"]
@@ -69,13 +69,13 @@ def build_responder(settings: ResponderSettings, load: str | None = None) -> Res
     `load` is the folder to load the model from, where the caller has it already; by default it is located.
     """
     if settings.kind == "openai":
-        from guardloop.responses.openai import OpenAIResponder  # noqa: PLC0415  (each engine has its own dependencies)
+        from guardloop.responses.engines.openai import OpenAIResponder  # noqa: PLC0415  (each engine has its own dependencies)
 
         return OpenAIResponder(settings)
     if settings.kind == "vllm":
-        from guardloop.responses.vllm import VllmResponder  # noqa: PLC0415
+        from guardloop.responses.engines.vllm import VllmResponder  # noqa: PLC0415
 
         return VllmResponder(settings, load or locate(settings.model))
-    from guardloop.responses.transformers import TransformersResponder  # noqa: PLC0415
+    from guardloop.responses.engines.transformers import TransformersResponder  # noqa: PLC0415
 
     return TransformersResponder(settings, load or locate(settings.model))

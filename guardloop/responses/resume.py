@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from guardloop.errors import GuardLoopError
-from guardloop.progress import Stage
-from guardloop.records import RESPONSE, Row, count_rows, read_table, read_tables, write_table
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.progress import Stage
+from guardloop.core.records import RESPONSE, Row, count_rows, read_table, read_tables, write_table
 from guardloop.responses.respond import Progress, passed, respond
 from guardloop.responses.responder import Responder, build_responder
 from guardloop.responses.settings import ResponderSettings

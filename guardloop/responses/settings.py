@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from guardloop.settings import Section
+from guardloop.core.settings import Section
 
 ENDPOINT_ONLY = ("base_url", "api_key_env", "requests_per_minute", "tokenizer")
 

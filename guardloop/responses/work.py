@@ -22,8 +22,8 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from guardloop import __version__
-from guardloop.errors import GuardLoopError
-from guardloop.models import cache_folder
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.places import cache_folder
 from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
@@ -69,7 +69,7 @@ class Work:
     def __enter__(self) -> Self:
         """Raises GuardLoopError where the folder or the store cannot be used, or another process is at it."""
         if self._store:
-            from guardloop.storage import exists, fetch  # noqa: PLC0415  (boto3, which work on this disk does not need)
+            from guardloop.core.storage import exists, fetch  # noqa: PLC0415  (boto3, which work on this disk does not need)
 
             parent = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="guardloop-")))
             self.folder = parent / self._key
@@ -108,7 +108,7 @@ class Work:
 
     def _send(self, file: Path) -> None:
         """Send `file`, and what could not be sent before. A store that is away is no reason to stop."""
-        from guardloop.storage import put  # noqa: PLC0415
+        from guardloop.core.storage import put  # noqa: PLC0415
 
         self._unsent.append(file)
         try:

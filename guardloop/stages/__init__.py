@@ -6,7 +6,6 @@ An image has the packages of its own stage only, so that a stage imports what it
 from guardloop.stages.benchmarks import benchmark_guards, score_benchmarks
 from guardloop.stages.data import prepare_data
 from guardloop.stages.evaluation import curves_of, evaluate
-from guardloop.stages.feedback import mine_feedback, write_harvest
 from guardloop.stages.files import (
     BLOCKED_INPUTS,
     EVALUATION,
@@ -21,6 +20,7 @@ from guardloop.stages.files import (
     copy_file,
 )
 from guardloop.stages.guard import screen, screen_improved
+from guardloop.stages.mining import mine_feedback, write_harvest
 from guardloop.stages.registry import promote_model, record_harvest, register_model
 from guardloop.stages.responses import generate_responses
 from guardloop.stages.training import train_guard

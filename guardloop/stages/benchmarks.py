@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guardloop.core.progress import Stage
+from guardloop.core.records import BENCHMARKED, EXAMPLE, Row, read_table, write_table
+from guardloop.core.settings import read_section
 from guardloop.evaluation.result import BenchmarkResult
 from guardloop.evaluation.settings import EvaluationSettings
 from guardloop.guard.settings import GuardSettings
-from guardloop.progress import Stage
-from guardloop.records import BENCHMARKED, EXAMPLE, Row, read_table, write_table
-from guardloop.settings import read_section
 from guardloop.stages.files import EXAMPLES, Sections
 from guardloop.stages.guard import load_guard
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from guardloop.core.progress import Stage
+from guardloop.core.records import CONVERSATION, write_table
+from guardloop.core.settings import read_section
 from guardloop.data.settings import DatasetSettings
-from guardloop.progress import Stage
-from guardloop.records import CONVERSATION, write_table
-from guardloop.settings import read_section
 from guardloop.stages.files import Sections
 
 

@@ -7,12 +7,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.progress import Stage
+from guardloop.core.records import BENCHMARKED, SCORES, SCREENED, Row, read_facts, read_json, read_table, write_table
+from guardloop.core.settings import read_section
 from guardloop.evaluation.result import Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
-from guardloop.progress import Stage
-from guardloop.records import BENCHMARKED, SCORES, SCREENED, Row, read_facts, read_json, read_table, write_table
-from guardloop.settings import read_section
 from guardloop.stages.benchmarks import measured
 from guardloop.stages.files import EVALUATION, EXAMPLES, HARVEST, REPORT, SCORE_TABLE, SUMMARY, Sections
 
@@ -95,7 +95,7 @@ def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator
 
 def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
     """What the report tells of the run besides the evaluation."""
-    from guardloop.guard.facts import guard_facts
+    from guardloop.guard.metadata import guard_facts
     from guardloop.report import HarvestStory, RunStory, Source, StageCounts
 
     harvest = read_json(training_set / HARVEST, HarvestStory)

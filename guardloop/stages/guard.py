@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from guardloop.guard.facts import thresholds
+from guardloop.core.progress import Stage
+from guardloop.core.records import FEEDBACK, Row, count_rows, judged_schema, read_facts, read_table, write_table
+from guardloop.core.settings import read_section
+from guardloop.guard.metadata import thresholds
 from guardloop.guard.settings import GuardSettings
-from guardloop.progress import Stage
-from guardloop.records import FEEDBACK, Row, count_rows, judged_schema, read_facts, read_table, write_table
-from guardloop.settings import read_section
 from guardloop.stages.files import HELD_OUT, Sections
 
 
@@ -106,7 +106,8 @@ def load_guard(settings: GuardSettings, adapter: str | Path | None) -> Any:
 
 def _base_revision(settings: GuardSettings, guard: Any) -> str:
     """The commit of the guard's base: as it was pinned, else as the hub gave it; an embedded model's recipe."""
-    from guardloop.models import EMBEDDED, locate
+    from guardloop.models.embedded import EMBEDDED
+    from guardloop.models.locate import locate
 
     if settings.base.startswith(EMBEDDED) and guard is not None:
         return Path(locate(settings.base)).name.rpartition("-")[2]

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from guardloop.core.progress import Stage
+from guardloop.core.records import read_facts, read_json
+from guardloop.core.settings import read_section
 from guardloop.evaluation.result import Evaluation
 from guardloop.guard.settings import GuardSettings
-from guardloop.progress import Stage
-from guardloop.records import read_facts, read_json
 from guardloop.registry.settings import RegistrySettings
-from guardloop.settings import read_section
 from guardloop.stages.files import (
     BLOCKED_INPUTS,
     EVALUATION,

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from guardloop.progress import Stage
-from guardloop.records import RESPONSE, Row, read_facts, write_table
+from guardloop.core.progress import Stage
+from guardloop.core.records import RESPONSE, Row, read_facts, write_table
+from guardloop.core.settings import read_section
 from guardloop.responses.settings import ResponderSettings
-from guardloop.settings import read_section
 from guardloop.stages.files import Sections
 
 

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from guardloop.core.progress import Stage
+from guardloop.core.records import EXAMPLE, read_table
+from guardloop.core.settings import read_section
 from guardloop.guard.settings import GuardSettings
-from guardloop.progress import Stage
-from guardloop.records import EXAMPLE, read_table
 from guardloop.registry.settings import RegistrySettings
-from guardloop.settings import read_section
 from guardloop.stages.files import EXAMPLES, Sections
 from guardloop.training.processes import is_child, train_in_processes
 from guardloop.training.settings import TrainingSettings

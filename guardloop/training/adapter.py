@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from guardloop.errors import GuardLoopError, first_line
-from guardloop.guard.forward import trunk
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.guard.inference.forward import trunk
 from guardloop.guard.loading import changes_vocabulary
 from guardloop.training.settings import TrainingSettings
 

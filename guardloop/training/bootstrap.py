@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from guardloop.core.progress import Stage
+from guardloop.core.records import Row
 from guardloop.data.settings import SourceSettings
-from guardloop.data.sources import SAMPLE, read_conversations
-from guardloop.embedded import GUARD_ADAPTER, embedded_model
+from guardloop.data.sources import read_conversations
+from guardloop.demo import SAMPLE
 from guardloop.guard.adapter_files import CHECKSUM, WEIGHTS, checksum
-from guardloop.guard.family import families
-from guardloop.guard.prompt import TEMPLATES, Renderer
-from guardloop.guard.verdict import label_tokens
-from guardloop.models import load_causal_lm, load_tokenizer, pick_device, pick_dtype
-from guardloop.progress import Stage
-from guardloop.records import Row
+from guardloop.guard.prompt.family import families
+from guardloop.guard.prompt.renderer import TEMPLATES, Renderer
+from guardloop.guard.prompt.verdict import label_tokens
+from guardloop.models.embedded import GUARD_ADAPTER, embedded_model
+from guardloop.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.training.adapter import fresh_adapter, save_adapter
 from guardloop.training.fit import fit
 from guardloop.training.loss import Encoded

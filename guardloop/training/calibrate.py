@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score
 
-from guardloop.records import Row
+from guardloop.core.records import Row
 
 NEVER_BLOCKED = ("hard_negative", "passed")
 CONTRAST = 0.5  # targets above count as unsafe when the held-out examples are ranked

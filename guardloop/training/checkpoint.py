@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from guardloop.errors import GuardLoopError
-from guardloop.storage import exists, fetch, put
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.storage import exists, fetch, put
 
 log = logging.getLogger("guardloop")
 STATE = "state"

@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from guardloop.errors import GuardLoopError, first_line
-from guardloop.guard.forward import PrefixCache, behind, is_sharded, label_logits, trunk
-from guardloop.guard.packed import fits
-from guardloop.guard.packing import batches as within
-from guardloop.guard.verdict import LabelTokens
-from guardloop.models import is_out_of_memory
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.guard.inference.forward import PrefixCache, behind, is_sharded, label_logits, trunk
+from guardloop.guard.inference.packed import fits
+from guardloop.guard.inference.packing import batches as within
+from guardloop.guard.prompt.verdict import LabelTokens
+from guardloop.models.loading import is_out_of_memory
 from guardloop.training.checkpoint import (
     ADAPTER,
     BEST,

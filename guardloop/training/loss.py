@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from guardloop.guard.verdict import LabelTokens
+from guardloop.guard.prompt.verdict import LabelTokens
 
 
 @dataclass(frozen=True)

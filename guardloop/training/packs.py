@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from guardloop.guard.forward import behind
-from guardloop.guard.packed import PackedForward
-from guardloop.guard.packing import BLOCK, bins, most_rows
+from guardloop.guard.inference.forward import behind
+from guardloop.guard.inference.packed import PackedForward
+from guardloop.guard.inference.packing import BLOCK, bins, most_rows
 from guardloop.training.loss import Encoded
 
 SIZES = (4, 2, 1)  # packs of a quarter, a half and the whole of the largest: few, as each is compiled

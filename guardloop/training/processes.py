@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 
 
 def is_child() -> bool:

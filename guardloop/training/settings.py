@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from guardloop.settings import Section
+from guardloop.core.settings import Section
 
 
 class TrainingSettings(Section):

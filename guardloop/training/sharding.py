@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard.forward import trunk
+from guardloop.core.errors import GuardLoopError
+from guardloop.guard.inference.forward import trunk
 
 
 def shard(model: Any, device: torch.device) -> None:

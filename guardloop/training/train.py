@@ -12,17 +12,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.places import cache_folder
+from guardloop.core.records import Row
 from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
-from guardloop.guard.facts import guard_facts, thresholds
-from guardloop.guard.forward import is_sharded
+from guardloop.guard.inference.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
-from guardloop.guard.prompt import Renderer
+from guardloop.guard.metadata import guard_facts, thresholds
+from guardloop.guard.prompt.renderer import Renderer
+from guardloop.guard.prompt.verdict import UNSAFE, label_tokens
 from guardloop.guard.settings import GuardSettings
-from guardloop.guard.verdict import UNSAFE, label_tokens
-from guardloop.models import cache_folder, load_causal_lm, locate, pick_device, pick_dtype
-from guardloop.records import Row
+from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
+from guardloop.models.locate import locate
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
 from guardloop.training.calibrate import CONTRAST, benign_fpr, ranking, same_share, stricter_point, temperature
 from guardloop.training.card import model_card

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from guardloop.guard.forward import trunk
+from guardloop.guard.inference.forward import trunk
 
 PEAK_FLOPS = {  # dense bfloat16 (V100: float16), from the makers' data sheets
     "H200": 989e12,

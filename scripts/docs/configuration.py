@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from guardloop.config import PlatformSettings, Settings, describe_fields, type_name
-from guardloop.settings import Section
+from guardloop.core.settings import Section
 from scripts.docs.markdown import NOTE, code, first_words, table
 
 INTRODUCTION = f"""# Configuration

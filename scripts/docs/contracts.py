@@ -10,8 +10,9 @@ from pydantic import BaseModel
 
 import components
 import components.stages
-from guardloop import records, stages
+from guardloop import stages
 from guardloop.config import type_name
+from guardloop.core import records
 from guardloop.evaluation import result
 from guardloop.report import story
 from scripts.docs.markdown import NOTE, code, first_words, table
@@ -22,7 +23,7 @@ INTRODUCTION = f"""# Contracts
 
 What a stage writes is all that the next one knows of it. Tables are Parquet, written in row groups; what their writer
 tells of them (where the data came from, which guard judged it) is JSON in the file's metadata, under the key
-`{records.FACTS}` (`guardloop.records.read_facts`).
+`{records.FACTS}` (`guardloop.core.records.read_facts`).
 """
 CONTENTS = {
     "traffic": "[CONVERSATION](#conversation)",
@@ -102,7 +103,7 @@ def _artifacts() -> str:
 
 
 def _schema_notes() -> dict[str, tuple[str, list[str], dict[str, str]]]:
-    """For each schema of guardloop.records its docstring, the schemas it begins with, and its columns' comments."""
+    """For each schema of core.records its docstring, the schemas it begins with, and its columns' comments."""
     source = inspect.getsource(records)
     lines, found = source.splitlines(), {}
     body = ast.parse(source).body

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_tables import as_bytes
+from support.data_tables import as_bytes
 
 from guardloop.data.settings import DatasetSettings, SourceSettings
 

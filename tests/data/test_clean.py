@@ -6,14 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import cases
 
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import CONVERSATION, read_facts, read_table
 from guardloop.data.clean import WORD, NearIndex, fingerprint, normalise, prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
-from guardloop.errors import GuardLoopError
-from guardloop.records import CONVERSATION, read_facts, read_table
 from guardloop.stages import prepare_data
 
 few = settings(max_examples=cases(60), deadline=None, derandomize=True)

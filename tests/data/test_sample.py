@@ -7,7 +7,8 @@ import pytest
 
 from guardloop.data.clean import NearIndex, normalise, prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
-from guardloop.data.sources import SAMPLE, read_conversations
+from guardloop.data.sources import read_conversations
+from guardloop.demo import SAMPLE
 
 PARTS = ["traffic", "test", "judge", "seed_prompts"]
 PROMPTS = ["traffic", "test"]

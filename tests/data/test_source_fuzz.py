@@ -4,11 +4,11 @@ import random
 import zlib
 
 import pytest
-from data_tables import as_bytes
+from support.data_tables import as_bytes
 
+from guardloop.core.errors import GuardLoopError
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError
 
 FILES = 60
 HOSTILE = [

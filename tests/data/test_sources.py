@@ -2,7 +2,6 @@ import gzip
 import json
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,16 @@ from pathlib import Path
 import datasets
 import httpx2 as httpx
 import pytest
+from support.root import ROOT
+from support.services import S3Server
 
 from guardloop.config import load_settings
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.storage import put
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError
-from guardloop.storage import put
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from services import S3Server
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 KINDS = [".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet"]
 ROWS = [
     {"conv": "a", "text": "How do I bake bread?", "verdict": "fine", "area": "", "jb": 0, "checked": True},

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from pages import PAGES, ROOT, fenced, name, prose
+from support.pages import PAGES, ROOT, fenced, name, prose
 
-from guardloop import cli
+from guardloop.cli import main as cli
 
 COMMANDS = typer.main.get_command(cli.app)
 MAKEFILE = (ROOT / "Makefile").read_text()

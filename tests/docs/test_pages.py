@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import PAGES, ROOT, anchors, fenced, links, name
+from support.pages import PAGES, ROOT, anchors, fenced, links, name
 
 from guardloop.config import Settings, describe_fields, load_settings
 from scripts.docs.__main__ import generated

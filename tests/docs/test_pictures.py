@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import PAGES, ROOT, name, prose
+from support.pages import PAGES, ROOT, name, prose
 
-from launch.local import Run
+from launch.local.run import Run
 from scripts import screenshots
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")

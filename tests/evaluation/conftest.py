@@ -2,12 +2,12 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.root import ROOT
 
-BENCH = Path(__file__).parents[2] / "bench" / "gate_simulation.py"
+BENCH = ROOT / "bench" / "gate_simulation.py"
 
 
 @pytest.fixture(scope="session")

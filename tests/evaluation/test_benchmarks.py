@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from models import save_guard, tiny_llama, with_lora
+from support.models import save_guard, tiny_llama, with_lora
+from support.root import ROOT
 from typer.testing import CliRunner
 
-from guardloop.cli import app
+from guardloop.cli.main import app
 from guardloop.config import load_settings
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.evaluation import EvaluationSettings, GuardRun
 from guardloop.evaluation.benchmarks import MIXED, measure_benchmark, read_benchmark, resolve_commit
 from guardloop.evaluation.settings import BenchmarkSettings, read_benchmark_settings
 from guardloop.guard.engine import Guard
 
-ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "benchmarks").glob("*.yaml"))
 FAST = EvaluationSettings(resamples=200)
 

@@ -2,9 +2,9 @@ import time
 
 import numpy as np
 import pytest
-from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import cases
 
 from guardloop.evaluation.bootstrap import bootstrap, estimate, resample_weights
 from guardloop.evaluation.metrics import auprc, auroc, curve, rank, recall_at_fpr

@@ -12,12 +12,12 @@ from sklearn.metrics import (
 )
 
 from guardloop import stages
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import SCORES, SCREENED, write_table
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
 from guardloop.evaluation.compare import SINGLE
-from guardloop.feedback.mine import mine
-from guardloop.feedback.settings import FeedbackSettings
-from guardloop.records import SCORES, SCREENED, write_table
+from guardloop.mining.mine import mine
+from guardloop.mining.settings import FeedbackSettings
 from guardloop.report.summary import comparisons
 
 FAST = EvaluationSettings(resamples=200)

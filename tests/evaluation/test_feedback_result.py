@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from guardloop.core.records import FEEDBACK
 from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
-from guardloop.evaluation.feedback import measure_feedback
-from guardloop.records import FEEDBACK
+from guardloop.evaluation.held_out import measure_feedback
 
 FAST = EvaluationSettings(resamples=300)
 IMPROVED = GuardRun("improved", 0.5, 0.99, 0)

@@ -6,7 +6,7 @@ from statsmodels.stats.multitest import multipletests
 
 from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
 from guardloop.evaluation.gate import Changed
-from guardloop.evaluation.margins import holm, judge_slices
+from guardloop.evaluation.noninferiority import holm, judge_slices
 from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate
 from guardloop.evaluation.slices import measure
 from guardloop.evaluation.table import read_scores

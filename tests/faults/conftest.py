@@ -1,7 +1,6 @@
 """One undisturbed round of the loop on tiny models, stage by stage: what every drill starts from and must end with."""
 
 import hashlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-
-for name in (".", "registry", "responses"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / name))
-from registry_examples import evaluation, origin
-from workshop import Workshop
+from support.registry_examples import evaluation, origin
+from support.workshop import Workshop
 
 from guardloop import stages
 from guardloop.config import Settings
-from guardloop.records import read_table
+from guardloop.core.records import read_table
+from guardloop.core.settings import read_section
 from guardloop.registry import Registry, RegistrySettings
-from guardloop.settings import read_section
 
 torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
 

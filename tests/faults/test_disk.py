@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Loop, contents
+from faults.conftest import Loop, contents
 from filelock import FileLock
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.responses.work import Work
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]

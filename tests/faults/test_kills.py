@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Loop, contents, database
+from faults.conftest import Loop, contents, database
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Loop, contents
-from services import MlflowServer
+from faults.conftest import Loop, contents
+from support.services import MlflowServer
 
 from guardloop import stages
 

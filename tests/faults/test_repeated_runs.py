@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workshop import ROOT, Workshop
+from support.workshop import ROOT, Workshop
 
-from launch.reproduce import compare
+from launch.local.reproduce import compare
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -27,7 +27,7 @@ def start(workshop: Workshop, *arguments: str) -> "subprocess.Popen[str]":
     config.write_text(yaml.safe_dump(workshop.settings))
     environment = {**os.environ, "GUARDLOOP_HOME": str(workshop.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "guardloop.cli", *arguments]
+    command = [sys.executable, "-m", "guardloop.cli.main", *arguments]
     if arguments[0] == "run":
         command += ["--config", str(config)]
     return subprocess.Popen(

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Loop, contents
-from proxy import KINDS, FaultyProxy
-from services import S3Server
+from faults.conftest import Loop, contents
+from support.proxy import KINDS, FaultyProxy
+from support.services import S3Server
 
 from guardloop import stages
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.storage import fetch, put
 from guardloop.responses import resume
-from guardloop.storage import fetch, put
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 FAILING = tuple(kind for kind in KINDS if kind != "slow")

@@ -8,8 +8,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-from corpus import SLOW_SECONDS, TARGETS, try_case
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+from fuzz.corpus import SLOW_SECONDS, TARGETS, try_case
 
 
 def main() -> int:

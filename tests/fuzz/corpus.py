@@ -7,7 +7,6 @@ through many numbers; those that once found something are kept in SEEDS and run 
 import json
 import random
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -15,22 +14,21 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
-from data_tables import as_bytes
-from models import save_guard, tiny_llama, with_lora
+from support.data_tables import as_bytes
+from support.models import save_guard, tiny_llama, with_lora
+from support.root import ROOT
 
 from guardloop.config import load_platform, load_settings
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import CONVERSATION, count_rows, read_facts, read_table, write_table
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
-from guardloop.errors import GuardLoopError
 from guardloop.guard.adapter_files import check_adapter_files
-from guardloop.guard.facts import guard_facts
 from guardloop.guard.loading import attach_adapter, load_renderer
-from guardloop.guard.policy import read_policy
+from guardloop.guard.metadata import guard_facts
+from guardloop.guard.prompt.policy import read_policy
 from guardloop.guard.settings import GuardSettings
-from guardloop.records import CONVERSATION, count_rows, read_facts, read_table, write_table
 
-ROOT = Path(__file__).parents[2]
 SLOW_SECONDS = 10.0
 HOSTILE = [
     *(b'"', b"'", b"\n", b"\r", b"\x00", b"\xff", b"\xef\xbb\xbf", b"{}", b"[[", b"]", b"}", b",", b":", b"- ", b"  "),

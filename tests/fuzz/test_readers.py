@@ -1,24 +1,21 @@
 """Whatever is in a file, its reader ends, with rows or with words and a remedy. `make fuzz` tries more."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from cases import cases
+from fuzz.corpus import SEEDS, TARGETS, try_case
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.cases import cases
 
-sys.path.insert(0, str(Path(__file__).parent))
-from corpus import SEEDS, TARGETS, try_case
-
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.adapter_files import FREE, WEIGHTS, check_adapter_files
-from guardloop.guard.facts import guard_facts
-from guardloop.guard.policy import read_policy
+from guardloop.guard.metadata import guard_facts
+from guardloop.guard.prompt.policy import read_policy
 
 CASES = 30
 many = hypothesis_settings(max_examples=cases(150), deadline=None, derandomize=True)

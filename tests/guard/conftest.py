@@ -1,11 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import FAMILIES
+from support.models import FAMILIES
 
 torch.set_num_threads(1)
 

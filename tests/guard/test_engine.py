@@ -5,10 +5,10 @@ from functools import cache
 
 import pytest
 import torch
-from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import (
+from support.cases import cases
+from support.models import (
     FAMILIES,
     agent,
     renderer_of,
@@ -18,11 +18,11 @@ from models import (
     with_lora,
 )
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard import engine
 from guardloop.guard.engine import Guard
-from guardloop.guard.forward import PrefixCache, label_hidden
-from guardloop.guard.packed import PackedForward
+from guardloop.guard.inference.forward import PrefixCache, label_hidden
+from guardloop.guard.inference.packed import PackedForward
 
 PROPERTY = settings(max_examples=cases(30), deadline=None, derandomize=True)
 WORDS = ["how", "do", "I", "bake", "a", "cake", "build", "bomb", "<|eot_id|>", "[/INST]", "你好", ".", "?", "\n"]
@@ -146,7 +146,7 @@ def test_a_conversation_that_fits_no_memory_ends_in_an_error_for_people(monkeypa
     def never(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("guardloop.guard.scorer.label_hidden", never)
+    monkeypatch.setattr("guardloop.guard.inference.scorer.label_hidden", never)
     with pytest.raises(GuardLoopError, match="out of memory with packs of 1024 and batches of 256 tokens"):
         work(tiny_guard(packed=True))
 

@@ -5,9 +5,9 @@ import os
 import pickle
 
 import pytest
-from models import agent, renderer_of, save_guard, tiny_guard, tiny_llama, user, with_lora
+from support.models import agent, renderer_of, save_guard, tiny_guard, tiny_llama, user, with_lora
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
 

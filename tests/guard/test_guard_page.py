@@ -1,10 +1,10 @@
 import re
-from pathlib import Path
 
 import pytest
-from models import save_guard
+from support.models import save_guard
+from support.root import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "guard.md"
+PAGE = ROOT / "docs" / "guard.md"
 
 
 def test_the_pages_example_runs(tmp_path, capsys):

@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from workshop import Workshop
+from support.workshop import Workshop
 
-from guardloop.records import read_table
+from guardloop.core.records import read_table
 from launch.images import MODEL_STAGES, STAGES, image_of
 
 TAG = os.environ.get("GUARDLOOP_TEST_IMAGES", "")

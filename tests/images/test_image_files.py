@@ -5,16 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.root import ROOT
 
-from guardloop.docker import DockerSettings
-from guardloop.errors import GuardLoopError
+from guardloop.config.docker import DockerSettings
+from guardloop.core.errors import GuardLoopError
 from launch import images
-from launch.containers import use_images
 from launch.images import MODEL_STAGES, STAGES, checkout_tag, image_of, stage_of
+from launch.local.containers import use_images
 from launch.version import code_state
 from pipeline import PIPELINES
 
-ROOT = Path(__file__).parents[2]
 FOLDERS = sorted(path.parent for path in (ROOT / "images").glob("*/Dockerfile"))
 LOCKS = sorted((ROOT / "images").glob("*/*.txt"))
 BY_DIGEST = re.compile(r"\w+_IMAGE=[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}")

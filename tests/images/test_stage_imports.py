@@ -7,12 +7,13 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from workshop import Workshop
+from support.root import ROOT
+from support.workshop import Workshop
 
 from launch.images import MODEL_STAGES, stage_of
 from pipeline import PIPELINES
 
-IMAGES = Path(__file__).parents[2] / "images"
+IMAGES = ROOT / "images"
 TORCH = IMAGES.parent / "requirements/torch.txt"
 PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==", re.MULTILINE)
 HERE = {"guardloop"}

@@ -1,5 +1,5 @@
 import pytest
-from overlays import PLATFORM_OF, Overlay
+from support.overlays import PLATFORM_OF, Overlay
 
 
 @pytest.fixture(params=PLATFORM_OF, scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
+from support.overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
 
 KFP = MANIFESTS / "kfp"
 SECRET = "mlpipeline-minio-artifact"

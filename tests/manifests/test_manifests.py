@@ -6,9 +6,9 @@ import re
 import kubernetes_validate
 import pytest
 import yaml
-from overlays import MANIFESTS, VERSIONS, Object, Overlay, render
+from support.overlays import MANIFESTS, VERSIONS, Object, Overlay, render
 
-from guardloop.cluster import amount
+from guardloop.config.cluster import amount
 
 KFP_SECRETS = {("kubeflow", "mlpipeline-minio-artifact")}  # installed by KFP itself, with SeaweedFS
 FOREIGN = {  # pods that others install: KFP 2.17 and the cluster's DNS

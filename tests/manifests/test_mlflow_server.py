@@ -6,8 +6,8 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
-from overlays import Overlay
-from services import MlflowServer
+from support.overlays import Overlay
+from support.services import MlflowServer
 
 EXPERIMENT = "/api/2.0/mlflow/experiments/get?experiment_id=0"
 

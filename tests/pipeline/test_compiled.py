@@ -8,8 +8,8 @@ import yaml
 from kfp import dsl
 
 from guardloop.config import load_settings
-from launch.compile import compile_all
-from launch.local import PARAMETERS
+from launch.kubeflow.compile import compile_all
+from launch.local.run import PARAMETERS
 
 STAGES = {
     "process": {"prepare-data", "screen", "generate-responses", "screen-2", "mine-feedback"},

@@ -1,17 +1,14 @@
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from support.registry_examples import evaluation, origin
+from support.services import MlflowServer, S3Server
 
 from guardloop.evaluation.result import Outcome
 from guardloop.registry import Registry, RegistrySettings
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from registry_examples import evaluation, origin
-from services import MlflowServer, S3Server
 
 
 @pytest.fixture(autouse=True)

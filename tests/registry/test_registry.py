@@ -12,13 +12,14 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
-from registry_examples import evaluation, origin
-from services import MlflowServer, S3Server
+from support.registry_examples import evaluation, origin
+from support.services import MlflowServer, S3Server
 
-from guardloop.errors import GuardLoopError
-from guardloop.registry import DataSource, Registry, RegistrySettings, TrainingLog, resolve_model
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.settings import read_section
+from guardloop.models.registered import resolve_model
+from guardloop.registry import DataSource, Registry, RegistrySettings, TrainingLog
 from guardloop.registry.contents import description
-from guardloop.settings import read_section
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.models import Model
-from models import save_guard, tiny_llama, with_lora
-from registry_examples import evaluation, origin
-from services import Service
+from support.models import save_guard, tiny_llama, with_lora
+from support.registry_examples import evaluation, origin
+from support.services import Service
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.loading import fetch_adapter
 from guardloop.guard.settings import GuardSettings

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from registry_examples import origin
+from support.registry_examples import origin
 
 from guardloop.registry import Registry, RegistrySettings, TrainingLog
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_of(registry: Registry) -> Any:
-    return registry.connection.run(registry.settings, "run-1")
+    return registry.connection.run(registry.settings.experiment, "run-1", {})
 
 
 def test_without_an_address_nothing_happens(settings: RegistrySettings) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_responder import build_model, build_tokenizer, save
+from support.tiny_responder import build_model, build_tokenizer, save
 
 
 @pytest.fixture(scope="session")

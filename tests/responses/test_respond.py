@@ -2,13 +2,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from tiny_responder import PROMPTS, screened, tiny_settings
+from support.tiny_responder import PROMPTS, screened, tiny_settings
 
-from guardloop.errors import GuardLoopError
-from guardloop.records import RESPONSE, read_table, write_table
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import RESPONSE, read_table, write_table
+from guardloop.responses.engines.transformers import TransformersResponder
 from guardloop.responses.respond import respond
 from guardloop.responses.responder import Reply, Request, failure
-from guardloop.responses.transformers import TransformersResponder
 
 
 class Script:

@@ -1,9 +1,9 @@
 from typing import Any
 
 import pytest
-from tiny_responder import END, START, TEMPLATE, build_tokenizer
+from support.tiny_responder import END, START, TEMPLATE, build_tokenizer
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.responses.chat import ChatRenderer, PromptError
 
 

@@ -1,10 +1,10 @@
 import pytest
-from tiny_responder import tiny_settings
+from support.tiny_responder import tiny_settings
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.settings import read_section
 from guardloop.responses.responder import build_responder, sample_seed
 from guardloop.responses.settings import ResponderSettings
-from guardloop.settings import read_section
 
 ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://localhost:1/v1"}
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_respond import Script
-from tiny_responder import PROMPTS, screened, tiny_settings
+from responses.test_respond import Script
+from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop import stages
-from guardloop.records import RESPONSE, SCREENED, Row, count_rows, write_table
+from guardloop.core.records import RESPONSE, SCREENED, Row, count_rows, write_table
 from guardloop.responses import resume, work
+from guardloop.responses.engines.transformers import WINDOW_BATCHES, TransformersResponder
 from guardloop.responses.responder import Reply, Request
 from guardloop.responses.resume import Parts
-from guardloop.responses.transformers import WINDOW_BATCHES, TransformersResponder
 
 MANY = 200_000
 GROWTH_MIB = 24  # all rows of MANY prompts, held as Python objects, are some hundred

@@ -12,20 +12,20 @@ from typing import Any
 import boto3
 import pytest
 import torch
-from services import S3Server
-from test_respond import Script
-from tiny_responder import PROMPTS, screened, tiny_settings
+from responses.test_respond import Script
+from support.services import S3Server
+from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop import stages
-from guardloop.errors import GuardLoopError
-from guardloop.progress import Stage
-from guardloop.records import RESPONSE, SCREENED, Row, read_table, write_table
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.progress import Stage
+from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_table
 from guardloop.responses import resume, work
+from guardloop.responses.engines.transformers import TransformersResponder
 from guardloop.responses.respond import respond
 from guardloop.responses.responder import Reply, Request, Responder
 from guardloop.responses.resume import Parts, answered
 from guardloop.responses.settings import ResponderSettings
-from guardloop.responses.transformers import TransformersResponder
 from guardloop.responses.work import Work, key_of
 
 KILLS, KILLS_WITHOUT_DISK = 60, 12

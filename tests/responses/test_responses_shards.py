@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
-from models import save_guard
-from tiny_responder import PROMPTS, screened, tiny_settings
+from support.models import save_guard
+from support.root import ROOT
+from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop import stages
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import CONVERSATION, RESPONSE, SCREENED, read_facts, read_table, read_tables, write_table
 from guardloop.guard.settings import GuardSettings
-from guardloop.records import CONVERSATION, RESPONSE, SCREENED, read_facts, read_table, read_tables, write_table
 from guardloop.responses import resume, work
 from guardloop.responses.responder import Reply, Request, Responder, build_responder
 
-ROOT = Path(__file__).parents[2]
 Answers = set[tuple[Any, ...]]
 
 
@@ -195,7 +195,7 @@ def test_the_pipeline_in_two_shards_gives_what_it_gives_in_one(tmp_path: Path, t
         platform.write_text(yaml.safe_dump({"runner": "subprocess", "shards": shards}))
         where = ["--config", str(tmp_path / "config.yaml"), "--platform", str(platform)]
         ended = subprocess.run(
-            [sys.executable, "-m", "guardloop.cli", "run", "--pipeline", "process", *where],
+            [sys.executable, "-m", "guardloop.cli.main", "run", "--pipeline", "process", *where],
             env={**os.environ, "GUARDLOOP_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from canaries import CANARIES, found_in
-from services import S3Server
-from tiny_responder import screened
-from workshop import ROOT
+from support.canaries import CANARIES, found_in
+from support.services import S3Server
+from support.tiny_responder import screened
+from support.workshop import ROOT
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import SCREENED, write_table
 from guardloop.guard.loading import fetch_adapter
-from guardloop.records import SCREENED, write_table
 from guardloop.registry import Registry
 from guardloop.registry.settings import RegistrySettings
 
@@ -33,7 +33,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 def guardloop(*arguments: str, home: Path) -> str:
     """Both outputs of a command."""
     environment = {**os.environ, "GUARDLOOP_HOME": str(home)}
-    command = [sys.executable, "-m", "guardloop.cli", *arguments]
+    command = [sys.executable, "-m", "guardloop.cli.main", *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.stdout + ended.stderr
@@ -79,10 +79,10 @@ def echo(status: int) -> Iterator[str]:
 
 STAGE = """
 import sys
-from guardloop.cli import main
+from guardloop.cli.main import main
 from guardloop.stages import generate_responses
-import guardloop.cli
-guardloop.cli.app = lambda: generate_responses(sys.argv[1], sys.argv[2], {
+import guardloop.cli.main
+guardloop.cli.main.app = lambda: generate_responses(sys.argv[1], sys.argv[2], {
     "kind": "openai", "model": "m", "base_url": sys.argv[3], "api_key_env": "OPENAI_API_KEY", "max_error_share": 1.0})
 main()
 """

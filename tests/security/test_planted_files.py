@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_guard, tiny_llama, with_lora
+from support.models import save_guard, tiny_llama, with_lora
+from support.root import ROOT
 
-from guardloop.errors import GuardLoopError
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.loading import attach_adapter, load_renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.models import load_causal_lm, load_tokenizer
+from guardloop.models.loading import load_causal_lm, load_tokenizer
 from guardloop.registry.package import package
 
-ROOT = Path(__file__).parents[2]
 OURS = sorted(p for folder in ("guardloop", "launch", "components") for p in (ROOT / folder).rglob("*.py"))
 
 

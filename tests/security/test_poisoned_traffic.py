@@ -11,13 +11,13 @@ from functools import cache
 
 import numpy as np
 import pytest
-from feedback_examples import judged, screened
 from sklearn.linear_model import LogisticRegression
+from support.feedback_examples import judged, screened
 
 from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
 from guardloop.evaluation.settings import GateSettings
-from guardloop.feedback.mine import mine
-from guardloop.feedback.settings import FeedbackSettings
+from guardloop.mining.mine import mine
+from guardloop.mining.settings import FeedbackSettings
 from guardloop.training.calibrate import stricter_point
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import split

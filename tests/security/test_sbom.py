@@ -3,11 +3,9 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.root import ROOT
 
 
 @pytest.mark.slow

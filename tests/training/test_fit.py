@@ -5,14 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import renderer_of, tiny_llama, with_lora
+from support.cases import cases
+from support.models import renderer_of, tiny_llama, with_lora
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard.forward import label_logits
-from guardloop.guard.verdict import LabelTokens, label_tokens
+from guardloop.core.errors import GuardLoopError
+from guardloop.guard.inference.forward import label_logits
+from guardloop.guard.prompt.verdict import LabelTokens, label_tokens
 from guardloop.training.fit import Learner, Look, Training, answer_hidden, batches, fit, rate_at
 from guardloop.training.loss import Encoded, batch_loss, label_losses
 from guardloop.training.packs import Packs

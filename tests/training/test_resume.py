@@ -10,13 +10,13 @@ import time
 
 import pytest
 import torch
-from models import renderer_of, tiny_llama, with_lora
 from safetensors.torch import load_file
-from services import S3Server
-from test_train import guard_settings, quick, toy_examples
+from support.models import renderer_of, tiny_llama, with_lora
+from support.services import S3Server
+from training.test_train import guard_settings, quick, toy_examples
 
-from guardloop.guard.verdict import label_tokens
-from guardloop.records import EXAMPLE, write_table
+from guardloop.core.records import EXAMPLE, write_table
+from guardloop.guard.prompt.verdict import label_tokens
 from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training.adapter import fresh_adapter
 from guardloop.training.checkpoint import Checkpoints

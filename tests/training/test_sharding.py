@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from models import renderer_of, tiny_llama, with_lora
 from safetensors.torch import load_file
-from test_fit import encoded, gradients, with_codes
-from test_train import guard_settings, quick, row, toy_examples
+from support.models import renderer_of, tiny_llama, with_lora
 from torch.distributed.tensor import DTensor
+from training.test_fit import encoded, gradients, with_codes
+from training.test_train import guard_settings, quick, row, toy_examples
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard.verdict import label_tokens
+from guardloop.core.errors import GuardLoopError
+from guardloop.guard.prompt.verdict import label_tokens
 from guardloop.training.checkpoint import Checkpoints
 from guardloop.training.fit import Training, fit
 from guardloop.training.packs import Packs

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.cases import cases
 
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings

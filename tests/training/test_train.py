@@ -5,23 +5,23 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import cases
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from models import agent, renderer_of, tiny_llama, user, with_lora
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from scipy.stats import norm
+from support.cases import cases
+from support.models import agent, renderer_of, tiny_llama, user, with_lora
 from torch._dynamo.testing import CompileCounter
 
-from guardloop.errors import GuardLoopError
-from guardloop.guard import packed
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.records import EXAMPLE, write_table
+from guardloop.core.tracking import Connection
 from guardloop.guard.engine import Guard
-from guardloop.guard.prompt import Renderer
+from guardloop.guard.inference import packed
+from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.settings import GuardSettings
-from guardloop.records import EXAMPLE, write_table
-from guardloop.registry.connection import Connection
 from guardloop.registry.settings import RegistrySettings
 from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training import train as module

@@ -1,0 +1,5 @@
+"""`python -m guardloop.cli`."""
+
+from guardloop.cli.main import main
+
+main()

@@ -1,0 +1,67 @@
+"""One configuration: eight sections, read from a YAML file and validated before anything runs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from guardloop.config.files import read_yaml
+from guardloop.core.settings import Section, read_section
+from guardloop.data.settings import DatasetSettings, SourceSettings
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.guard.settings import GuardSettings
+from guardloop.mining.settings import FeedbackSettings
+from guardloop.registry.settings import RegistrySettings
+from guardloop.responses.settings import ResponderSettings
+from guardloop.training.settings import TrainingSettings
+
+
+class Settings(Section):
+    """Everything that decides a run's result. Where it runs is the platform's business."""
+
+    dataset: DatasetSettings = DatasetSettings()
+    guard: GuardSettings = GuardSettings()
+    responder: ResponderSettings = ResponderSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gate: GateSettings = GateSettings()
+    registry: RegistrySettings = RegistrySettings()
+
+    @model_validator(mode="after")
+    def _one_registry(self) -> "Settings":
+        """The default guard is looked up where adapters are registered."""
+        if self.guard.tracking_uri is None and self.registry.tracking_uri is not None:
+            guard = self.guard.model_copy(update={"tracking_uri": self.registry.tracking_uri})
+            return self.model_copy(update={"guard": guard})
+        return self
+
+    @model_validator(mode="after")
+    def _sharded_is_not_quantized(self) -> Self:
+        if self.training.sharded and self.guard.quantization in ("int8", "nf4"):
+            raise ValueError(
+                f"training.sharded: the weights of guard.quantization {self.guard.quantization} cannot be split; leave "
+                "sharded off, as a quantized guard fits one GPU, or set the quantization to none"
+            )
+        return self
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Each section as JSON-ready values: the pipeline's parameters.
+
+        Settings that are None are left out, since KFP has no such value; None is the default of every one of them.
+        """
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def sources(self) -> Iterator[tuple[str, SourceSettings]]:
+        """(place in the settings, source) of every table that a run reads, those of benchmarks included."""
+        for part in ("traffic", "test", "agent"):
+            if (source := getattr(self.dataset, part)) is not None:
+                yield f"dataset.{part}", source
+        for benchmark in self.evaluation.benchmarks:
+            yield f"benchmark {benchmark.name}", benchmark.source
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read and validate a configuration. Raises GuardLoopError naming the file and each wrong key."""
+    return read_section(Settings, read_yaml(path, "configuration", "configs"), Path(path).name)

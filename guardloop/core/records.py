@@ -1,0 +1,277 @@
+"""The data contracts: every table that one stage writes and another reads, and the one way in and out.
+
+Bulk travels as Parquet, written in row groups so that memory does not grow with the number of rows.
+A table is its own explanation: the screen stage adds the verdict's columns to the conversation it judged.
+It is sealed with a checksum, before the footer, where other readers of Parquet see a gap; every read verifies it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
+
+from guardloop.core.errors import GuardLoopError
+
+Row = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
+ROW_GROUP = 1024
+FACTS = "guardloop"
+SEALED = "guardloop.sealed"
+SEAL = b"guardloop.sha256"
+SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
+TAIL_BYTES = 8  # of every Parquet file: the footer's length and its mark
+DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
+"""What pyarrow raises for a file that is cut off or changed."""
+
+CONVERSATION = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string()),  # null: the User's message is judged; else the Agent's
+        pa.field("unsafe", pa.bool_()),  # human label of the last message; null where unknown
+        pa.field("category", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("language", pa.string()),
+        pa.field("jailbreak", pa.bool_()),
+        pa.field("group", pa.string(), nullable=False),  # near-duplicates share a group
+    ]
+)
+"""A prompt, with a response when it is the Agent's message that is judged."""
+
+VERDICT_FIELDS = [
+    pa.field("margin", pa.float32()),  # logit(unsafe) - logit(safe); null where the row could not be judged
+    pa.field("label_mass", pa.float32()),  # P(safe) + P(unsafe)
+    pa.field("flagged", pa.bool_(), nullable=False),  # margin above the guard's threshold for what was judged
+    pa.field("truncated", pa.bool_(), nullable=False),
+    pa.field("error", pa.string()),
+    pa.field("probability", pa.float32()),  # P(unsafe) of the two labels, after the guard's temperature
+    pa.field("categories", pa.string()),  # codes of a flagged message, with commas, where they were asked for
+]
+SCREENED = pa.schema([*CONVERSATION, *VERDICT_FIELDS])
+"""A conversation with the guard's verdict."""
+
+RESPONSE = pa.schema(
+    [
+        *CONVERSATION,
+        pa.field("prompt_margin", pa.float32(), nullable=False),  # the default guard's margin on the prompt alone
+        pa.field("sample", pa.int32(), nullable=False),  # 0 .. k-1
+        pa.field("responder", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop, length or error
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("refusal", pa.bool_(), nullable=False),
+    ]
+)
+"""One sampled response to one passed prompt. `unsafe` keeps the prompt's label, for measuring only."""
+
+JUDGED = pa.schema([*RESPONSE, *VERDICT_FIELDS])
+"""A response with the frozen judge's verdict on it."""
+
+
+def judged_schema(table: str | Path | pa.Schema) -> pa.Schema:
+    """The columns of a table of conversations, or of a schema, with the verdict's added."""
+    if not isinstance(table, pa.Schema):
+        with _reading(table):
+            table = pq.read_schema(table)
+    return pa.schema([*table, *VERDICT_FIELDS])
+
+
+EXAMPLE = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("response", pa.string()),
+        pa.field("target", pa.float32(), nullable=False),  # wanted P(unsafe)
+        pa.field("weight", pa.float32(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),  # positive, hard_negative, replay_...
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+    ]
+)
+"""What the improved guard is taught."""
+
+FEEDBACK = pa.schema(
+    [
+        *CONVERSATION,
+        pa.field("prompt_margin", pa.float32(), nullable=False),  # the default guard's; it let the prompt pass
+        pa.field("responses", pa.int32(), nullable=False),  # that the judge could judge
+        pa.field("blocked", pa.int32(), nullable=False),
+        pa.field("response_unsafe", pa.bool_()),  # true: enough were blocked; false: none was; null: in between
+    ]
+)
+"""A prompt that was held out of the training set, with what became of it."""
+
+SCORES = pa.schema(
+    [
+        *CONVERSATION,
+        pa.field("default_margin", pa.float32(), nullable=False),
+        pa.field("improved_margin", pa.float32(), nullable=False),
+    ]
+)
+"""A labelled test conversation with both guards' margins."""
+
+BENCHMARKED = pa.schema([pa.field("benchmark", pa.string(), nullable=False), *SCORES])
+"""A labelled row of a public benchmark with both guards' margins."""
+
+
+def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, facts: Callable[[], Row] = dict) -> int:
+    """Stream `rows` into a Parquet file at `path`, all or nothing; missing keys become null. Returns the row count.
+
+    `facts` is asked once all rows are written; what it tells of the table is kept in the file (see `read_facts`).
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = pq.ParquetWriter(partial, schema)
+    try:
+        for chunk in chunks(rows, ROW_GROUP):
+            table = pa.Table.from_pylist(chunk, schema=schema)
+            with _writing(path):
+                writer.write_table(table)
+            count += len(chunk)
+        told = {FACTS: json.dumps(facts()), SEALED: "sha256"}
+        with _writing(path):
+            writer.add_key_value_metadata(told)
+            writer.close()
+            _seal(partial)
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            writer.close()
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def read_table(path: str | Path, schema: pa.Schema | None = None) -> Iterator[Row]:
+    """Stream the rows of the Parquet file at `path`; with `schema`, refuse a file that lacks one of its columns."""
+    with _reading(path), pq.ParquetFile(path) as file:
+        if schema is not None and (missing := set(schema.names) - set(file.schema_arrow.names)):
+            raise GuardLoopError(
+                f"{path} lacks the columns {', '.join(sorted(missing))}", "give the table that the stage before wrote"
+            )
+        for batch in file.iter_batches(batch_size=ROW_GROUP):
+            yield from batch.to_pylist()
+
+
+def read_tables(paths: Sequence[str | Path], schema: pa.Schema | None = None) -> Iterator[Row]:
+    """The rows of several files, one after another: the shards of one table."""
+    for path in paths:
+        yield from read_table(path, schema)
+
+
+def read_facts(path: str | Path) -> Row:
+    """What the writer of a table told of it: where the data came from, which guard judged it."""
+    with _reading(path):
+        stored = pq.read_metadata(path).metadata or {}
+        facts: Row = json.loads(stored.get(FACTS.encode(), b"{}"))
+    return facts
+
+
+def count_rows(path: str | Path) -> int:
+    """Number of rows in a Parquet file, from its footer."""
+    with _reading(path):
+        return int(pq.read_metadata(path).num_rows)
+
+
+def write_jsonl(rows: Iterable[Row], path: str | Path) -> int:
+    """Write rows as JSON lines, for people. Returns the row count."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_json(path: str | Path, model: type[M]) -> M:
+    """The JSON file at `path` as a `model`. Raises GuardLoopError where it is missing or damaged."""
+    try:
+        return model.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise GuardLoopError(f"no such file: {path}", "run the stage that writes it") from None
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise GuardLoopError(f"{path} cannot be read: {reason}", "run the stage that writes it again") from None
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of at most `size` rows."""
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _seal(path: Path) -> None:
+    """Put the file's checksum between its rows and its footer, which is found from the end."""
+    with path.open("r+b") as file:
+        start = _footer(file)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(SEAL + digest + footer)
+
+
+def _verify(path: str | Path) -> None:
+    """Raises ValueError for a table of ours whose bytes are not those that were written."""
+    with Path(path).open("rb") as file:
+        start = _footer(file) - SEAL_BYTES
+        file.seek(max(0, start))
+        seal = file.read(SEAL_BYTES)
+        if start < 0 or not seal.startswith(SEAL):
+            if SEALED.encode() in (pq.read_metadata(path).metadata or {}):
+                raise ValueError("its checksum is missing")
+            return  # of another program
+        digest = hashlib.sha256()
+        file.seek(0)
+        while (place := file.tell()) < start:
+            digest.update(file.read(min(2**20, start - place)))
+        file.seek(start + SEAL_BYTES)
+        digest.update(file.read())
+    if seal != SEAL + digest.digest():
+        raise ValueError("its checksum differs from what was written")
+
+
+def _footer(file: BinaryIO) -> int:
+    """Where the footer of a Parquet file begins."""
+    end = file.seek(-TAIL_BYTES, os.SEEK_END)
+    return max(0, end - int.from_bytes(file.read(4), "little"))
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    try:
+        _verify(path)
+        yield
+    except FileNotFoundError:
+        raise GuardLoopError(f"no such file: {path}", "run the stage that writes it") from None
+    except DAMAGED as error:
+        raise GuardLoopError(
+            f"{path} is not a readable Parquet file: {error}", "run the stage that writes it again"
+        ) from error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise GuardLoopError(
+            f"cannot write {path}: {error.strerror or error}", "free disk space or choose another folder"
+        ) from error

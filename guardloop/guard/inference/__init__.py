@@ -1,0 +1,1 @@
+"""Scoring: packed sequences on a GPU, batches elsewhere."""

@@ -1,0 +1,1 @@
+"""How a guard is asked and how its answer reads: families, templates, policies, verdicts."""

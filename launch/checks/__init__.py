@@ -1,0 +1,1 @@
+"""What is asked before a run: preflight, doctor, plan."""

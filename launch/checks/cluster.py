@@ -1,0 +1,291 @@
+"""What is checked before a run is submitted, so that it does not fail an hour later on the cluster."""
+
+import ipaddress
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from guardloop.config import Settings
+from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.storage import put
+from launch.checks.check import (
+    Check,
+    failed,
+    has_s3_credentials,
+    hub_models,
+    kubeflow,
+    look,
+    mlflow_server,
+    s3_object,
+)
+from launch.checks.images import NotCheckedError, image_exists
+from launch.kubeflow.cluster import Cluster
+from launch.kubeflow.namespace import Namespace, NoAccessError
+
+MARKER = ".guardloop-preflight"
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a compiled pipeline needs of the cluster it runs on."""
+
+    spec: dict[str, Any]
+    platform: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Package":
+        """Read a compiled pipeline, with its platform part where it has one."""
+        spec, *rest = yaml.safe_load_all(path.read_text("utf-8"))
+        return cls(spec, rest[0] if rest else {})
+
+    @property
+    def name(self) -> str:
+        """The pipeline's name."""
+        return str(self.spec["pipelineInfo"]["name"])
+
+    def images(self) -> list[str]:
+        """The images of its stages."""
+        containers = [e.get("container", {}) for e in self.spec.get("deploymentSpec", {}).get("executors", {}).values()]
+        return sorted({container["image"] for container in containers if container.get("image")})
+
+    def variable(self, name: str) -> str | None:
+        """The value of an environment variable of the stages, where it is written in the package."""
+        for executor in self.spec.get("deploymentSpec", {}).get("executors", {}).values():
+            for variable in executor.get("container", {}).get("env", []):
+                if variable["name"] == name and variable.get("value"):
+                    return str(variable["value"])
+        return None
+
+    def config_key(self, variable: str) -> tuple[str, str] | None:
+        """The config map, and its key, that an environment variable of the stages comes from."""
+        for executor in self._pods():
+            for use in executor.get("configMapAsEnv", []):
+                for entry in use.get("keyToEnv", []):
+                    if entry.get("envVar") == variable and use.get("configMapName"):
+                        return use["configMapName"], entry["configMapKey"]
+        return None
+
+    def runs(self, stage: str) -> bool:
+        """Whether the stage, such as generate-responses, is a part of it."""
+        return f"exec-{stage}" in self.spec.get("deploymentSpec", {}).get("executors", {})
+
+    def gives(self, stage: str, variable: str) -> bool:
+        """Whether the stage gets the environment variable: as it is, from a secret, or from a config map."""
+        name = f"exec-{stage}"
+        container = self.spec.get("deploymentSpec", {}).get("executors", {}).get(name, {}).get("container", {})
+        pod = self._executors().get(name, {})
+        mapped = [
+            e for field in ("secretAsEnv", "configMapAsEnv") for u in pod.get(field, []) for e in u.get("keyToEnv", [])
+        ]
+        names = {e["name"] for e in container.get("env", [])} | {e.get("envVar") for e in mapped}
+        return variable in names
+
+    def objects(self) -> Iterator[tuple[str, str, set[str]]]:
+        """(kind, name, keys) of the secrets, config maps and volumes without which a stage does not start."""
+        for executor in self._pods():
+            for kind, field, given, key in (
+                ("secret", "secretAsEnv", "secretName", "secretKey"),
+                ("secret", "secretAsVolume", "secretName", ""),
+                ("secret", "imagePullSecret", "secretName", ""),
+                ("config map", "configMapAsEnv", "configMapName", "configMapKey"),
+                ("config map", "configMapAsVolume", "configMapName", ""),
+                ("volume claim", "pvcMount", "constant", ""),
+            ):
+                for use in executor.get(field, []):
+                    if use.get(given) and not use.get("optional"):
+                        yield kind, use[given], {entry[key] for entry in use.get("keyToEnv", []) if key}
+
+    def _pods(self) -> Iterable[dict[str, Any]]:
+        return self._executors().values()
+
+    def _executors(self) -> dict[str, dict[str, Any]]:
+        kubernetes = self.platform.get("platforms", {}).get("kubernetes", {})
+        executors: dict[str, dict[str, Any]] = kubernetes.get("deploymentSpec", {}).get("executors", {})
+        return executors
+
+
+def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Check]:
+    """Look at everything that the run will need. Nothing is raised: every finding is a Check."""
+    return look(
+        [
+            lambda: kubeflow(cluster),
+            lambda: _images(package),
+            lambda: _objects(cluster, package),
+            lambda: hub_models(settings),
+            lambda: _endpoints(settings, package),
+            lambda: _data(settings),
+            lambda: [_artifacts(cluster)],
+            lambda: [_mlflow(settings, package, cluster)],
+        ]
+    )
+
+
+def _images(package: Package) -> list[Check]:
+    present, missing, unknown = [], [], {}
+    for image in package.images():
+        try:
+            (present if image_exists(image) else missing).append(image)
+        except NotCheckedError as error:
+            unknown.setdefault((error.what.replace(image, "an image"), error.remedy), []).append(image)
+    checks = [Check("images", "ok", f"{len(present)} in the registry")] if present else []
+    if missing:
+        remedy = "`make images`, then `make push REGISTRY=...`, from the commit that is submitted"
+        checks.append(Check("images", "failed", f"not in the registry: {_in_short(missing)}", remedy))
+    for (why, remedy), images in unknown.items():
+        checks.append(Check("images", "not checked", f"{why}: {_in_short(images)}", remedy))
+    return checks
+
+
+def _in_short(images: list[str]) -> str:
+    """registry/{one,another}:tag where registry and tag are the same for all."""
+    parts = [re.fullmatch(r"(.*/)([^/:@]+)(.*)", image) for image in images]
+    alike = {(part[1], part[3]) for part in parts if part}
+    if len(images) < 2 or not all(parts) or len(alike) > 1:
+        return ", ".join(images)
+    ((registry, tag),) = alike
+    return f"{registry}{{{','.join(part[2] for part in parts if part)}}}{tag}"
+
+
+def _objects(cluster: Cluster, package: Package) -> list[Check]:
+    needed: dict[tuple[str, str], set[str]] = {}
+    for kind, name, keys in package.objects():
+        needed.setdefault((kind, name), set()).update(keys)
+    account = cluster.target.service_account
+    if account:
+        needed["service account", account] = set()
+    if not needed:
+        return [Check("secrets, volumes", "ok", "the stages ask for none")]
+    words = ", ".join(f"{kind} {name}" for kind, name in needed)
+    if not cluster.target.namespace:
+        return [Check("secrets, volumes", "not checked", f"no namespace is named: {words}", "give --namespace")]
+    try:
+        namespace = Namespace(cluster.target.namespace)
+        checks = [_object(namespace, kind, name, keys) for (kind, name), keys in needed.items()]
+    except NoAccessError as error:
+        return [Check("secrets, volumes", "not checked", f"{error.what}: {words}", error.remedy)]
+    wrong = [check for check in checks if check.verdict != "ok"]
+    return wrong or [Check("secrets, volumes", "ok", f"{words} in {namespace.name} ({namespace.context})")]
+
+
+def _object(namespace: Namespace, kind: str, name: str, keys: set[str]) -> Check:
+    place = f"namespace {namespace.name} ({namespace.context})"
+    problem = ""
+    if kind == "volume claim":
+        phase = namespace.claim_phase(name)
+        if phase not in ("Bound", "Pending"):  # a claim may wait for its first pod
+            problem = f"{name} is {phase} in {place}" if phase else f"no {name} in {place}"
+    elif kind == "service account":
+        problem = "" if namespace.has_service_account(name) else f"no {name} in {place}"
+    else:
+        there = namespace.keys(kind, name)
+        lacking = ", ".join(sorted(keys - (there or set())))
+        problem = f"no {name} in {place}" if there is None else f"{name} in {place} lacks {lacking}" if lacking else ""
+    if problem:
+        return Check(kind, "failed", problem, "create or mend it: manifests/ has an example")
+    return Check(kind, "ok", name)
+
+
+def _data(settings: Settings) -> list[Check]:
+    """Files that the stages will read: those of this machine are not on the cluster."""
+    checks = []
+    paths = [(where, source.path) for where, source in settings.sources() if source.kind == "file"]
+    paths += [("guard.policy", settings.guard.policy)] if settings.guard.policy else []
+    paths += [("guard.adapter", settings.guard.adapter)] if settings.guard.adapter else []
+    models = [("guard.base", settings.guard.base)]
+    models += [("responder.model", one.model) for one in settings.responder.each() if one.kind != "openai"]
+    paths += [(where, model) for where, model in models if model.startswith((".", "/", "~"))]
+    for where, path in paths:
+        if path.startswith("models:/"):
+            continue
+        if path.startswith("s3://"):
+            checks.append(s3_object(where, path))
+        elif path.startswith("/"):
+            remedy = "mount a volume with it into the stages, or put it on s3://"
+            checks.append(Check(where, "not checked", f"{path} must be in the stages' containers", remedy))
+        else:
+            remedy = "put it on s3://, or name the place in the stages' containers where it is mounted"
+            checks.append(Check(where, "failed", f"{path} is a place on this machine, not on the cluster", remedy))
+    return checks
+
+
+def _endpoints(settings: Settings, package: Package) -> list[Check]:
+    """Endpoints as the pods that ask them see them."""
+    stage = "generate-responses"
+    if not package.runs(stage):
+        return []
+    checks = []
+    for one in settings.responder.each():
+        if one.kind != "openai":
+            continue
+        name, key = f"responder {one.tag}", one.api_key_env
+        if _is_pod_itself(urlsplit(str(one.base_url)).hostname or ""):
+            remedy = "name the endpoint in responder.base_url as the cluster's pods reach it"
+            checks.append(Check(name, "failed", f"{one.base_url}: that is the pod itself", remedy))
+        elif key and not package.gives(stage, key):
+            remedy = f"map the key of a secret to {key} for {stage}, in cluster.secrets of the platform"
+            checks.append(Check(name, "failed", f"{stage} gets no {key}, which holds the endpoint's key", remedy))
+        else:
+            remedy = "see that network policies let the stages reach it: docs/kubernetes.md, What to edit"
+            checks.append(Check(name, "not checked", f"{one.base_url} is asked from the cluster", remedy))
+    return checks
+
+
+def _is_pod_itself(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f".{host.rstrip('.')}".endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _artifacts(cluster: Cluster) -> Check:
+    """Whether the place of the artifacts can be written with this machine's credentials."""
+    name, root = "artifact store", cluster.target.pipeline_root
+    if not root:
+        own = _config_value(cluster, "kfp-launcher", "defaultPipelineRoot") or "the cluster's own place"
+        remedy = "name a place in kubeflow.pipeline_root to have it checked"
+        return Check(name, "not checked", f"{own} is used, with the cluster's credentials", remedy)
+    if not root.startswith("s3://"):
+        return Check(name, "not checked", f"{root}: only s3:// can be checked from here")
+    if not has_s3_credentials():
+        return Check(
+            name, "not checked", f"{root}: no S3 credentials on this machine", "set AWS_ACCESS_KEY_ID and the others"
+        )
+    try:
+        with TemporaryDirectory() as folder:
+            marker = Path(folder, MARKER)
+            marker.write_text("GuardLoop checked that this can be written.\n", "utf-8")
+            put(marker, f"{root.rstrip('/')}/{MARKER}")
+    except GuardLoopError as error:
+        return failed(name, error)
+    return Check(name, "ok", f"{root} can be written with this machine's credentials")
+
+
+def _config_value(cluster: Cluster, config_map: str, key: str) -> str | None:
+    """A value of a config map in the runs' namespace, or None where it cannot be seen."""
+    if not cluster.target.namespace:
+        return None
+    try:
+        return Namespace(cluster.target.namespace).config_map(config_map).get(key)
+    except NoAccessError:
+        return None
+
+
+def _mlflow(settings: Settings, package: Package, cluster: Cluster) -> Check:
+    name, uri = "MLflow", settings.registry.tracking_uri or package.variable("MLFLOW_TRACKING_URI")
+    if not uri and (source := package.config_key("MLFLOW_TRACKING_URI")):
+        uri = _config_value(cluster, *source)
+    if not uri:
+        return Check(name, "not checked", "its address is the cluster's business", "name it in registry.tracking_uri")
+    if urlsplit(uri).scheme not in ("http", "https"):
+        remedy = "set registry.tracking_uri to an MLflow server that the stages reach"
+        return Check(
+            name, "failed", f"{without_secrets(uri)}: the stages share no file or database of this machine", remedy
+        )
+    return mlflow_server(uri)

@@ -1,0 +1,90 @@
+"""A namespace of the Kubernetes cluster, as far as this machine's credentials reach."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from urllib3.exceptions import HTTPError
+
+from guardloop.core.errors import GuardLoopError
+
+TIMEOUT = (5, 20)
+T = TypeVar("T")
+
+
+class NoAccessError(GuardLoopError):
+    """Kubernetes cannot be asked from here: nothing is known, good or bad."""
+
+
+class Namespace:
+    """The objects of one namespace. Methods raise NoAccessError where Kubernetes cannot be asked."""
+
+    def __init__(self, name: str) -> None:
+        from kubernetes import client, config  # noqa: PLC0415  (takes a second to import)
+        from kubernetes.client.exceptions import ApiException  # noqa: PLC0415
+
+        self.name = name
+        self._refusal = ApiException
+        settings = client.Configuration()
+        try:
+            if "KUBERNETES_SERVICE_HOST" in os.environ:
+                config.load_incluster_config(client_configuration=settings)
+                self.context = "this pod's service account"
+            else:
+                files = os.environ.get("KUBECONFIG")
+                config.load_kube_config(files, client_configuration=settings)
+                self.context = f"kubectl's context {config.list_kube_config_contexts(files)[1]['name']}"
+        except (config.ConfigException, OSError, ValueError, TypeError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise NoAccessError(f"no Kubernetes credentials here ({reason})", "set KUBECONFIG") from None
+        settings.retries = 0
+        self._core = client.CoreV1Api(client.ApiClient(settings))
+
+    def keys(self, kind: str, name: str) -> set[str] | None:
+        """The keys of the `secret` or `config map` called `name`, or None where there is none."""
+        read = {"secret": self._core.read_namespaced_secret, "config map": self._core.read_namespaced_config_map}[kind]
+        found = self._ask(lambda: read(name, self.name, _request_timeout=TIMEOUT))
+        return None if found is None else set(found.data or {})
+
+    def config_map(self, name: str) -> dict[str, str]:
+        """The contents of a config map; {} where there is none."""
+        found = self._ask(lambda: self._core.read_namespaced_config_map(name, self.name, _request_timeout=TIMEOUT))
+        return dict(found.data or {}) if found is not None else {}
+
+    def claim_phase(self, name: str) -> str | None:
+        """The phase of a persistent volume claim (Bound, Pending, Lost), or None where there is none."""
+        found = self._ask(
+            lambda: self._core.read_namespaced_persistent_volume_claim(name, self.name, _request_timeout=TIMEOUT)
+        )
+        return None if found is None else str(found.status.phase)
+
+    def has_service_account(self, name: str) -> bool:
+        """Whether there is such a service account."""
+        read = self._core.read_namespaced_service_account
+        return self._ask(lambda: read(name, self.name, _request_timeout=TIMEOUT)) is not None
+
+    def pods(self, label: str) -> list[Any]:
+        """The pods with a label, oldest first."""
+        listing = self._core.list_namespaced_pod
+        found = self._ask(lambda: listing(self.name, label_selector=label, _request_timeout=TIMEOUT))
+        return sorted(found.items if found else [], key=lambda pod: str(pod.metadata.creation_timestamp))
+
+    def log(self, pod: str, container: str = "main") -> str | None:
+        """What a container has printed; None where it has not started or is gone."""
+        read = self._core.read_namespaced_pod_log
+        return self._ask(lambda: read(pod, self.name, container=container, _request_timeout=TIMEOUT), absent=(400, 404))
+
+    def _ask(self, question: Callable[[], T], absent: tuple[int, ...] = (404,)) -> T | None:
+        try:
+            return question()
+        except self._refusal as error:
+            if error.status in absent:
+                return None
+            raise NoAccessError(
+                f"Kubernetes ({self.context}) answered {error.status} {error.reason}",
+                f"check that you may read namespace {self.name}",
+            ) from None
+        except HTTPError:
+            raise NoAccessError(
+                f"Kubernetes ({self.context}) does not answer", "check the network and kubectl's context"
+            ) from None

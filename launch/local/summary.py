@@ -1,0 +1,120 @@
+"""The end of a run: one table of the stages, the decision in plain words, and where to look next."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from guardloop.core.progress import short
+from guardloop.evaluation.result import Estimate, Evaluation
+from guardloop.report.summary import feedback_line
+from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
+from launch.local.run import Run
+
+SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_default_fpr")
+NAMES = {
+    "auprc": "AUPRC",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "fpr": "false-positive rate",
+    "recall_near_default_fpr": "recall near the default's FPR",
+}
+
+
+def conclude(run: Run, console: Console) -> dict[str, Any]:
+    """Print the tables and the decision, and write summary.json into the run's folder. Returns what it holds."""
+    evaluated, training_set = run.artifact("evaluated"), run.artifact("training_set")
+    evaluation = None
+    if evaluated and (evaluated / EVALUATION).is_file():
+        evaluation = Evaluation.model_validate_json((evaluated / EVALUATION).read_text("utf-8"))
+    harvest = json.loads((training_set / HARVEST).read_text("utf-8")) if training_set else None
+    decision, words = _decision(run, evaluation, harvest)
+    console.print()
+    console.print(_stage_table(run))
+    if evaluation:
+        console.print()
+        console.print(_metric_table(evaluation))
+        if evaluation.feedback:
+            console.print(f"\n{feedback_line(evaluation.feedback)}", width=100)
+    colour = {"promoted": "green", "done": "green"}.get(decision, "yellow")
+    console.print()
+    console.print(Panel(escape(words), title=decision, border_style=colour, title_align="left", width=100))
+    for name, place in _places(run, evaluated, training_set).items():
+        console.print(f"  {name:<9} {place}", soft_wrap=True)
+    summary = {
+        "run": run.id,
+        "pipeline": run.pipeline,
+        "decision": decision,
+        "headline": words,
+        "seconds": round(run.seconds, 1),
+        "stages": [{k: s[k] for k in ("stage", "items", "seconds", "outcome")} for s in run.stages],
+        "harvest": {k: v for k, v in harvest.items() if k != "examples"} if harvest else None,
+        "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
+    }
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    return summary
+
+
+def _decision(run: Run, evaluation: Evaluation | None, harvest: dict[str, Any] | None) -> tuple[str, str]:
+    if evaluation:
+        return "promoted" if evaluation.decision.promote else "not promoted", evaluation.decision.headline
+    if harvest and not harvest["enough"]:
+        return "nothing to train on", f"The run ended early: {harvest['reason']}."
+    return "done", f"{run.pipeline} finished."
+
+
+def _stage_table(run: Run) -> Table:
+    table = Table("stage", box=None, pad_edge=False, header_style="bold")
+    for name in ("items", "seconds"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for stage in run.stages:
+        table.add_row(stage["stage"], f"{stage['items']:,}", f"{stage['seconds']:.1f}", escape(stage["outcome"]))
+    table.add_row("whole run", "", f"{run.seconds:.1f}", "with the start of each stage's process", style="bold")
+    return table
+
+
+def _metric_table(evaluation: Evaluation) -> Table:
+    title = f"test set: {evaluation.rows} prompts, {evaluation.unsafe} unsafe"
+    table = Table(title, box=None, pad_edge=False, header_style="bold")
+    for name in ("default", "improved", f"change ({evaluation.interval})"):
+        table.add_column(name, justify="right")
+    for key in SHOWN:
+        default, improved = getattr(evaluation.default, key), getattr(evaluation.improved, key)
+        values = (f"{e.value:.3f}" if e else "" for e in (default, improved))
+        table.add_row(NAMES.get(key, key), *values, _gain(evaluation, key))
+    return table
+
+
+def _gain(evaluation: Evaluation, key: str) -> str:
+    return _interval(evaluation.gains[key]) if key in evaluation.gains else ""
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:+.3f}"
+    return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+
+
+def _places(run: Run, evaluated: Path | None, training_set: Path | None) -> dict[str, str]:
+    """Where to look next; what people open has a link in the run's folder, which is shorter to type."""
+    places = {}
+    if evaluated:
+        places["report"] = short(_link(run, evaluated / REPORT))
+    if training_set:
+        _link(run, training_set / BLOCKED_INPUTS)
+        places["lessons"] = f"{short(_link(run, training_set / HARVEST_PAGE))} and {BLOCKED_INPUTS} beside it"
+    if evaluated:
+        places["registry"] = "make ui opens MLflow; guardloop review lists the candidates"
+    return {**places, "log": short(run.log)}
+
+
+def _link(run: Run, file: Path) -> Path:
+    link = run.folder / file.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.relative_to(run.folder))
+    return link

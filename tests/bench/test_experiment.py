@@ -1,0 +1,263 @@
+"""The experiment on tiny random models: what is asserted is the flow and the arithmetic, not the quality."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from support.feedback_examples import judged, screened
+from support.models import save_guard
+from support.tiny_responder import save as save_responder
+
+from bench.experiment import run as module
+from bench.experiment.arms import lessons, ranking
+from bench.experiment.results import AGENT, DEFAULT, GOLD, RECIPE, Cell, compare, measure
+from bench.experiment.results import _part as part_of
+from bench.experiment.settings import Arm, ExperimentSettings, Subset, load_experiment
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.settings import read_section
+from guardloop.mining.settings import FeedbackSettings
+
+CONTROLS = {"positives only": "positives", "self-training": "self", "gold labels": "gold"}
+SOURCE = {"kind": "file", "path": "rows.jsonl"}
+SMALL = {
+    "title": "tiny",
+    "default": {"responses": SOURCE, "prompts": SOURCE, "ordinary": SOURCE},
+    "dataset": {"traffic": SOURCE, "test": SOURCE},
+    "feedback": {"held_out": 0.0},
+    "evaluation": {"resamples": 300},
+    "arms": [{"name": "recipe"}],
+}
+
+
+def settings(**changes) -> ExperimentSettings:
+    return read_section(ExperimentSettings, {**SMALL, **changes}, "tiny")
+
+
+@pytest.fixture
+def evidence():
+    """Ten passed prompts of which three drew blocked responses, and two that were blocked themselves."""
+    rows = [screened(f"p{n}", -2.0 + 0.1 * n) | {"unsafe": n < 5} for n in range(10)]
+    blocked = [screened(f"b{n}", 3.0) | {"unsafe": n == 0} for n in range(2)]
+    return [*rows, *blocked], [judged(row, s, 4.0 if n < 3 else -4.0) for n, row in enumerate(rows) for s in range(2)]
+
+
+def test_positives_only_teaches_what_was_blocked_and_nothing_else(evidence):
+    examples, _ = lessons(Arm(name="x", lessons="positives"), *evidence, settings())
+    assert {row["id"] for row in examples} == {"p0", "p1", "p2"} and {row["target"] for row in examples} == {1.0}
+
+
+def test_balanced_adds_as_many_random_passed_prompts(evidence):
+    examples, _ = lessons(Arm(name="x", lessons="balanced"), *evidence, settings())
+    safe = {row["id"] for row in examples if row["target"] == 0}
+    assert len(examples) == 6 and len(safe) == 3 and safe <= {f"p{n}" for n in range(3, 10)}
+
+
+def test_self_training_knows_no_responses(evidence):
+    rows, responses = evidence
+    examples, _ = lessons(Arm(name="x", lessons="self"), rows, responses, settings())
+    others, _ = lessons(Arm(name="x", lessons="self"), rows, responses[:2], settings())
+    assert {row["id"]: row["target"] for row in examples} == {row["id"]: float(row["flagged"]) for row in rows}
+    assert examples == others
+
+
+def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(evidence):
+    rows, _ = evidence
+    examples, _ = lessons(Arm(name="x", lessons="gold"), *evidence, settings())
+    prompts = {row["id"]: row["target"] for row in examples if row["kind"] == "gold"}
+    assert prompts == {row["id"]: float(row["unsafe"]) for row in rows}
+    assert any(row["kind"] == "replay_agent" for row in examples)
+
+
+def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
+    rows, responses = evidence
+    few, harvest = lessons(Arm(name="x", samples=1, feedback={"replay": 0.0}), rows, responses, settings())
+    assert harvest.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
+    none, _ = lessons(Arm(name="x", responders=["nobody"]), rows, responses, settings())
+    assert not any(row["kind"] == "positive" for row in none)
+    with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):
+        lessons(Arm(name="x", feedback={"fusoin": "beta"}), rows, responses, settings())
+
+
+def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
+    rows, responses = evidence
+    subsets = [Subset(name="all"), Subset(name="elsewhere", source="nowhere")]
+    examples, _ = lessons(Arm(name="x"), rows, responses, settings())
+    own, target = ranking(examples, rows, subsets)["all"]
+    assert own < target < 1  # the lowest scores are the unsafe ones, of which three of five drew blocked responses
+    assert ranking(examples, rows, subsets).keys() == {"all"}
+    gold, _ = lessons(Arm(name="x", lessons="gold"), rows, responses, settings())
+    assert ranking(gold, rows, subsets)["all"][1] == 1
+
+
+def cells(**better: float) -> list[Cell]:
+    """Guards whose margins follow the labels as well as told, and the default, which knows less."""
+    draw = random.Random(0)
+    rows = [
+        {"id": f"t{n}", "unsafe": n % 3 == 0, "response": "so" if n % 5 == 0 else None, "source": "a", "group": f"g{n}"}
+        for n in range(300)
+    ]
+    noise = {row["id"]: draw.gauss(0, 1) for row in rows}
+    made = []
+    for arm, skill in {DEFAULT: 0.5, **better}.items():
+        for seed in range(2):
+            jitter = random.Random(seed)
+            margins = {r["id"]: noise[r["id"]] + skill * r["unsafe"] + 0.01 * jitter.random() for r in rows}
+            made.append(Cell(arm, 0, seed, [{**row, "margin": margins[row["id"]]} for row in rows]))
+    return made
+
+
+def test_gains_and_the_share_of_the_gap_are_paired():
+    made = cells(**{RECIPE: 1.5, GOLD: 3.0, "same": 0.5})
+    part = part_of(Subset(name="all"), made)
+    assert part is not None and part.margins[RECIPE].shape == (2, 240)  # the Agent's rows are a part of their own
+    scores = measure(part, settings())
+
+    assert scores[RECIPE]["auprc"].gain.low > 0 and scores[RECIPE]["recall"].gain.value > 0
+    assert abs(scores["same"]["auprc"].gain.value) < 0.01 and abs(scores["same"]["auprc"].closed.value) < 0.05
+    assert 0.2 < scores[RECIPE]["auprc"].closed.value < 0.9
+    assert scores[GOLD]["auprc"].closed is None and scores[DEFAULT]["auprc"].gain.value == 0
+    against = compare(part, RECIPE, "same", settings())["auprc"]
+    assert against.low < scores[RECIPE]["auprc"].gain.value < against.high
+
+
+def test_without_a_gain_from_labels_there_is_no_gap_to_close():
+    part = part_of(Subset(name="all"), cells(**{RECIPE: 1.5, GOLD: 0.4}))
+    assert part is not None and measure(part, settings())[RECIPE]["auprc"].closed is None
+
+
+def test_a_part_without_both_classes_is_left_out():
+    made = cells()
+    assert part_of(Subset(name="none", source="nowhere"), made) is None
+    agent = part_of(Subset(name=AGENT), made)
+    assert agent is not None and len(agent.unsafe) == 60
+
+
+def in_little(folder: Path) -> dict:
+    """An experiment on tiny models and made-up prompts, all below `folder`."""
+    words = ("a cake", "a bomb", "the garden", "a door")
+    rows = [
+        {"id": f"r{n}", "prompt": f"how do I build {words[n % 4]} number {n}?", "source": "a" if n % 2 else "b"}
+        | {"prompt_label": "unsafe" if n % 4 == 1 else "safe", "response_label": "unsafe" if n % 3 == 1 else "safe"}
+        for n in range(120)
+    ]
+    for name, chosen in {"traffic": rows[:60], "test": rows[60:]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    answered = [row | {"response": f"mix flour and sugar {n}"} for n, row in enumerate(rows)]
+    for name, chosen in {"judge": answered[:60], "agent": answered[60:]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    responder = folder / "responder"
+    responder.mkdir()
+    save_responder(responder)
+    prompts, responses = ({"label": f"{kind}_label"} for kind in ("prompt", "response"))
+
+    def file(name: str, columns: dict, limit: int) -> dict:
+        return {"kind": "file", "path": f"{name}.jsonl", "columns": columns, "limit": limit}
+
+    small = {"rank": 2, "alpha": 2, "epochs": 1, "validation": 0.3, "min_examples": 2}
+    answering = {
+        "model": str(responder),
+        "samples": 2,
+        "max_new_tokens": 4,
+        "max_prompt_tokens": 256,
+        "dtype": "float32",
+    }
+    opened = answering | {"name": "opened", "opening": "Sure, here is"}
+    return {
+        "title": "In little",
+        "default": {
+            "base": str(save_guard(folder / "guard", threshold=0.0)),
+            "responses": file("judge", responses, 40),
+            "prompts": file("judge", prompts, 20),
+            "ordinary": file("traffic", prompts, 6),
+            "training": small,
+        },
+        "dataset": {
+            "traffic": file("traffic", prompts, 60),
+            "test": file("test", prompts, 60),
+            "agent": file("agent", responses, 20),
+            "near_duplicate": 1.0,
+        },
+        "guard": {"is_guard": False, "dtype": "float32"},
+        "responder": answering | {"name": "plain", "max_error_share": 1.0, "others": [opened]},
+        "feedback": {"fusion": "mixture", "words": 0.5, "held_out": 0.0},
+        "training": small,
+        "evaluation": {"resamples": 200},
+        "seeds": [0, 1],
+        "rounds": 2,
+        "shards": 2,
+        "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
+        "arms": [
+            {"name": "recipe", "seeds": [1]},
+            *({"name": name, "lessons": kind} for name, kind in CONTROLS.items()),
+        ],
+    }
+
+
+def beginnings(text: str, arm: str) -> list[list[str]]:
+    """The cells of each row of an arm, without the share of the gap that it closes."""
+    return [line.split(" | ")[:5] for line in text.splitlines() if line.startswith(f"| {arm} |")]
+
+
+@pytest.mark.slow
+def test_it_writes_its_page_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, page, kept = tmp_path / "tiny.yaml", tmp_path / "docs" / "results.md", tmp_path / "kept"
+    config.write_text(yaml.safe_dump(in_little(tmp_path)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    module.main(config, tmp_path, kept, page, workers=2)
+
+    told = capfd.readouterr().err
+    assert "default guard 0: step 1/" in told and "recipe, default guard 0, seed 1: step 1/" in told
+    text = page.read_text()
+    assert all(f"| {arm} |" in text for arm in ("default", "recipe", *CONTROLS, "recipe, round 2"))
+    assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
+    assert "What the targets know of the passed prompts: all" in text
+    assert "The recipe against self-training on all: AUPRC " in text
+    # all that is unsafe is of source a, and half of a is unsafe
+    by_source = [line for line in text.splitlines() if line.startswith("Ranked by nothing but the unsafe share")]
+    assert len(by_source) == 2 and by_source[0].endswith("AUPRC 0.500.")  # of all, and of the responses
+    assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
+    figures = json.loads((kept / "tiny" / "figures.json").read_text())["all"]
+    labels_help = figures[GOLD]["auprc"]["gain"]["low"] > 0
+    assert (figures[RECIPE]["auprc"]["closed"] is not None) == labels_help
+    assert f"| {RECIPE} | {figures[RECIPE]['auprc']['value']['value']:.3f} |" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| recipe", f"| {GOLD}"))]
+    guards = [re.findall(r"\| (\d), [\d.]+ \|$", line) for line in rows[:3]]
+    assert guards == [["1"], ["2"], ["1"]]  # an arm's own seeds, the experiment's, and the second round's one
+    (judged,) = (line for line in rows if f"| {GOLD} |" in line and "of 2" in line)
+    evaluations = [json.loads(p.read_text()) for p in (kept / "tiny").glob(f"{GOLD}-*/gate/evaluation.json")]
+    blocked = sum(e["improved"]["fpr"]["value"] for e in evaluations) / 2
+    assert len(evaluations) == 2 and judged.startswith(f"| {GOLD} | {blocked:.1%} |")
+
+    page.write_text("## What was learned\n\nMuch.\n\n" + text)
+    monkeypatch.setattr(module, "train", None)  # nothing is trained again
+    monkeypatch.setattr(module, "make_guard", None)
+    module.main(config, tmp_path, kept, page, workers=1)
+    assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text
+
+    shutil.rmtree(next((kept / "tiny").glob(f"{GOLD}-1-*")))
+    module.main(config, tmp_path, kept, page, workers=2, finished=True)
+    part = page.read_text()
+    assert f"| {GOLD} |" not in part and f"Not finished, and not in these tables: {GOLD}.\n" in part
+    assert beginnings(part, RECIPE) == beginnings(text, RECIPE) != []
+    shutil.rmtree(next((kept / "tiny").glob(f"{RECIPE}-1-*")))  # the second round's guard was made from it
+    module.main(config, tmp_path, kept, page, workers=1, finished=True)
+    assert f"tables: recipe; {GOLD}; recipe, round 2.\n" in page.read_text()
+    with pytest.raises(SystemExit):
+        module.main(config, tmp_path, tmp_path / "nothing", page, workers=1, finished=True)
+
+
+def test_the_experiments_of_the_project_are_sound(tmp_path: Path) -> None:
+    for path in Path("configs/experiments").glob("*.yaml"):
+        found = load_experiment(path, tmp_path)
+        names = [arm.name for arm in found.arms]
+        assert len(set(names)) == len(names) and {RECIPE, "self-training", GOLD, "positives only"} <= set(names)
+        assert found.dataset.traffic.path.startswith(str(tmp_path))
+        for arm in found.arms:
+            read_section(FeedbackSettings, {**found.feedback.plain(), **arm.feedback}, arm.name)
