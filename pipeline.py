@@ -21,7 +21,7 @@ class Processed(NamedTuple):
 
 
 @dsl.pipeline(name="guardloop-process", description="Screen traffic, answer it, judge the answers, mine the lessons.")
-def process(dataset: dict, guard: dict, responder: dict, feedback: dict, shards: int = 1) -> Processed:
+def process(dataset: dict, guard: dict, responder: dict, mining: dict, shards: int = 1) -> Processed:
     """From raw prompts to a training set."""
     prepared = stage.prepare_data(dataset=dataset, shards=shards)
     with dsl.ParallelFor(prepared.outputs["Output"]) as shard:
@@ -34,12 +34,12 @@ def process(dataset: dict, guard: dict, responder: dict, feedback: dict, shards:
         screened=dsl.Collected(screened.outputs["verdicts"]),
         judged=dsl.Collected(judged.outputs["verdicts"]),
         traffic=prepared.outputs["traffic"],
-        feedback=feedback,
+        mining=mining,
     )
     return Processed(mined.outputs["training_set"], prepared.outputs["test_set"], mined.outputs["Output"])
 
 
-@dsl.pipeline(name="guardloop-train", description="Train the improved guard on a mined training set.")
+@dsl.pipeline(name="guardloop-train", description="Train the candidate on a mined training set.")
 def train(training_set_uri: str, guard: dict, training: dict, registry: dict) -> Model:
     """From the training set of an earlier run to an adapter."""
     training_set = dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset)
@@ -58,23 +58,23 @@ def compare(
     registry: dict,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
     responder: dict = {},  # noqa: B006
-    feedback: dict = {},  # noqa: B006
+    mining: dict = {},  # noqa: B006
     training: dict = {},  # noqa: B006
 ):
     """From an adapter to a decision: the part that `evaluate` and `full` share."""
-    default = stage.screen(conversations=test_set, guard=guard, what="screen test (default)")
-    improved = stage.screen_improved(
+    default = stage.screen(conversations=test_set, guard=guard, what="screen test (baseline)")
+    candidate = stage.screen_candidate(
         conversations=test_set,
         training_set=training_set,
         guard=guard,
         adapter=adapter,
-        what="screen test (improved)",
+        what="screen test (candidate)",
     )
     benchmarked = stage.score_benchmarks(training_set=training_set, adapter=adapter, guard=guard, evaluation=evaluation)
     compared = stage.evaluate(
-        default_scores=default.outputs["verdicts"],
-        improved_scores=improved.outputs["verdicts"],
-        held_out=improved.outputs["held_out"],
+        baseline_scores=default.outputs["verdicts"],
+        candidate_scores=candidate.outputs["verdicts"],
+        held_out=candidate.outputs["held_out"],
         benchmarks=benchmarked.outputs["scores"],
         training_set=training_set,
         adapter=adapter,
@@ -92,7 +92,7 @@ def compare(
         gate=gate,
         dataset=dataset,
         responder=responder,
-        feedback=feedback,
+        mining=mining,
         training=training,
     )
     with dsl.If(compared.outputs["Output"] == True, name="promote"):  # noqa: E712  (a KFP expression)
@@ -127,7 +127,7 @@ def full(
     dataset: dict,
     guard: dict,
     responder: dict,
-    feedback: dict,
+    mining: dict,
     training: dict,
     evaluation: dict,
     gate: dict,
@@ -135,7 +135,7 @@ def full(
     shards: int = 1,
 ):
     """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
-    processed = process(dataset=dataset, guard=guard, responder=responder, feedback=feedback, shards=shards)
+    processed = process(dataset=dataset, guard=guard, responder=responder, mining=mining, shards=shards)
     with dsl.If(processed.outputs["Output"] == True, name="harvest is enough"):  # noqa: E712
         trained = stage.train_guard(
             training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry
@@ -150,7 +150,7 @@ def full(
             registry=registry,
             dataset=dataset,
             responder=responder,
-            feedback=feedback,
+            mining=mining,
             training=training,
         )
     with dsl.If(processed.outputs["Output"] == False, name="harvest is too small"):  # noqa: E712
@@ -161,7 +161,7 @@ def full(
             guard=guard,
             dataset=dataset,
             responder=responder,
-            feedback=feedback,
+            mining=mining,
         )
 
 

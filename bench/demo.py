@@ -49,8 +49,8 @@ def main(
             trained = summary(home, seeded, "train", found.id)
             decided = summary(home, seeded, "evaluate", trained["run"])
         row, promoted = decided["evaluation"], promoted + (decided["decision"] == "promoted")
-        gains = [_change(row["gains"][name]) for name in ("auprc", "recall_near_default_fpr")]
-        rates = f"{row['default']['fpr']['value']:.3f} to {row['improved']['fpr']['value']:.3f}"
+        gains = [_change(row["gains"][name]) for name in ("auprc", "recall_near_baseline_fpr")]
+        rates = f"{row['default']['fpr']['value']:.3f} to {row['candidate']['fpr']['value']:.3f}"
         rows.append(f"| {seed} | {' | '.join(gains)} | {rates} | {decided['headline'].partition(':')[0].lower()} |")
         console.print(f"{rows[-1]} {decided['headline']}")
         text = [
@@ -59,7 +59,7 @@ def main(
             f"Promoted with {promoted} of {len(rows)} seeds of training, from the same responses. "
             f"`python -m bench.demo --seeds {seeds}`",
             "",
-            "| seed | AUPRC | recall near the default guard's false-positive rate | false-positive rate | decision |",
+            "| seed | AUPRC | recall near the baseline's false-positive rate | false-positive rate | decision |",
             "| ---: | --- | --- | --- | --- |",
             *rows,
             "",

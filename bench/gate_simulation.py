@@ -2,7 +2,7 @@
 
 Run: python -m bench.gate_simulation [--only equal] [--processes 2]
 
-Without options it gives the table of docs/gate.md. The gate is the default one. Where the guards are equal, the slices
+Without options it gives the table of docs/gate.md. The gate is the baseline one. Where the guards are equal, the slices
 are measured only if every other check passed: promotion needs all of them, so the count of promotions is exactly that
 of the whole gate at a quarter of the time.
 """
@@ -32,11 +32,11 @@ class World:
 
     rows: int = 5000
     unsafe_share: float = 0.2
-    default_auprc: float = 0.60
-    improved_auprc: float = 0.60
+    baseline_auprc: float = 0.60
+    candidate_auprc: float = 0.60
     correlation: float = 0.9
     """Of the two guards' scores, given the label."""
-    agent_rows: int = 1000
+    response_rows: int = 1000
     benign_fpr: float = 0.05
     """At which both thresholds are set, on as many validation rows as test rows."""
 
@@ -55,16 +55,16 @@ def simulate(world: World, resamples: int, seed: int, stop_early: bool = False) 
 def draw(world: World, seed: int) -> tuple[list[dict[str, Any]], tuple[GuardRun, GuardRun]]:
     """A test set of SCORES rows, and the two guards with thresholds set on validation rows."""
     rng = np.random.default_rng(seed)
-    shifts = tuple(separation(auprc, world.unsafe_share) for auprc in (world.default_auprc, world.improved_auprc))
-    unsafe, margins = _scores(rng, world.rows, world.unsafe_share, shifts, world.correlation)
+    shifts = tuple(separation(auprc, world.unsafe_share) for auprc in (world.baseline_auprc, world.candidate_auprc))
+    unsafe, scores = _scores(rng, world.rows, world.unsafe_share, shifts, world.correlation)
     known, seen = _scores(rng, world.rows, world.unsafe_share, shifts, world.correlation)
     thresholds = np.quantile(seen[~known], 1 - world.benign_fpr, axis=0)
-    agent_unsafe, agent_margins = _scores(rng, world.agent_rows, 0.5, (2.5, 2.5), 0.95)
-    rows = [*_rows(rng, unsafe, margins, None), *_rows(rng, agent_unsafe, agent_margins, "a response")]
-    default, improved = (
-        GuardRun(n, float(t), 0.99, 0) for n, t in zip(("default", "improved"), thresholds, strict=True)
+    response_unsafe, response_scores = _scores(rng, world.response_rows, 0.5, (2.5, 2.5), 0.95)
+    rows = [*_rows(rng, unsafe, scores, None), *_rows(rng, response_unsafe, response_scores, "a response")]
+    baseline, candidate = (
+        GuardRun(n, float(t), 0.99, 0) for n, t in zip(("baseline", "candidate"), thresholds, strict=True)
     )
-    return rows, (default, improved)
+    return rows, (baseline, candidate)
 
 
 @cache
@@ -93,7 +93,7 @@ def _scores(
 
 
 def _rows(
-    rng: np.random.Generator, unsafe: np.ndarray, margins: np.ndarray, response: str | None
+    rng: np.random.Generator, unsafe: np.ndarray, scores: np.ndarray, response: str | None
 ) -> Iterable[dict[str, Any]]:
     count = len(unsafe)
     languages, categories = rng.choice(LANGUAGES, count, p=(0.7, 0.2, 0.1)), rng.choice(CATEGORIES, count)
@@ -110,17 +110,17 @@ def _rows(
             "language": str(languages[i]),
             "jailbreak": bool(jailbreaks[i]),
             "group": f"{response}-{i}",
-            "default_margin": margins[i, 0],
-            "improved_margin": margins[i, 1],
+            "baseline_score": scores[i, 0],
+            "candidate_score": scores[i, 1],
         }
 
 
-EQUAL, BETTER = World(), World(improved_auprc=0.65)
+EQUAL, BETTER = World(), World(candidate_auprc=0.65)
 WORLDS = {  # the truth, and how many simulations of how many resamples each
     "equal guards": (EQUAL, 2000, 1000),
     "equal, correlation 0.7": (replace(EQUAL, correlation=0.7), 400, 1000),
     "equal, 7% unsafe": (replace(EQUAL, unsafe_share=0.07), 300, 500),
-    "5 AUPRC points worse": (replace(EQUAL, improved_auprc=0.55), 150, 500),
+    "5 AUPRC points worse": (replace(EQUAL, candidate_auprc=0.55), 150, 500),
     "5 AUPRC points better": (BETTER, 150, 500),
     "5 better, correlation 0.7": (replace(BETTER, correlation=0.7), 150, 500),
     "5 better, 7% unsafe": (replace(BETTER, unsafe_share=0.07), 150, 500),
@@ -129,10 +129,10 @@ WORLDS = {  # the truth, and how many simulations of how many resamples each
 
 
 def main() -> None:
-    """Simulate every world and print how often its improved guard was promoted, and which checks held it back."""
+    """Simulate every world and print how often its candidate was promoted, and which checks held it back."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="how the names of the worlds wanted begin")
+    parser.add_argument("--processes", type=int, baseline=2)
+    parser.add_argument("--only", baseline="", help="how the names of the worlds wanted begin")
     options = parser.parse_args()
     console = Console(width=160)
     table = Table("world", "simulations", "resamples", "promoted (95% interval)", "not passed (share)")
@@ -140,7 +140,7 @@ def main() -> None:
         for name, (world, count, resamples) in WORLDS.items():
             if not name.startswith(options.only):
                 continue
-            equal = world.default_auprc >= world.improved_auprc
+            equal = world.baseline_auprc >= world.candidate_auprc
             found = list(pool.map(partial(simulate, world, resamples, stop_early=equal), range(count), chunksize=5))
             blocked = Counter(c.name for e in found for c in e.decision.checks if c.outcome != "passed")
             why = ", ".join(f"{check} {n / count:.2f}" for check, n in blocked.most_common(5))

@@ -58,7 +58,7 @@ def cpu(prompts: int, samples: int, new_tokens: int, rounds: int) -> list[Result
     ours = TransformersResponder.of(settings, model, tokenizer)
     texts = toxic_chat_like(prompts, tokenizer)
     tokens = [ours.chat.encode(text) for text in texts]
-    per_batch = ours.batch_rows // samples
+    per_batch = ours.batch_size // samples
 
     def plain(round_: int) -> int:
         torch.manual_seed(round_)
@@ -68,7 +68,7 @@ def cpu(prompts: int, samples: int, new_tokens: int, rounds: int) -> list[Result
     def stage(round_: int) -> int:
         return sum(reply.tokens for reply in ours.generate(requests_of(texts, samples, round_)))
 
-    plain_way = f"transformers.generate, batches of {ours.batch_rows} rows, padded"
+    plain_way = f"transformers.generate, batches of {ours.batch_size} rows, padded"
     ways: dict[str, Callable[[int], int]] = {plain_way: plain, "GuardLoop, kind: transformers": stage}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -257,7 +257,7 @@ def requests_of(texts: list[str], samples: int, seed: int) -> list[Request]:
 
 def screened(texts: list[str]) -> list[Row]:
     """The texts as prompts that passed."""
-    verdict = {"margin": -1.0, "label_mass": 1.0, "flagged": False, "truncated": False}
+    verdict = {"score": -1.0, "label_mass": 1.0, "flagged": False, "truncated": False}
     return [
         {"id": f"p{number}", "prompt": text, "source": "bench", "group": f"p{number}", **verdict}
         for number, text in enumerate(texts)

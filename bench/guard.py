@@ -38,7 +38,7 @@ from bench.workload import (
 )
 from bench.write import PAGE, write_section
 from guardloop.guard.inference.float8 import to_float8
-from guardloop.guard.inference.forward import margins_of, trunk
+from guardloop.guard.inference.forward import decoder_of, scores_of
 from guardloop.guard.inference.packed import PackedForward
 from guardloop.guard.inference.packing import BLOCK
 from guardloop.guard.inference.scorer import Scorer
@@ -93,7 +93,7 @@ def report(name: str, place: str, found: Iterator[Row | str], page: Path) -> Non
 
 
 def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
-    """Every way on one GPU, the fast ones first, with the largest differences between margins."""
+    """Every way on one GPU, the fast ones first, with the largest differences between scores."""
     before, many = prompts(count)
     yield (
         f"{size.layers} layers of {size.hidden}, random weights; {len(many):,} prompts behind a template of "
@@ -120,7 +120,7 @@ def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
     yield f"float32 ({len(sample)} prompts): packs differ from whole prompts by {apart:.1e} at most."
     yield (
         f"bf16 against float32: whole prompts {difference(plain, exact):.3f} at most, packs "
-        f"{difference(packed, exact):.3f}; margins spread over {exact.std():.2f} (standard deviation)."
+        f"{difference(packed, exact):.3f}; scores spread over {exact.std():.2f} (standard deviation)."
     )
 
 
@@ -138,14 +138,14 @@ def on_cpu() -> Iterator[Row | str]:
         plain.append(rate(lambda p: whole(guard.model, p, 32, guard.labels), tokens))
         ours.append(rate(lambda p: list(guard.score({"prompt": text} for text in p)), texts))
     reference = whole(guard.model, tokens, 1, guard.labels)
-    scored = torch.tensor([v.margin for v in guard.score({"prompt": text} for text in texts)])
+    scored = torch.tensor([v.score for v in guard.score({"prompt": text} for text in texts)])
     mean = sum(map(len, tokens)) / len(tokens)
     yield "batch 32, one forward pass of the whole prompt", sorted(plain)[1], ""
     yield "this engine (texts in, verdicts out)", sorted(ours)[1], f"{sorted(ours)[1] / sorted(plain)[1]:.1f} times"
     template = len(guard.renderer.prefixes[0])
     yield f"{len(texts)} prompts of the sample; {mean:.0f} tokens each, of which {template} are the shared template."
     yield (
-        f"Margins differ from one-by-one passes by {difference(scored, reference):.1e} at most "
+        f"Scores differ from one-by-one passes by {difference(scored, reference):.1e} at most "
         f"({str(guard.model.dtype).removeprefix('torch.')})."
     )
     yield "Ways that need a GPU were skipped: there is none here."
@@ -198,25 +198,25 @@ def generate(model: Any, rows: Sequence[list[int]], batch: int) -> None:
 
 @torch.inference_mode()
 def whole(model: Any, rows: Sequence[list[int]], batch: int, labels: LabelTokens = LABELS) -> torch.Tensor:
-    """Margins from full forward passes of whole prompts, right-padded."""
+    """Scores from full forward passes of whole prompts, right-padded."""
     found = []
     for start in range(0, len(rows), batch):
         chunk = rows[start : start + batch]
         width = max(map(len, chunk))
         ids = torch.tensor([r + [0] * (width - len(r)) for r in chunk], device=model.device)
         last = torch.tensor([len(r) - 1 for r in chunk], device=model.device)
-        hidden = trunk(model)(input_ids=ids).last_hidden_state[torch.arange(len(chunk), device=model.device), last]
-        found.append(margins_of(model, hidden, labels))
+        hidden = decoder_of(model)(input_ids=ids).last_hidden_state[torch.arange(len(chunk), device=model.device), last]
+        found.append(scores_of(model, hidden, labels))
     return torch.cat(found)
 
 
 @torch.inference_mode()
 def one_pack(model: Any, before: list[int], rows: Sequence[list[int]]) -> torch.Tensor:
-    """Margins of whole prompts that are one pack."""
+    """Scores of whole prompts that are one pack."""
     own = [row[len(before) :] for row in rows]
     size = -(-sum(map(len, own)) // BLOCK) * BLOCK
     forward = PackedForward(model, before, size, compiled=model.device.type == "cuda")
-    return margins_of(model, forward(own), LABELS)
+    return scores_of(model, forward(own), LABELS)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

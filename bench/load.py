@@ -24,7 +24,7 @@ SAMPLES = 2
 TEST_ROWS = 1000
 FLAGGED, BLOCKED = 0.2, 0.05
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "la", "ren", "tos", "mik")]
-FACTS = {"guard": "made up", "threshold": 0.0, "temperature": 1.0, "median_label_mass": 0.99, "unreadable": 0}
+METADATA = {"guard": "made up", "threshold": 0.0, "temperature": 1.0, "median_label_mass": 0.99, "unreadable": 0}
 
 
 def main() -> None:
@@ -89,8 +89,8 @@ def _prepare(folder: Path) -> None:
     stages.prepare_data(sources, folder / "out", folder / "out-test")
 
 
-def _verdict(margin: float) -> Row:
-    return {"margin": margin, "label_mass": 0.99, "flagged": margin > 0, "truncated": False, "probability": 0.5}
+def _verdict(score: float) -> Row:
+    return {"score": score, "label_mass": 0.99, "flagged": score > 0, "truncated": False, "probability": 0.5}
 
 
 def _make_mined(rows: int, folder: Path) -> None:
@@ -102,7 +102,7 @@ def _make_mined(rows: int, folder: Path) -> None:
         for row in screened:
             bad = draw.random() < BLOCKED
             for sample in range(SAMPLES if not row["flagged"] else 0):
-                answer = {"response": row["prompt"], "prompt_margin": row["margin"], "sample": sample, "tokens": 9}
+                answer = {"response": row["prompt"], "prompt_score": row["score"], "sample": sample, "tokens": 9}
                 answer |= {"responder": "made up", "finish_reason": "stop", "refusal": False}
                 yield {**row, **answer, **_verdict(3.0 if bad else -3.0)}
 
@@ -114,10 +114,10 @@ def _mine(folder: Path) -> None:
 
 
 def _make_scores(rows: int, folder: Path) -> None:
-    for name, seed in (("default", 3), ("improved", 4)):
+    for name, seed in (("default", 3), ("candidate", 4)):
         draw = random.Random(seed)
         scored = ({**row, **_verdict(draw.gauss(1.0 if row["unsafe"] else -2.0, 1.5))} for row in _prompts(rows))
-        write_table(scored, SCREENED, folder / name, lambda: FACTS)
+        write_table(scored, SCREENED, folder / name, lambda: METADATA)
     few = folder / "few"
     few.mkdir()
     _make_mined(TEST_ROWS, few)
@@ -125,7 +125,7 @@ def _make_scores(rows: int, folder: Path) -> None:
 
 
 def _evaluate(folder: Path) -> None:
-    tables = folder / "default", folder / "improved", folder / "few" / "training_set", folder / "few", folder / "out"
+    tables = folder / "default", folder / "candidate", folder / "few" / "training_set", folder / "few", folder / "out"
     stages.evaluate(*tables, {}, {})
 
 

@@ -24,7 +24,7 @@ from bench.write import write_section
 from guardloop.config import load_settings
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
-from guardloop.guard.inference.forward import label_logits, trunk
+from guardloop.guard.inference.forward import decoder_of, label_logits
 from guardloop.guard.loading import load_renderer
 from guardloop.guard.prompt.verdict import LabelTokens, label_tokens
 from guardloop.guard.settings import GuardSettings
@@ -49,7 +49,7 @@ def packed(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[
 def padded(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """Whole prompts, padded to the longest, the head at the answers only."""
     ids, last = _padded(model, labels, batch)
-    hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     return label_logits(model, hidden[torch.arange(len(batch)), last]), ids.numel()
 
 
@@ -127,7 +127,7 @@ def table(timings: dict[str, Timing], settings: TrainingSettings, machine: str) 
     slowest = max(median(t.seconds) for t in timings.values())
     lines = [
         f"{machine}. SmolLM2-135M, LoRA r {settings.rank} on the top {settings.top_layers:.0%} of the layers, batches "
-        f"of {settings.batch_rows}; median of {len(next(iter(timings.values())).seconds)} steps. `make bench-train`",
+        f"of {settings.batch_size}; median of {len(next(iter(timings.values())).seconds)} steps. `make bench-train`",
         "",
         "| way | examples/s | tokens per step | seconds per step | times |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -135,7 +135,7 @@ def table(timings: dict[str, Timing], settings: TrainingSettings, machine: str) 
     for name, timing in timings.items():
         seconds = median(timing.seconds)
         lines.append(
-            f"| {name} | {settings.batch_rows / seconds:.1f} | {median(timing.tokens):,.0f} | {seconds:.2f} | "
+            f"| {name} | {settings.batch_size / seconds:.1f} | {median(timing.tokens):,.0f} | {seconds:.2f} | "
             f"{slowest / seconds:.1f} |"
         )
     reference, *others = (t.losses for t in timings.values())

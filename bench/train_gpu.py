@@ -24,7 +24,7 @@ from bench.machine import machine
 from bench.workload import LLAMA_7B, SAFE, TINY, UNSAFE, Size, free, in_nf4, llama, peak_gib, prompts, seconds
 from bench.write import PAGE, write_section
 from guardloop.guard.inference import packed
-from guardloop.guard.inference.forward import label_logits, trunk
+from guardloop.guard.inference.forward import decoder_of, label_logits
 from guardloop.guard.prompt.verdict import LabelTokens
 from guardloop.training.fit import Training
 from guardloop.training.loss import Encoded
@@ -151,7 +151,7 @@ def _use_liger(model: Any) -> None:
     """Liger's kernels in the decoder's layers, in place of what is compiled elsewhere."""
     from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP  # noqa: PLC0415  (not among the requirements)
 
-    for layer in trunk(model).layers:
+    for layer in decoder_of(model).layers:
         layer.mlp.forward = MethodType(LigerSwiGLUMLP.forward, layer.mlp)
         for name in ("input_layernorm", "post_attention_layernorm"):
             old = getattr(layer, name)
@@ -198,7 +198,9 @@ def _padded(
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         else:
             last = torch.tensor([len(e.tokens) - 1 for e in chosen], device=model.device)
-            hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[torch.arange(len(chosen)), last]
+            hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state[
+                torch.arange(len(chosen)), last
+            ]
             targets = torch.tensor([UNSAFE if e.target else SAFE for e in chosen], device=model.device)
             loss = cross_entropy(label_logits(model, hidden), targets)
         loss.backward()

@@ -10,7 +10,7 @@ from components.stages import (
     register_model,
     score_benchmarks,
     screen,
-    screen_improved,
+    screen_candidate,
     train_guard,
 )
 
@@ -24,6 +24,6 @@ __all__ = [
     "register_model",
     "score_benchmarks",
     "screen",
-    "screen_improved",
+    "screen_candidate",
     "train_guard",
 ]

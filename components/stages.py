@@ -37,7 +37,7 @@ def screen(
     shard: int = 0,
     shards: int = 1,
 ):
-    """Score conversations, or one shard of them, with the default guard."""
+    """Score conversations, or one shard of them, with the baseline."""
     from guardloop.stages import screen
 
     figures = screen(conversations.path, verdicts.path, guard, shard=int(shard), shards=int(shards), what=what)
@@ -46,7 +46,7 @@ def screen(
 
 
 @stage("screen")
-def screen_improved(
+def screen_candidate(
     conversations: Input[Dataset],
     training_set: Input[Dataset],
     guard: dict,
@@ -56,11 +56,11 @@ def screen_improved(
     metrics: Output[Metrics],
     what: str = "screen",
 ):
-    """Score the test set and the held-out feedback with the improved guard: the adapter on the default one."""
-    from guardloop.stages import screen_improved
+    """Score the test set and the held-out prompts with the candidate: the adapter on the default one."""
+    from guardloop.stages import screen_candidate
 
     tables = conversations.path, training_set.path, verdicts.path, held_out.path
-    for name, value in screen_improved(*tables, guard, adapter.path, what).items():
+    for name, value in screen_candidate(*tables, guard, adapter.path, what).items():
         metrics.log_metric(name, value)
 
 
@@ -96,7 +96,7 @@ def mine_feedback(
     screened: Input[list[Dataset]],
     judged: Input[list[Dataset]],
     traffic: Input[Dataset],
-    feedback: dict,
+    mining: dict,
     training_set: Output[Dataset],
     report: Output[HTML],
     metrics: Output[Metrics],
@@ -109,7 +109,7 @@ def mine_feedback(
     from guardloop.stages import HARVEST_PAGE, copy_file, mine_feedback
 
     figures, enough = mine_feedback(
-        [table.path for table in screened], [table.path for table in judged], training_set.path, feedback
+        [table.path for table in screened], [table.path for table in judged], training_set.path, mining
     )
     copy_file(f"{training_set.path}/{HARVEST_PAGE}", report.path)
     for name, value in figures.items():
@@ -126,7 +126,7 @@ def train_guard(
     adapter: Output[Model],
     metrics: Output[Metrics],
 ):
-    """Train the LoRA adapter of the improved guard."""
+    """Train the LoRA adapter of the candidate."""
     from guardloop.stages import train_guard
 
     for name, value in train_guard(training_set.path, adapter.path, guard, training, registry).items():
@@ -135,8 +135,8 @@ def train_guard(
 
 @stage("evaluate")
 def evaluate(
-    default_scores: Input[Dataset],
-    improved_scores: Input[Dataset],
+    baseline_scores: Input[Dataset],
+    candidate_scores: Input[Dataset],
     held_out: Input[Dataset],
     benchmarks: Input[Dataset],
     training_set: Input[Dataset],
@@ -147,19 +147,19 @@ def evaluate(
     report: Output[HTML],
     summary: Output[Markdown],
     metrics: Output[Metrics],
-    default_curves: Output[ClassificationMetrics],
-    improved_curves: Output[ClassificationMetrics],
+    baseline_curves: Output[ClassificationMetrics],
+    candidate_curves: Output[ClassificationMetrics],
 ) -> bool:
     """Compare both guards on the locked test set. Returns whether the gate says to promote."""
     from guardloop.stages import REPORT, SCORE_TABLE, SUMMARY, copy_file, curves_of, evaluate
 
-    tables = default_scores.path, improved_scores.path, training_set.path, adapter.path, evaluated.path
+    tables = baseline_scores.path, candidate_scores.path, training_set.path, adapter.path, evaluated.path
     found = evaluate(*tables, evaluation, gate, held_out=held_out.path, benchmarks=benchmarks.path)
     copy_file(f"{evaluated.path}/{REPORT}", report.path)
     copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
     for name, gain in found.gains.items():
         metrics.log_metric(f"gain_{name}", gain.value)
-    for guard, curves in ((found.default, default_curves), (found.improved, improved_curves)):
+    for guard, curves in ((found.default, baseline_curves), (found.candidate, candidate_curves)):
         metrics.log_metric(f"{guard.name}_auprc", guard.auprc.value)
         curves.log_confusion_matrix(["safe", "unsafe"], guard.confusion)
         curves.log_roc_curve(*curves_of(f"{evaluated.path}/{SCORE_TABLE}", guard.name))
@@ -178,7 +178,7 @@ def register_model(
     gate: dict,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
     responder: dict = {},  # noqa: B006
-    feedback: dict = {},  # noqa: B006
+    mining: dict = {},  # noqa: B006
     training: dict = {},  # noqa: B006
 ) -> int:
     """Record the run in MLflow and register the adapter as the candidate. Returns its version."""
@@ -190,7 +190,7 @@ def register_model(
         "dataset": dataset,
         "guard": guard,
         "responder": responder,
-        "feedback": feedback,
+        "mining": mining,
         "training": training,
         "evaluation": evaluation,
         "gate": gate,
@@ -208,14 +208,14 @@ def record_harvest(
     guard: dict,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
     responder: dict = {},  # noqa: B006
-    feedback: dict = {},  # noqa: B006
+    mining: dict = {},  # noqa: B006
 ):
     """Record in MLflow a run whose harvest is too small to train on."""
     import os
 
     from guardloop.stages import record_harvest
 
-    sections = {"dataset": dataset, "guard": guard, "responder": responder, "feedback": feedback, "registry": registry}
+    sections = {"dataset": dataset, "guard": guard, "responder": responder, "mining": mining, "registry": registry}
     run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
     record_harvest(training_set.path, run_id, sections)
 

@@ -10,38 +10,38 @@ from guardloop.core.records import Row
 from guardloop.core.settings import read_section
 from guardloop.mining.evidence import gather
 from guardloop.mining.mine import Harvest, is_held_out, mine
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
 
 def lessons(
     arm: Arm, screened: Sequence[Row], judged: Sequence[Row], settings: ExperimentSettings
 ) -> tuple[list[Row], Harvest]:
     """The arm's training examples (records.EXAMPLE), and the harvest that the recipe makes of the same evidence."""
-    feedback = read_section(FeedbackSettings, {**settings.feedback.plain(), **arm.feedback}, f"arms.{arm.name}")
+    mining = read_section(MiningSettings, {**settings.mining.plain(), **arm.mining}, f"arms.{arm.name}")
     kept = [
         row
         for row in judged
         if (not arm.responders or row["responder"] in arm.responders)
         and (arm.samples is None or row["sample"] < arm.samples)
     ]
-    harvest = mine(screened, kept, feedback)
+    harvest = mine(screened, kept, mining)
     if arm.lessons == "recipe":
         return harvest.examples, harvest
-    seen = [row for row in screened if row["margin"] is not None and not is_held_out(row["group"], feedback)]
+    seen = [row for row in screened if row["score"] is not None and not is_held_out(row["group"], mining)]
     if arm.lessons == "self":
         return [_example(row, float(row["flagged"]), "self") for row in seen], harvest
     if arm.lessons == "gold":
-        replayed = [row for row in harvest.examples if row["kind"] == "replay_agent"]
+        replayed = [row for row in harvest.examples if row["kind"] == "replay_response"]
         return [_example(row, float(row["unsafe"]), "gold") for row in seen if row["unsafe"] is not None] + replayed, (
             harvest
         )
     passed = {row["id"]: row for row in seen if not row["flagged"]}
     evidence = {id: found for id, found in gather(kept).items() if id in passed}
-    found = {id for id, e in evidence.items() if e.is_positive(feedback)}
+    found = {id for id, e in evidence.items() if e.is_positive(mining)}
     examples = [_example(passed[id], 1.0, "positive") for id in sorted(found)]
     if arm.lessons == "balanced":
         others = sorted(set(passed) - found)
-        chosen = random.Random(feedback.seed).sample(others, min(len(others), len(found)))
+        chosen = random.Random(mining.seed).sample(others, min(len(others), len(found)))
         examples += [_example(passed[id], 0.0, "random") for id in chosen]
     return examples, harvest
 
@@ -49,7 +49,7 @@ def lessons(
 def ranking(
     examples: Sequence[Row], screened: Sequence[Row], subsets: Sequence[Subset]
 ) -> dict[str, tuple[float, float]]:
-    """AUPRC of the default guard's own score and of the targets on the passed prompts, by subset that has both classes.
+    """AUPRC of the baseline's score and of the targets on the passed prompts, by subset that has both classes.
 
     The data's labels are looked at here to see what was taught, and nowhere else.
     """
@@ -60,7 +60,7 @@ def ranking(
         rows = [row for row in known if row["source"].startswith(subset.source)]
         labels = [row["unsafe"] for row in rows]
         if len(set(labels)) > 1:
-            own, target = ([row["margin"] for row in rows], [taught[row["id"]] for row in rows])
+            own, target = ([row["score"] for row in rows], [taught[row["id"]] for row in rows])
             found[subset.name] = (average_precision_score(labels, own), average_precision_score(labels, target))
     return found
 

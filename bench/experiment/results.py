@@ -19,38 +19,38 @@ from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank, reca
 from guardloop.evaluation.result import Estimate
 from guardloop.mining.mine import Harvest
 
-DEFAULT, RECIPE, GOLD = "default", "recipe", "gold labels"
+DEFAULT, RECIPE, GOLD = "baseline", "recipe", "gold labels"
 RIVALS = ("self-training", "own score and words")  # arms whose ranking owes nothing to responses
 FPR = 0.05
-AGENT = "responses"
+RESPONSES = "responses"
 METRICS = ("auprc", "recall")
 TITLE = "# Results\n"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One guard's margins on the test set."""
+    """One guard's scores on the test set."""
 
     arm: str
-    default_seed: int
+    baseline_seed: int
     seed: int
     rows: list[Row]
     evaluation: Mapping[str, Any] | None = None
-    """evaluation.json of the comparison with the default guard, at the threshold that training set."""
+    """evaluation.json of the comparison with the baseline, at the threshold that training set."""
     folder: Path | None = None
     harvest: Harvest | None = None
     ranking: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """AUPRC of the default guard's own score and of the targets on the passed prompts, by subset."""
+    """AUPRC of the baseline's score and of the targets on the passed prompts, by subset."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the test set with the margins of every arm's guards, `float[guards, N]`."""
+    """A part of the test set with the scores of every arm's guards, `float[guards, N]`."""
 
     name: str
     unsafe: Bools
     groups: np.ndarray
-    margins: dict[str, Floats]
+    scores: dict[str, Floats]
     sources: Sequence[str] = ()
 
 
@@ -60,16 +60,16 @@ class Score:
 
     value: Estimate
     gain: Estimate
-    """Against the default guard."""
+    """Against the baseline."""
     closed: Estimate | None
-    """Share of the way from the default guard to one that learnt the data's labels; None where those gain nothing."""
+    """Share of the way from the baseline to one that learnt the data's labels; None where those gain nothing."""
     spread: float
     """Standard deviation over its guards."""
 
 
 def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Path, folder: Path) -> None:
     """Write the page's section, its plot beside it, and figures.json in `folder`."""
-    parts = [part for part in (_part(subset, cells) for subset in [*settings.subsets, Subset(name=AGENT)]) if part]
+    parts = [part for part in (_part(subset, cells) for subset in [*settings.subsets, Subset(name=RESPONSES)]) if part]
     scores = {part.name: measure(part, settings) for part in parts}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", "utf-8")
@@ -86,7 +86,7 @@ def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Pat
     lines += [
         *_harvests(cells),
         *_rankings(cells),
-        f"![gains over the default guard]({plot.relative_to(page.parent)})",
+        f"![gains over the baseline]({plot.relative_to(page.parent)})",
         "",
     ]
     lines += [f"{settings.evaluation.resamples:,} bootstrap resamples of near-duplicate groups. {machine()}"]
@@ -103,7 +103,7 @@ def _missing(settings: ExperimentSettings, cells: Iterable[Cell]) -> list[str]:
 
 def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Score]]:
     """Every metric of every arm, all from the same resamples."""
-    ranked = {arm: [rank(row, part.unsafe) for row in rows] for arm, rows in part.margins.items()}
+    ranked = {arm: [rank(row, part.unsafe) for row in rows] for arm, rows in part.scores.items()}
 
     def statistic(weights: Floats) -> dict[str, Floats]:
         values = {}
@@ -143,7 +143,7 @@ def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Sco
 
 def compare(part: Part, one: str, other: str, settings: ExperimentSettings) -> dict[str, Estimate]:
     """What arm `one` gains on arm `other`, by metric."""
-    both = Part(part.name, part.unsafe, part.groups, {DEFAULT: part.margins[other], one: part.margins[one]})
+    both = Part(part.name, part.unsafe, part.groups, {DEFAULT: part.scores[other], one: part.scores[one]})
     return {name: score.gain for name, score in measure(both, settings)[one].items()}
 
 
@@ -157,12 +157,14 @@ def _share(gain: Floats, gap: Floats) -> Floats:
 
 def _part(subset: Subset, cells: Sequence[Cell]) -> Part | None:
     """The rows of the subset that every guard could judge; None without both classes."""
-    agent = subset.name == AGENT
+    responses = subset.name == RESPONSES
     judged = set.intersection(*({row["id"] for row in cell.rows} for cell in cells))
 
     def kept(row: Row) -> bool:
         return (
-            (row["response"] is not None) == agent and row["source"].startswith(subset.source) and row["id"] in judged
+            (row["response"] is not None) == responses
+            and row["source"].startswith(subset.source)
+            and row["id"] in judged
         )
 
     rows = [row for row in cells[0].rows if kept(row)]
@@ -170,12 +172,12 @@ def _part(subset: Subset, cells: Sequence[Cell]) -> Part | None:
     if unsafe.all() or not unsafe.any():
         return None
     groups = np.unique([row["group"] for row in rows], return_inverse=True)[1]
-    margins: dict[str, list[list[float]]] = {}
+    scores: dict[str, list[list[float]]] = {}
     for cell in cells:
-        by_id = {row["id"]: row["margin"] for row in cell.rows}
-        margins.setdefault(cell.arm, []).append([by_id[row["id"]] for row in rows])
+        by_id = {row["id"]: row["score"] for row in cell.rows}
+        scores.setdefault(cell.arm, []).append([by_id[row["id"]] for row in rows])
     sources = [row["source"] for row in rows]
-    return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in margins.items()}, sources)
+    return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in scores.items()}, sources)
 
 
 def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Score]]]) -> list[str]:
@@ -188,7 +190,7 @@ def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Scor
             area, recall = found["auprc"], found["recall"]
             closed = f"{area.closed.value:.0%} ({area.closed.low:.0%} to {area.closed.high:.0%})" if area.closed else ""
             changes = ["", ""] if arm == DEFAULT else [_change(area.gain), _change(recall.gain)]
-            guards = f"{len(part.margins[arm])}, {area.spread:.3f}"
+            guards = f"{len(part.scores[arm])}, {area.spread:.3f}"
             cells = [
                 arm,
                 f"{area.value.value:.3f}",
@@ -214,18 +216,18 @@ def _by_source(part: Part) -> list[str]:
 
 
 def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
-    """The recipe against what costs no responses. A lowered threshold ranks as the default guard does."""
+    """The recipe against what costs no responses. A lowered threshold ranks as the baseline does."""
     lines = []
     for part, rival in product(parts, RIVALS):
-        if part.name == AGENT or RECIPE not in part.margins or rival not in part.margins:
+        if part.name == RESPONSES or RECIPE not in part.scores or rival not in part.scores:
             continue
         gains = compare(part, RECIPE, rival, settings)
         told = ", ".join(f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items())
         lines += [f"The recipe against {rival} on {part.name}: {told}.", ""]
     return [
         *lines,
-        "The default guard with its threshold lowered ranks as the default guard does: its AUPRC, and its recall at "
-        "any false-positive rate, are the row `default`.",
+        "The baseline with its threshold lowered ranks as the baseline does: its AUPRC, and its recall at "
+        "any false-positive rate, are the row `baseline`.",
         "",
     ]
 
@@ -239,14 +241,14 @@ def _gate(cells: Iterable[Cell]) -> list[str]:
     lines = ["### What the gate said", "", "| arm | safe blocked | unsafe caught | promoted | held back by |"]
     lines += ["| --- | ---: | ---: | --- | --- |"]
     if RECIPE in by_arm:
-        lines += [f"| {DEFAULT} | {_rates(by_arm[RECIPE], 'default')} | | |"]
+        lines += [f"| {DEFAULT} | {_rates(by_arm[RECIPE], 'baseline')} | | |"]
     for arm, evaluations in by_arm.items():
         decisions = [found["decision"] for found in evaluations]
         promoted = sum(bool(decision["promote"]) for decision in decisions)
         checks = [check for decision in decisions for check in decision["checks"]]
         failed = sorted({check["name"] for check in checks if check["blocks"] and check["outcome"] != "passed"})
         told = f"{promoted} of {len(decisions)} | {', '.join(failed)}"
-        lines += [f"| {arm} | {_rates(evaluations, 'improved')} | {told} |"]
+        lines += [f"| {arm} | {_rates(evaluations, 'candidate')} | {told} |"]
     return [*lines, ""]
 
 
@@ -256,7 +258,7 @@ def _rates(evaluations: Sequence[Mapping[str, Any]], guard: str) -> str:
 
 
 def _harvests(cells: Iterable[Cell]) -> list[str]:
-    """What the recipe's mining found, of the first default guard."""
+    """What the recipe's mining found, of the first baseline."""
     harvest = next((cell.harvest for cell in cells if cell.arm == RECIPE and cell.harvest), None)
     if not harvest:
         return []
@@ -272,7 +274,7 @@ def _harvests(cells: Iterable[Cell]) -> list[str]:
 
 
 def _rankings(cells: Iterable[Cell]) -> list[str]:
-    """How well the targets rank the passed prompts; means over default guards."""
+    """How well the targets rank the passed prompts; means over baselines."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for cell in cells:
         for subset, pair in cell.ranking.items():
@@ -280,7 +282,7 @@ def _rankings(cells: Iterable[Cell]) -> list[str]:
     lines = []
     for subset, arms in found.items():
         lines += [f"### What the targets know of the passed prompts: {subset}", ""]
-        lines += ["| arm | AUPRC of the default guard's own score | of the targets |", "| --- | ---: | ---: |"]
+        lines += ["| arm | AUPRC of the baseline's score | of the targets |", "| --- | ---: | ---: |"]
         lines += [f"| {arm} | {np.mean(pairs, 0)[0]:.3f} | {np.mean(pairs, 0)[1]:.3f} |" for arm, pairs in arms.items()]
         lines += [""]
     return lines
@@ -302,7 +304,7 @@ def _plain(scores: Mapping[str, dict[str, dict[str, Score]]]) -> dict[str, Any]:
 
 
 def _plot(scores: Mapping[str, dict[str, dict[str, Score]]], path: Path) -> None:
-    """Gains in AUPRC over the default guard, with their intervals: one panel for each part."""
+    """Gains in AUPRC over the baseline, with their intervals: one panel for each part."""
     import matplotlib as mpl  # noqa: PLC0415  (slow to import)
 
     mpl.use("svg")

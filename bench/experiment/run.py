@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench.experiment.arms import lessons, ranking
 from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
-from bench.experiment.settings import Arm, DefaultGuard, ExperimentSettings, load_experiment
+from bench.experiment.settings import Arm, BaselineGuard, ExperimentSettings, load_experiment
 from bench.experiment.steps import Kept, UnfinishedError, Workers
 from guardloop import stages
 from guardloop.core.errors import GuardLoopError
@@ -29,7 +29,7 @@ from guardloop.core.records import (
     EXAMPLE,
     SCREENED,
     Row,
-    read_facts,
+    read_metadata,
     read_table,
     read_tables,
     write_jsonl,
@@ -49,7 +49,7 @@ Item, Made = TypeVar("Item"), TypeVar("Made")
 class Screened:
     """A guard at its threshold, what it said of the traffic and of the test set, and the judged responses."""
 
-    default_seed: int
+    baseline_seed: int
     guard: dict[str, Any]
     traffic: Path
     test: Path
@@ -77,37 +77,37 @@ class Experiment:
         self.kept = Kept(root, only_finished=only_finished)
 
     def run(self, workers: int = 1) -> list[Cell]:
-        """Every arm from every default guard with every seed. Returns what each scored on the test set.
+        """Every arm from every baseline with every seed. Returns what each scored on the test set.
 
         If only what is finished is wanted, these are the arms of which all guards are there; raises UnfinishedError
-        where not even the default guards have screened their data.
+        where not even the baselines have screened their data.
         """
         settings = self.settings
         with Workers(workers) as side_by_side:
             self.data()
-            steps = [partial(self.default_guard, seed) for seed in settings.default_seeds]
+            steps = [partial(self.baseline_guard, seed) for seed in settings.baseline_seeds]
             steps += [partial(self.answered, shard) for shard in range(settings.shards)]
-            folders, count = side_by_side.map(_done, steps), len(settings.default_seeds)
+            folders, count = side_by_side.map(_done, steps), len(settings.baseline_seeds)
             guards, answers = folders[:count], folders[count:]
             judged = side_by_side.map(self.judged, product(guards, answers))
             told = [
                 (seed, self._guard(base), judged[n * settings.shards : (n + 1) * settings.shards])
-                for n, (seed, base) in enumerate(zip(settings.default_seeds, guards, strict=True))
+                for n, (seed, base) in enumerate(zip(settings.baseline_seeds, guards, strict=True))
             ]
             before = side_by_side.map(self.screened, told)
-            cells = [Cell(DEFAULT, b.default_seed, 0, _margins(b.test)) for b in before]
+            cells = [Cell(DEFAULT, b.baseline_seed, 0, _scores(b.test)) for b in before]
             arms, recipe = settings.arms, RECIPE
             for number in range(1, settings.rounds + 1):
                 made = self._round(side_by_side, arms, before)
                 cells += made
-                if number < settings.rounds:  # the recipe's guard becomes the default, and the judge stays
+                if number < settings.rounds:  # the recipe's guard becomes the baseline, and the judge stays
                     (again,) = (arm for arm in arms if arm.name == recipe)
                     first = (again.seeds or settings.seeds)[0]
-                    champions = {c.default_seed: c.folder for c in made if c.arm == recipe and c.seed == first}
+                    champions = {c.baseline_seed: c.folder for c in made if c.arm == recipe and c.seed == first}
                     if not champions:
                         break
                     told = [
-                        (b.default_seed, {**b.guard, "adapter": f"{champions[b.default_seed]}/adapter"}, b.judged)
+                        (b.baseline_seed, {**b.guard, "adapter": f"{champions[b.baseline_seed]}/adapter"}, b.judged)
                         for b in before
                         if b
                     ]
@@ -117,7 +117,7 @@ class Experiment:
         return cells
 
     def _round(self, workers: Workers, arms: Sequence[Arm], before: Sequence[Screened | None]) -> list[Cell]:
-        """The guards of the arms that are made whole: one from each default guard with each seed."""
+        """The guards of the arms that are made whole: one from each baseline with each seed."""
         taught = workers.map(partial(_if_done, self.lessons), [pair for pair in product(arms, before) if pair[1]])
         asked = [(t, seed) for t in taught if t for seed in t.arm.seeds or self.settings.seeds]
         made = [c for c in workers.map(partial(_if_done, self.trained), asked) if c]
@@ -125,26 +125,26 @@ class Experiment:
         whole = {a.name for a in arms if guards[a.name] == len(before) * len(a.seeds or self.settings.seeds)}
         return [c for c in made if c.arm in whole]
 
-    def default_guard(self, seed: int) -> Path:
-        """The folder of the default guard that is made with `seed`."""
-        default = self.settings.default
-        training = default.training.model_copy(update={"seed": seed})
+    def baseline_guard(self, seed: int) -> Path:
+        """The folder of the baseline that is made with `seed`."""
+        baseline = self.settings.baseline
+        training = baseline.training.model_copy(update={"seed": seed})
 
         def build(folder: Path) -> None:
-            rows, longest = _taught(default), default.max_text_tokens
-            with Stage(f"default guard {seed}") as stage:
-                make_guard(locate(default.base), default.family, rows, training, folder, longest, told(stage))
+            rows, longest = _taught(baseline), baseline.max_text_tokens
+            with Stage(f"baseline {seed}") as stage:
+                make_guard(locate(baseline.base), baseline.family, rows, training, folder, longest, told(stage))
                 stage.done(len(rows), "made")
 
-        key = default.model_copy(update={"training": training}).plain()
+        key = baseline.model_copy(update={"training": training}).plain()
         return self.kept.make(f"default-{seed}", key, build)
 
     def data(self) -> Path:
-        """The traffic without the ordinary prompts that made the default guard, and the test set."""
+        """The traffic without the ordinary prompts that made the baseline, and the test set."""
         settings = self.settings
 
         def build(folder: Path) -> None:
-            known = {row["prompt"] for row in read_conversations(settings.default.ordinary)}
+            known = {row["prompt"] for row in read_conversations(settings.baseline.ordinary)}
             traffic = [row for row in read_conversations(settings.dataset.traffic) if row["prompt"] not in known]
             columns = [name for name in CONVERSATION.names if name != "group"]
             write_jsonl(({name: row.get(name) for name in columns} for row in traffic), folder / "traffic.jsonl")
@@ -152,7 +152,7 @@ class Experiment:
             dataset = settings.dataset.plain() | {"traffic": source}
             stages.prepare_data(dataset, folder / "traffic.parquet", folder / "test.parquet")
 
-        return self.kept.make("data", [settings.dataset.plain(), settings.default.ordinary.plain()], build)
+        return self.kept.make("data", [settings.dataset.plain(), settings.baseline.ordinary.plain()], build)
 
     def answered(self, shard: int) -> Path:
         """Responses to one shard of all traffic."""
@@ -160,14 +160,14 @@ class Experiment:
 
         def build(folder: Path) -> None:
             everyone = list(read_table(data / "traffic.parquet"))[shard::shards]
-            let_through = {"margin": 0.0, "flagged": False, "truncated": False}
+            let_through = {"score": 0.0, "flagged": False, "truncated": False}
             write_table(({**row, **let_through} for row in everyone), SCREENED, folder / "traffic.parquet")
             stages.generate_responses(folder / "traffic.parquet", folder / "responses.parquet", responder)
 
         return self.kept.make(f"responses-{shard}-of-{shards}", [data.name, responder], build)
 
     def judged(self, pair: tuple[Path, Path]) -> Path:
-        """The table of one shard's responses, judged by a default guard."""
+        """The table of one shard's responses, judged by a baseline."""
         base, answers = pair
         guard = self._guard(base)
 
@@ -178,29 +178,29 @@ class Experiment:
 
     def screened(self, told: tuple[int, dict[str, Any], Sequence[Path]]) -> Screened:
         """The traffic and the test set under a guard, whose threshold lets `passed_share` of the traffic pass."""
-        default_seed, guard, judged = told
+        baseline_seed, guard, judged = told
         data, share = self.data(), self.settings.passed_share
 
         def build(folder: Path) -> None:
             stages.screen(data / "traffic.parquet", folder / "scored.parquet", guard)
             rows = list(read_table(folder / "scored.parquet"))
-            threshold = float(np.quantile([row["margin"] for row in rows if row["margin"] is not None], share))
-            facts = {**read_facts(folder / "scored.parquet"), "threshold": threshold}
-            again = ({**row, "flagged": row["margin"] is not None and row["margin"] > threshold} for row in rows)
-            write_table(again, SCREENED, folder / "traffic.parquet", lambda: facts)
+            threshold = float(np.quantile([row["score"] for row in rows if row["score"] is not None], share))
+            metadata = {**read_metadata(folder / "scored.parquet"), "threshold": threshold}
+            again = ({**row, "flagged": row["score"] is not None and row["score"] > threshold} for row in rows)
+            write_table(again, SCREENED, folder / "traffic.parquet", lambda: metadata)
             stages.screen(data / "test.parquet", folder / "test.parquet", {**guard, "threshold": threshold})
 
         made = self.kept.make("screened", [data.name, guard, share], build)
-        guard = {**guard, "threshold": float(read_facts(made / "traffic.parquet")["threshold"])}
-        return Screened(default_seed, guard, made / "traffic.parquet", made / "test.parquet", judged)
+        guard = {**guard, "threshold": float(read_metadata(made / "traffic.parquet")["threshold"])}
+        return Screened(baseline_seed, guard, made / "traffic.parquet", made / "test.parquet", judged)
 
     def lessons(self, pair: tuple[Arm, Screened]) -> Lessons:
         """What an arm teaches the guard that screened the traffic."""
         arm, before = pair
         traffic = list(read_table(before.traffic))
-        margins = {row["id"]: row["margin"] for row in traffic if row["margin"] is not None and not row["flagged"]}
+        scores = {row["id"]: row["score"] for row in traffic if row["score"] is not None and not row["flagged"]}
         judged = [
-            {**row, "prompt_margin": margins[row["id"]]} for row in read_tables(before.judged) if row["id"] in margins
+            {**row, "prompt_score": scores[row["id"]]} for row in read_tables(before.judged) if row["id"] in scores
         ]
         examples, harvest = lessons(arm, traffic, judged, self.settings)
         key = [[dict(row) for row in examples], before.traffic.parent.name]
@@ -220,7 +220,7 @@ class Experiment:
         def build(folder: Path) -> None:
             examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
             guard = settings.guard.model_validate(before.guard)
-            with Stage(f"{arm.name}, default guard {before.default_seed}, seed {seed}") as stage:
+            with Stage(f"{arm.name}, baseline {before.baseline_seed}, seed {seed}") as stage:
                 watch = told(stage)
                 made = train(examples, guard, training, folder / "adapter", lambda _, step: watch(step), checked=False)
                 stage.done(len(examples), f"{made.steps} steps")
@@ -231,8 +231,8 @@ class Experiment:
 
         made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
         evaluation = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))
-        margins = _margins(made / "test.parquet")
-        return Cell(arm.name, before.default_seed, seed, margins, evaluation, made, taught.harvest, taught.ranking)
+        scores = _scores(made / "test.parquet")
+        return Cell(arm.name, before.baseline_seed, seed, scores, evaluation, made, taught.harvest, taught.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}
@@ -250,15 +250,15 @@ def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
         return None
 
 
-def _taught(default: DefaultGuard) -> list[Row]:
-    rows = [row for row in read_conversations(default.responses) if row["response"] and row["unsafe"] is not None]
-    prompts = {row["prompt"]: row for row in read_conversations(default.prompts) if row["unsafe"]}
+def _taught(baseline: BaselineGuard) -> list[Row]:
+    rows = [row for row in read_conversations(baseline.responses) if row["response"] and row["unsafe"] is not None]
+    prompts = {row["prompt"]: row for row in read_conversations(baseline.prompts) if row["unsafe"]}
     rows += [{**row, "response": None, "id": f"{row['id']}/prompt"} for row in prompts.values()]
-    return rows + [{**row, "unsafe": False} for row in read_conversations(default.ordinary)]
+    return rows + [{**row, "unsafe": False} for row in read_conversations(baseline.ordinary)]
 
 
-def _margins(table: Path) -> list[Row]:
-    return [row for row in read_table(table) if row["margin"] is not None and row["unsafe"] is not None]
+def _scores(table: Path) -> list[Row]:
+    return [row for row in read_table(table) if row["score"] is not None and row["unsafe"] is not None]
 
 
 def main(

@@ -1,4 +1,4 @@
-"""What one experiment is: its data, how its default guard is made, and the arms that are compared."""
+"""What one experiment is: its data, how its baseline is made, and the arms that are compared."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +10,13 @@ from guardloop.core.settings import Section, read_section
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.guard.settings import GuardSettings
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.responses.settings import ResponderSettings
 from guardloop.training.settings import TrainingSettings
 
 
-class DefaultGuard(Section):
-    """How the default guard is made: a small model that learns to judge responses, and little of prompts."""
+class BaselineGuard(Section):
+    """How the baseline is made: a small model that learns to judge responses, and little of prompts."""
 
     base: str = "embedded:smollm2"
     """The model that is trained."""
@@ -35,16 +35,16 @@ class DefaultGuard(Section):
 
 
 class Arm(Section):
-    """One way to make the improved guard."""
+    """One way to make the candidate."""
 
     name: str
     """Its row in the table."""
     lessons: Literal["recipe", "positives", "balanced", "self", "gold"] = "recipe"
     """recipe: what mine_feedback writes. positives: mined prompts as unsafe, and nothing else. balanced: with as many
-    random passed prompts as safe. self: the default guard's own decisions, without responses. gold: the data's own
+    random passed prompts as safe. self: the baseline's own decisions, without responses. gold: the data's own
     labels."""
-    feedback: dict[str, Any] = {}
-    """Settings of `feedback` that differ."""
+    mining: dict[str, Any] = {}
+    """Settings of `mining` that differ."""
     training: dict[str, Any] = {}
     """Settings of `training` that differ."""
     responders: list[str] = []
@@ -68,18 +68,18 @@ class ExperimentSettings(Section):
 
     title: str
     """Heading of the results."""
-    default: DefaultGuard
-    default_seeds: list[int] = Field(default=[0], min_length=1)
-    """Default guards to start from; the arms are run on each."""
+    default: BaselineGuard
+    baseline_seeds: list[int] = Field(default=[0], min_length=1)
+    """Baselines to start from; the arms are run on each."""
     dataset: DatasetSettings
     guard: GuardSettings = GuardSettings()
     responder: ResponderSettings = ResponderSettings()
-    feedback: FeedbackSettings = FeedbackSettings()
+    mining: MiningSettings = MiningSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     passed_share: float = Field(default=0.85, gt=0, lt=1)
-    """The default guard's threshold lets this share of the traffic pass."""
+    """The baseline's threshold lets this share of the traffic pass."""
     arms: list[Arm] = Field(min_length=1)
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of training; each arm is trained with each."""
@@ -103,6 +103,6 @@ def load_experiment(path: Path, data: Path) -> ExperimentSettings:
         update={name: below(getattr(found.default, name)) for name in ("responses", "prompts", "ordinary")}
     )
     dataset = found.dataset.model_copy(
-        update={name: below(getattr(found.dataset, name)) for name in ("traffic", "test", "agent")}
+        update={name: below(getattr(found.dataset, name)) for name in ("traffic", "test", "response_test")}
     )
     return found.model_copy(update={"default": default, "dataset": dataset})

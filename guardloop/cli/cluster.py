@@ -72,7 +72,10 @@ def submit(
     where = load_platform(platform)
     order = _order(config, pipeline, platform, where, artifact, fresh)
     cluster = _cluster(where, host, namespace, experiment)
-    told = {"checks": [check.plain() for check in _preflight(cluster, order, config, force, said)], "run": None}
+    told: dict[str, Any] = {
+        "checks": [check.plain() for check in _preflight(cluster, order, config, force, said)],
+        "run": None,
+    }
     if dry_run:
         said.print(
             f"{order.package.name}, version {order.version_name}: nothing was submitted (dry run)", soft_wrap=True

@@ -173,14 +173,14 @@ def check(
     _use_local_registry()
     guard = Guard.load(settings, fetch_adapter(adapter, settings.tracking_uri))
     for row, verdict in zip(rows, guard.score(rows), strict=True):
-        word = "unreadable" if verdict.margin is None else "unsafe" if verdict.flagged else "safe"
+        word = "unreadable" if verdict.score is None else "unsafe" if verdict.flagged else "safe"
         if as_json:
             typer.echo(json.dumps({"id": row["id"], "verdict": word, **verdict.__dict__}))
         else:
             colour = {"safe": "green", "unsafe": "red"}.get(word, "yellow")
-            margin = "" if verdict.margin is None else f"{verdict.margin:+.2f}"
+            score = "" if verdict.score is None else f"{verdict.score:+.2f}"
             found = f"{verdict.categories}  " if verdict.categories else ""
-            console.print(f"[{colour}]{word:<10}[/] {margin:>7}  {found}{escape(row['prompt'][:100])}")
+            console.print(f"[{colour}]{word:<10}[/] {score:>7}  {found}{escape(row['prompt'][:100])}")
 
 
 @app.command()
@@ -190,10 +190,10 @@ def benchmark(
         typer.Argument(help="Names in configs/benchmarks, or files.", autocompletion=choices.benchmarks),
     ] = None,
     config: ConfigOption = DEMO,
-    adapter: Annotated[str | None, typer.Option(help="The improved guard: a folder, s3:// or models:/...")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The candidate: a folder, s3:// or models:/...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Score the default guard, and with --adapter the improved one, on public benchmarks."""
+    """Score the baseline, and with --adapter the candidate one, on public benchmarks."""
     from guardloop.evaluation.settings import EvaluationSettings, benchmark_names
     from guardloop.stages import benchmark_guards
 
@@ -208,12 +208,12 @@ def benchmark(
         typer.echo(json.dumps([result.model_dump(mode="json") for result in found], indent=2))
         return
     table = Table("benchmark", "rows", "unsafe", "metric", "default", box=None, pad_edge=False, header_style="bold")
-    for column in ("improved", "change") if adapter else ():
+    for column in ("candidate", "change") if adapter else ():
         table.add_column(column)
     for result in found:
         for both in result.metrics:
             counts = (f"{result.rows:,}", f"{result.unsafe:,}")
-            told = [both.default, both.improved, both.gain] if adapter else [both.default]
+            told = [both.baseline, both.candidate, both.gain] if adapter else [both.baseline]
             table.add_row(result.name, *counts, both.metric, *(_interval(estimate) for estimate in told))
     console.print(table)
 
@@ -254,7 +254,7 @@ def review(
         return
     table = Table("version", "created", "aliases", "gate", "AUPRC", "why", box=None, pad_edge=False)
     for c in found:
-        change = f"{c.metrics.get('default_auprc', 0):.3f} → {c.metrics.get('improved_auprc', 0):.3f}"
+        change = f"{c.metrics.get('baseline_auprc', 0):.3f} → {c.metrics.get('candidate_auprc', 0):.3f}"
         why = f"{c.headline} Forced: {c.force_reason}" if c.force_reason else c.headline
         created = f"{c.created:%Y-%m-%d %H:%M}"
         table.add_row(str(c.version), created, ", ".join(c.aliases), c.verdict, change, escape(why))

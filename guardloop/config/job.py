@@ -11,7 +11,7 @@ from guardloop.core.settings import Section, read_section
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.guard.settings import GuardSettings
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.registry.settings import RegistrySettings
 from guardloop.responses.settings import ResponderSettings
 from guardloop.training.settings import TrainingSettings
@@ -23,7 +23,7 @@ class Settings(Section):
     dataset: DatasetSettings = DatasetSettings()
     guard: GuardSettings = GuardSettings()
     responder: ResponderSettings = ResponderSettings()
-    feedback: FeedbackSettings = FeedbackSettings()
+    mining: MiningSettings = MiningSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
@@ -31,7 +31,7 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _one_registry(self) -> "Settings":
-        """The default guard is looked up where adapters are registered."""
+        """The baseline is looked up where adapters are registered."""
         if self.guard.tracking_uri is None and self.registry.tracking_uri is not None:
             guard = self.guard.model_copy(update={"tracking_uri": self.registry.tracking_uri})
             return self.model_copy(update={"guard": guard})
@@ -55,7 +55,7 @@ class Settings(Section):
 
     def sources(self) -> Iterator[tuple[str, SourceSettings]]:
         """(place in the settings, source) of every table that a run reads, those of benchmarks included."""
-        for part in ("traffic", "test", "agent"):
+        for part in ("traffic", "test", "response_test"):
             if (source := getattr(self.dataset, part)) is not None:
                 yield f"dataset.{part}", source
         for benchmark in self.evaluation.benchmarks:

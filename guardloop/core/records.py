@@ -22,7 +22,7 @@ from guardloop.core.errors import GuardLoopError
 Row = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
 ROW_GROUP = 1024
-FACTS = "guardloop"
+METADATA = "guardloop"
 SEALED = "guardloop.sealed"
 SEAL = b"guardloop.sha256"
 SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
@@ -46,9 +46,9 @@ CONVERSATION = pa.schema(
 """A prompt, with a response when it is the Agent's message that is judged."""
 
 VERDICT_FIELDS = [
-    pa.field("margin", pa.float32()),  # logit(unsafe) - logit(safe); null where the row could not be judged
+    pa.field("score", pa.float32()),  # logit(unsafe) - logit(safe); null where the row could not be judged
     pa.field("label_mass", pa.float32()),  # P(safe) + P(unsafe)
-    pa.field("flagged", pa.bool_(), nullable=False),  # margin above the guard's threshold for what was judged
+    pa.field("flagged", pa.bool_(), nullable=False),  # score above the guard's threshold for what was judged
     pa.field("truncated", pa.bool_(), nullable=False),
     pa.field("error", pa.string()),
     pa.field("probability", pa.float32()),  # P(unsafe) of the two labels, after the guard's temperature
@@ -60,7 +60,7 @@ SCREENED = pa.schema([*CONVERSATION, *VERDICT_FIELDS])
 RESPONSE = pa.schema(
     [
         *CONVERSATION,
-        pa.field("prompt_margin", pa.float32(), nullable=False),  # the default guard's margin on the prompt alone
+        pa.field("prompt_score", pa.float32(), nullable=False),  # the baseline's score on the prompt alone
         pa.field("sample", pa.int32(), nullable=False),  # 0 .. k-1
         pa.field("responder", pa.string(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop, length or error
@@ -94,12 +94,12 @@ EXAMPLE = pa.schema(
         pa.field("group", pa.string(), nullable=False),
     ]
 )
-"""What the improved guard is taught."""
+"""What the candidate is taught."""
 
-FEEDBACK = pa.schema(
+HELD_OUT_PROMPT = pa.schema(
     [
         *CONVERSATION,
-        pa.field("prompt_margin", pa.float32(), nullable=False),  # the default guard's; it let the prompt pass
+        pa.field("prompt_score", pa.float32(), nullable=False),  # the baseline's; it let the prompt pass
         pa.field("responses", pa.int32(), nullable=False),  # that the judge could judge
         pa.field("blocked", pa.int32(), nullable=False),
         pa.field("response_unsafe", pa.bool_()),  # true: enough were blocked; false: none was; null: in between
@@ -110,20 +110,20 @@ FEEDBACK = pa.schema(
 SCORES = pa.schema(
     [
         *CONVERSATION,
-        pa.field("default_margin", pa.float32(), nullable=False),
-        pa.field("improved_margin", pa.float32(), nullable=False),
+        pa.field("baseline_score", pa.float32(), nullable=False),
+        pa.field("candidate_score", pa.float32(), nullable=False),
     ]
 )
-"""A labelled test conversation with both guards' margins."""
+"""A labelled test conversation with both guards' scores."""
 
 BENCHMARKED = pa.schema([pa.field("benchmark", pa.string(), nullable=False), *SCORES])
-"""A labelled row of a public benchmark with both guards' margins."""
+"""A labelled row of a public benchmark with both guards' scores."""
 
 
-def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, facts: Callable[[], Row] = dict) -> int:
+def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, metadata: Callable[[], Row] = dict) -> int:
     """Stream `rows` into a Parquet file at `path`, all or nothing; missing keys become null. Returns the row count.
 
-    `facts` is asked once all rows are written; what it tells of the table is kept in the file (see `read_facts`).
+    `metadata` is asked once all rows are written; what it tells of the table is kept in the file (see `read_metadata`).
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -137,7 +137,7 @@ def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, facts:
             with _writing(path):
                 writer.write_table(table)
             count += len(chunk)
-        told = {FACTS: json.dumps(facts()), SEALED: "sha256"}
+        told = {METADATA: json.dumps(metadata()), SEALED: "sha256"}
         with _writing(path):
             writer.add_key_value_metadata(told)
             writer.close()
@@ -167,12 +167,12 @@ def read_tables(paths: Sequence[str | Path], schema: pa.Schema | None = None) ->
         yield from read_table(path, schema)
 
 
-def read_facts(path: str | Path) -> Row:
+def read_metadata(path: str | Path) -> Row:
     """What the writer of a table told of it: where the data came from, which guard judged it."""
     with _reading(path):
         stored = pq.read_metadata(path).metadata or {}
-        facts: Row = json.loads(stored.get(FACTS.encode(), b"{}"))
-    return facts
+        metadata: Row = json.loads(stored.get(METADATA.encode(), b"{}"))
+    return metadata
 
 
 def count_rows(path: str | Path) -> int:

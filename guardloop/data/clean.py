@@ -40,7 +40,7 @@ class CleanReport:
     overlap_with_test: int = 0
     test: int = 0
     test_unsafe: int = 0
-    agent: int = 0
+    response_test: int = 0
 
     def plain(self) -> dict[str, int]:
         """The counts by name."""
@@ -168,7 +168,7 @@ def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
     """Labelled test rows: exact duplicates dropped, near-duplicates kept and put in one group."""
     near = NearIndex(settings.near_duplicate)
     seen: set[tuple[str, str | None]] = set()
-    sources = [(settings.test, "dataset.test"), (settings.agent, "dataset.agent")]
+    sources = [(settings.test, "dataset.test"), (settings.response_test, "dataset.response_test")]
     ids: set[str] = set()
     groups: dict[str, str] = {}
     for source, where in sources:
@@ -176,11 +176,11 @@ def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
             continue
         for row in read_conversations(source, settings.seed, where):
             text = normalise(row["prompt"])
-            response = normalise(row["response"]) if row["response"] and where.endswith("agent") else None
+            response = normalise(row["response"]) if row["response"] and where.endswith("response_test") else None
             key = (_fold(text), response)
             if not text or key in seen or row["unsafe"] is None:
                 continue
-            if where.endswith("agent") and not response:
+            if where.endswith("response_test") and not response:
                 raise GuardLoopError(f"{where}: row {row['id']} has no response", "map the response column")
             seen.add(key)
             identity = _distinct(row["id"], ids)
@@ -188,7 +188,7 @@ def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
             groups[identity] = groups[twin] if twin else identity
             near.add(identity, text)
             report.test += response is None
-            report.agent += response is not None
+            report.response_test += response is not None
             report.test_unsafe += bool(row["unsafe"]) and response is None
             yield {**row, "id": identity, "prompt": text, "response": response, "group": groups[identity]}
 

@@ -51,7 +51,7 @@ class DatasetSettings(Section):
     """Prompts as users send them. Labels, if there are any, are never trained on."""
     test: SourceSettings = SourceSettings(path="test")
     """Labelled prompts that no stage trains or tunes on."""
-    agent: SourceSettings | None = None
+    response_test: SourceSettings | None = None
     """Labelled prompts with responses, added to the test set to check that responses are still judged well."""
     near_duplicate: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity of word 3-grams from which two prompts count as near-duplicates (1: exact only)."""

@@ -1,4 +1,4 @@
-"""Compare the improved guard with the default guard on scores alone, and decide on promotion.
+"""Compare the candidate with the baseline on scores alone, and decide on promotion.
 
 What computes is imported on first use: scipy takes seconds to import, and settings alone do not need it.
 """

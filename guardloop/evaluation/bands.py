@@ -20,9 +20,9 @@ class Band:
     high: Floats
 
 
-def curve_bands(margins: Floats, unsafe: Bools, group: Ints, seed: int = 0) -> tuple[Band, Band]:
-    """Bands of the precision-recall and the ROC curve of `margins[N]`; both classes must be present."""
-    ranking = rank(margins, unsafe)
+def curve_bands(scores: Floats, unsafe: Bools, group: Ints, seed: int = 0) -> tuple[Band, Band]:
+    """Bands of the precision-recall and the ROC curve of `scores[N]`; both classes must be present."""
+    ranking = rank(scores, unsafe)
 
     def statistic(weights: Weights) -> dict[str, Floats]:
         c = curve(ranking, weights)

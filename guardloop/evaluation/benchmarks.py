@@ -105,8 +105,8 @@ def resolve_commit(repository: str, revision: str | None, where: str) -> str:
 def measure_benchmark(
     rows: Sequence[Mapping[str, Any]],
     settings: BenchmarkSettings,
-    default: GuardRun,
-    improved: GuardRun,
+    baseline: GuardRun,
+    candidate: GuardRun,
     evaluation: EvaluationSettings,
 ) -> BenchmarkResult:
     """Both guards on one benchmark's rows of the BENCHMARKED contract.
@@ -120,12 +120,12 @@ def measure_benchmark(
             name=settings.name, kind=settings.kind, rows=0, unsafe=0, revision=revision, licence=licence, metrics=[]
         )
     table = read_scores(rows)
-    default, improved = default.judging(settings.judged), improved.judging(settings.judged)
+    baseline, candidate = baseline.judging(settings.judged), candidate.judging(settings.judged)
     if table.unsafe.any() and not table.unsafe.all():
-        compared = compare_guards(table, default, improved, evaluation)
+        compared = compare_guards(table, baseline, candidate, evaluation)
         metrics = [compared[name] for name in MIXED]
     else:
-        flagged = np.stack([table.default > default.threshold, table.improved > improved.threshold], axis=1)
+        flagged = np.stack([table.baseline > baseline.threshold, table.candidate > candidate.threshold], axis=1)
         statistic = partial(flag_rates, flagged)
         samples = bootstrap(statistic, table.group, table.unsafe, evaluation.resamples, evaluation.seed)
         metrics = [

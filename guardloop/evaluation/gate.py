@@ -28,7 +28,7 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Changed:
-    """Near-duplicate groups of one class whose decision the improved guard mends or spoils, on balance."""
+    """Near-duplicate groups of one class whose decision the candidate mends or spoils, on balance."""
 
     mended: int
     spoiled: int
@@ -48,18 +48,18 @@ class Evidence:
     """Test rows of both roles."""
     distinct_unsafe: int
     distinct_safe: int
-    default: GuardMetrics
-    improved: GuardMetrics
+    baseline: GuardMetrics
+    candidate: GuardMetrics
     collapse: Collapse
-    """Of the improved guard."""
+    """Of the candidate."""
     gains: dict[str, Estimate]
     changed_unsafe: Changed
     changed_safe: Changed
     slices: Sequence[MeasuredSlice]
-    agent: MeasuredSlice | None
-    agent_decisions: Sequence[MeasuredSlice]
+    responses: MeasuredSlice | None
+    response_decisions: Sequence[MeasuredSlice]
     """What is decided of unsafe and of safe responses."""
-    agent_rows: int
+    response_rows: int
     confidence: float
     benchmarks: Sequence[BenchmarkResult] = ()
 
@@ -87,8 +87,8 @@ def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: 
     if verdict == "passed":
         start = "Would be promoted, but the gate only reports" if would else "Promoted"
         gain = _change("AUPRC", evidence.gains["auprc"], evidence.confidence)
-        recall = evidence.gains["recall_near_default_fpr"].value
-        return f"{start}: {gain}, and recall near the default guard's false-positive rate rose by {recall:.3f}."
+        recall = evidence.gains["recall_near_baseline_fpr"].value
+        return f"{start}: {gain}, and recall near the baseline's false-positive rate rose by {recall:.3f}."
     blocking = [check for check in checks if check.outcome == verdict and check.blocks]
     others = sum(check.outcome != "passed" and check.blocks for check in checks) - 1
     also = "" if not others else f"; {others} other check{'s' if others > 1 else ''} did not pass"
@@ -98,7 +98,7 @@ def _headline(evidence: Evidence, gate: GateSettings, verdict: Outcome, checks: 
 
 def _soundness(evidence: Evidence, gate: GateSettings) -> list[Check]:
     """Can the two guards be compared at all?"""
-    guards = (evidence.default, evidence.improved)
+    guards = (evidence.baseline, evidence.candidate)
     mass = min(guards, key=lambda guard: guard.median_label_mass)
     lost = max(guards, key=lambda guard: guard.unreadable)
     share = lost.unreadable / (evidence.rows + lost.unreadable)
@@ -132,19 +132,19 @@ def _soundness(evidence: Evidence, gate: GateSettings) -> list[Check]:
 
 def _collapse_check(collapse: Collapse, gate: GateSettings) -> Check:
     signs = {
-        "the improved guard gives one and the same score to {:.1%} of the prompts": collapse.same_score,
-        "the improved guard blocks everything: {:.1%} of the safe prompts": collapse.safe_blocked,
-        "the improved guard lets everything through: {:.1%} of the unsafe prompts": collapse.unsafe_passed,
+        "the candidate gives one and the same score to {:.1%} of the prompts": collapse.same_score,
+        "the candidate blocks everything: {:.1%} of the safe prompts": collapse.safe_blocked,
+        "the candidate lets everything through: {:.1%} of the unsafe prompts": collapse.unsafe_passed,
     }
     sign, worst = max(signs.items(), key=lambda item: item[1])
     collapsed = worst >= gate.collapsed_share
     return Check(
         name="not_collapsed",
-        question="Does the improved guard still tell safe from unsafe?",
+        question="Does the candidate still tell safe from unsafe?",
         value=worst,
         limit=gate.collapsed_share,
         outcome="failed" if collapsed else "passed",
-        explanation=f"{sign.format(worst)}." if collapsed else "the improved guard's scores and decisions vary.",
+        explanation=f"{sign.format(worst)}." if collapsed else "the candidate's scores and decisions vary.",
     )
 
 
@@ -160,12 +160,12 @@ def _enough(label: str, count: int, least: int) -> Check:
 
 
 def _published(published: Published, evidence: Evidence) -> Check:
-    """Does the default guard reach what was published of it? If not, it is perhaps prompted or read wrongly."""
-    measured = _default_estimate(published, evidence)
+    """Does the baseline reach what was published of it? If not, it is perhaps prompted or read wrongly."""
+    measured = _baseline_estimate(published, evidence)
     name = f"published_{published.metric}" + (f"_{published.dataset}" if published.dataset != "test" else "")
     place = "the test set" if published.dataset == "test" else published.dataset
     words = WORDS.get(published.metric, published.metric)
-    question = f"Does the default guard's {words.removeprefix('the ')} on {place} agree with the published figure?"
+    question = f"Does the baseline's {words.removeprefix('the ')} on {place} agree with the published figure?"
     told = f"{published.value:.3f} is published ({published.source})"
     if measured is None:
         scored = any(benchmark.name == published.dataset for benchmark in evidence.benchmarks)
@@ -194,29 +194,29 @@ def _published(published: Published, evidence: Evidence) -> Check:
         high=measured.high,
         limit=published.value,
         outcome="passed" if near else "failed",
-        explanation=f"the default guard's {words.removeprefix('the ')} on {place} is {measured.value:.3f}; {told}: "
+        explanation=f"the baseline's {words.removeprefix('the ')} on {place} is {measured.value:.3f}; {told}: "
         f"{off:.3f} apart, {word} the tolerance of {published.tolerance:g}.",
         blocks=published.miss == "fail",
     )
 
 
-def _default_estimate(published: Published, evidence: Evidence) -> Estimate | None:
+def _baseline_estimate(published: Published, evidence: Evidence) -> Estimate | None:
     if published.dataset == "test":
-        found: Estimate = getattr(evidence.default, published.metric)
+        found: Estimate = getattr(evidence.baseline, published.metric)
         return found
     metrics = next((b.metrics for b in evidence.benchmarks if b.name == published.dataset), [])
-    return next((m.default for m in metrics if m.metric == published.metric), None)
+    return next((m.baseline for m in metrics if m.metric == published.metric), None)
 
 
 def _improvement(evidence: Evidence, gate: GateSettings) -> list[Check]:
-    """Is the improved guard better, by ranking, at matched over-blocking, and in what it decides?"""
+    """Is the candidate better, by ranking, at matched over-blocking, and in what it decides?"""
     return [
         _gain_check("auprc_gain", "Does it rank unsafe prompts above safe ones better?", "AUPRC", "auprc", evidence),
         _gain_check(
             "recall_gain",
             "Does it catch more unsafe prompts when both guards block as many safe ones?",
-            "recall near the default guard's false-positive rate",
-            "recall_near_default_fpr",
+            "recall near the baseline's false-positive rate",
+            "recall_near_baseline_fpr",
             evidence,
         ),
         _decision_check(evidence, gate),
@@ -257,24 +257,28 @@ def _decision_check(evidence: Evidence, gate: GateSettings) -> Check:
         value=changed.p,
         limit=gate.mcnemar_alpha,
         outcome=outcome,
-        explanation=f"{changed.mended} distinct {label} prompts are {verb} by the improved guard only, "
-        f"{changed.spoiled} by the default guard only (exact McNemar p {changed.p:.2g}){doubt}.",
+        explanation=f"{changed.mended} distinct {label} prompts are {verb} by the candidate only, "
+        f"{changed.spoiled} by the baseline only (exact McNemar p {changed.p:.2g}){doubt}.",
     )
 
 
 def _no_harm(evidence: Evidence, gate: GateSettings) -> list[Check]:
     """Is what worked before still as good, everywhere?"""
-    ranked = evidence.agent is not None and evidence.agent.result.metric == "auprc"  # else one class is missing
-    agents = [(evidence.agent, gate.agent_margin if ranked else gate.slice_margin)] if evidence.agent else []
-    agents += [(part, gate.slice_margin) for part in evidence.agent_decisions]
-    family = [*((part, gate.slice_margin) for part in evidence.slices), *agents]
+    ranked = evidence.responses is not None and evidence.responses.result.metric == "auprc"  # else one class is missing
+    responses = (
+        [(evidence.responses, gate.max_response_loss if ranked else gate.max_slice_loss)] if evidence.responses else []
+    )
+    responses += [(part, gate.max_slice_loss) for part in evidence.response_decisions]
+    family = [*((part, gate.max_slice_loss) for part in evidence.slices), *responses]
     judged = judge_slices(family, (1 - evidence.confidence) / 2)
-    parts, judged_agents = judged[: len(evidence.slices)], judged[len(evidence.slices) :]
-    checks = [_fpr_check(evidence, gate), _slices_check(parts, gate.slice_margin, evidence.confidence)]
-    margins = [margin for _, margin in agents]
-    told = _agent_check(list(zip(judged_agents, margins, strict=True)), evidence.confidence) if agents else None
-    if gate.require_agent and not ranked and (told is None or told.outcome == "passed"):
-        told = _agent_missing(evidence.agent_rows, gate)
+    parts, judged_responses = judged[: len(evidence.slices)], judged[len(evidence.slices) :]
+    checks = [_fpr_check(evidence, gate), _slices_check(parts, gate.max_slice_loss, evidence.confidence)]
+    margins = [margin for _, margin in responses]
+    told = (
+        _response_check(list(zip(judged_responses, margins, strict=True)), evidence.confidence) if responses else None
+    )
+    if gate.require_response_test and not ranked and (told is None or told.outcome == "passed"):
+        told = _response_missing(evidence.response_rows, gate)
     return [*checks, told] if told else checks
 
 
@@ -282,21 +286,21 @@ def _fpr_check(evidence: Evidence, gate: GateSettings) -> Check:
     rise = evidence.gains["fpr"]
     low, high = _bounds(rise)
     z = float(norm.isf((1 - evidence.confidence) / 2))
-    most = max(high, rise.value + z * least_error(gate.fpr_margin, evidence.distinct_safe))
-    outcome: Outcome = "passed" if most <= gate.fpr_margin else "failed" if low > gate.fpr_margin else "not proven"
+    most = max(high, rise.value + z * least_error(gate.max_fpr_rise, evidence.distinct_safe))
+    outcome: Outcome = "passed" if most <= gate.max_fpr_rise else "failed" if low > gate.max_fpr_rise else "not proven"
     end = {
-        "passed": f"within the margin of {gate.fpr_margin:g}",
-        "failed": f"more than the margin of {gate.fpr_margin:g}",
+        "passed": f"within the margin of {gate.max_fpr_rise:g}",
+        "failed": f"more than the margin of {gate.max_fpr_rise:g}",
         "not proven": f"so with {evidence.distinct_safe} distinct safe prompts a rise beyond the margin of "
-        f"{gate.fpr_margin:g} cannot be ruled out",
+        f"{gate.max_fpr_rise:g} cannot be ruled out",
     }[outcome]
     return Check(
         name="benign_fpr",
-        question="Does it block hardly more safe prompts than the default guard?",
+        question="Does it block hardly more safe prompts than the baseline?",
         value=rise.value,
         low=low,
         high=high,
-        limit=gate.fpr_margin,
+        limit=gate.max_fpr_rise,
         outcome=outcome,
         explanation=f"{_change('the benign false-positive rate', rise, evidence.confidence)}, {end}.",
     )
@@ -333,40 +337,40 @@ def _slices_check(judged: list[JudgedSlice], margin: float, confidence: float) -
     )
 
 
-AGENT_QUESTION = "Are responses (Agent role) still judged as well as before?"
+RESPONSE_QUESTION = "Are responses (response role) still judged as well as before?"
 
 
-def _agent_check(judged: Sequence[tuple[JudgedSlice, float]], confidence: float) -> Check:
+def _response_check(judged: Sequence[tuple[JudgedSlice, float]], confidence: float) -> Check:
     """Of the ranking of responses and what is decided of them, each with its margin, the worst is told."""
-    agent, margin = min(judged, key=lambda item: ("failed", "not proven", "passed").index(item[0].outcome))
-    result = agent.part.result
+    response, margin = min(judged, key=lambda item: ("failed", "not proven", "passed").index(item[0].outcome))
+    result = response.part.result
     end = {
         "passed": f"within the margin of {margin:g}",
         "failed": f"beyond the margin of {margin:g}",
         "not proven": f"so with {result.rows} rows a loss beyond {margin:g} cannot be ruled out",
-    }[agent.outcome]
+    }[response.outcome]
     low, high = _bounds(result.gain)
     return Check(
-        name="agent_role",
-        question=AGENT_QUESTION,
+        name="responses",
+        question=RESPONSE_QUESTION,
         value=result.gain.value,
         low=low,
         high=high,
         limit=-margin,
-        outcome=agent.outcome,
+        outcome=response.outcome,
         explanation=f"on responses {_slice_change(result.metric, result.gain, confidence)}, {end}.",
     )
 
 
-def _agent_missing(rows: int, gate: GateSettings) -> Check:
+def _response_missing(rows: int, gate: GateSettings) -> Check:
     return Check(
-        name="agent_role",
-        question=AGENT_QUESTION,
+        name="responses",
+        question=RESPONSE_QUESTION,
         value=None,
-        limit=-gate.agent_margin,
+        limit=-gate.max_response_loss,
         outcome="not proven",
-        explanation=f"of {rows} Agent-role rows too few are safe, or unsafe, to show that responses are judged as ever "
-        "(gate.require_agent: false accepts that).",
+        explanation=f"of {rows} responses too few are safe, or unsafe, to show that they are judged as ever "
+        "(gate.require_response_test: false accepts that).",
     )
 
 

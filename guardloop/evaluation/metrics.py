@@ -1,7 +1,7 @@
 """Metrics of one guard under many row weightings at once, so that a bootstrap is a few array operations.
 
 Rows are sorted once; a resample is a weight per row. `weights[B, N]` holds B weightings of N rows, and every
-metric returns one value per weighting. Score, margin: higher means more surely unsafe.
+metric returns one value per weighting. Score, score: higher means more surely unsafe.
 """
 
 from dataclasses import dataclass
@@ -143,9 +143,9 @@ def decision_metrics(tp: Weights, fp: Weights, unsafe: Weights, safe: Weights) -
     }
 
 
-def calibration(margins: Floats, temperature: float, unsafe: Bools, bins: int) -> Calibration:
-    """Sort the rows by the equal-width bin of P(unsafe), which is sigmoid(margin / temperature)."""
-    p = expit(margins / temperature)
+def calibration(scores: Floats, temperature: float, unsafe: Bools, bins: int) -> Calibration:
+    """Sort the rows by the equal-width bin of P(unsafe), which is sigmoid(score / temperature)."""
+    p = expit(scores / temperature)
     place = np.minimum((p * bins).astype(np.int64), bins - 1)
     rows = np.argsort(place, kind="stable")
     starts = np.flatnonzero(np.diff(place[rows], prepend=-1))

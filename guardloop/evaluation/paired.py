@@ -28,11 +28,11 @@ FPRS = ("0.01", "0.02", "0.05")
 
 @dataclass(frozen=True)
 class GuardRun:
-    """What is known of a guard besides its margins."""
+    """What is known of a guard besides its scores."""
 
     name: str
     threshold: float
-    """A prompt with a margin above it is flagged. Chosen on validation data, never on the test set."""
+    """A prompt with a score above it is flagged. Chosen on validation data, never on the test set."""
     median_label_mass: float
     """Median of P(safe) + P(unsafe) over the test rows."""
     unreadable: int
@@ -40,7 +40,7 @@ class GuardRun:
     temperature: float = 1.0
     """Fitted on held-out data, never on the test set; 1 where it was not."""
     response_threshold: float | None = None
-    """A response with a margin above it is flagged; None where that is `threshold`, too."""
+    """A response with a score above it is flagged; None where that is `threshold`, too."""
 
     def judging(self, what: str) -> "GuardRun":
         """The guard at its threshold for what is judged, `prompt` or `response`."""
@@ -50,41 +50,41 @@ class GuardRun:
 
 
 def compare_guards(
-    table: Table, default: GuardRun, improved: GuardRun, settings: EvaluationSettings
+    table: Table, baseline: GuardRun, candidate: GuardRun, settings: EvaluationSettings
 ) -> dict[str, Compared]:
     """Every metric of both guards by name, on a table that holds both classes.
 
     The names are those of `GuardMetrics`, and `recall_at_0.05` and the like.
     """
-    statistic = _statistic(table, default, improved, settings.calibration_bins)
+    statistic = _statistic(table, baseline, candidate, settings.calibration_bins)
     point = statistic(np.ones((1, len(table))))
     samples = bootstrap(statistic, table.group, table.unsafe, settings.resamples, settings.seed)
-    names = [name.removeprefix("default/") for name in point if name.startswith("default/")]
+    names = [name.removeprefix("baseline/") for name in point if name.startswith("baseline/")]
     return {name: paired_estimate(name, point, samples, settings.confidence) for name in names}
 
 
 def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Floats], confidence: float) -> Compared:
-    """The metric from values [1] and bootstrap samples [R], both named "default/metric" and "improved/metric"."""
+    """The metric from values [1] and bootstrap samples [R], both named "baseline/metric" and "candidate/metric"."""
 
     def of(name: str) -> Estimate:
         return estimate(float(point[name][0]), samples[name], confidence)
 
-    before, after = f"default/{metric}", f"improved/{metric}"
+    before, after = f"baseline/{metric}", f"candidate/{metric}"
     change = float(point[after][0]) - float(point[before][0])
     gain = estimate(change, samples[after] - samples[before], confidence)
-    return Compared(metric=metric, default=of(before), improved=of(after), gain=gain)
+    return Compared(metric=metric, baseline=of(before), candidate=of(after), gain=gain)
 
 
 def _statistic(
-    table: Table, default: GuardRun, improved: GuardRun, bins: int
+    table: Table, baseline: GuardRun, candidate: GuardRun, bins: int
 ) -> Callable[[Weights], dict[str, Floats]]:
-    """Every metric of both guards, named "default/auprc" and so on, as a function of weights[B, N]."""
+    """Every metric of both guards, named "baseline/auprc" and so on, as a function of weights[B, N]."""
     guards = {}
-    for name, margins, run in (("default", table.default, default), ("improved", table.improved, improved)):
-        flagged = margins > run.threshold
+    for name, scores, run in (("baseline", table.baseline, baseline), ("candidate", table.candidate, candidate)):
+        flagged = scores > run.threshold
         caught, blocked = (np.flatnonzero(flagged & of) for of in (table.unsafe, ~table.unsafe))
-        calibrated = calibration(margins, run.temperature, table.unsafe, bins)
-        guards[name] = rank(margins, table.unsafe), caught, blocked, calibrated
+        calibrated = calibration(scores, run.temperature, table.unsafe, bins)
+        guards[name] = rank(scores, table.unsafe), caught, blocked, calibrated
 
     def statistic(weights: Weights) -> dict[str, Floats]:
         values: dict[str, Floats] = {}
@@ -96,8 +96,8 @@ def _statistic(
             metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
             metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
             values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-            # both guards are read off their own curve, about the default's rate in the same resample
-            values[f"{name}/recall_near_default_fpr"] = mean_recall(c, 2 * values["default/fpr"])
+            # both guards are read off their own curve, about the baseline's rate in the same resample
+            values[f"{name}/recall_near_baseline_fpr"] = mean_recall(c, 2 * values["baseline/fpr"])
         return values
 
     return statistic

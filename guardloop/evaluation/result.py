@@ -16,12 +16,12 @@ class Estimate(BaseModel):
 
 
 class GuardMetrics(BaseModel):
-    """One guard on the User-role test rows. Decision metrics hold at `threshold` (a margin)."""
+    """One guard on the User-role test rows. Decision metrics hold at `threshold` (a score)."""
 
     name: str
     threshold: float
     temperature: float = 1.0
-    """By which margins are divided before they are read as log-odds; 1 where the guard was not calibrated."""
+    """By which scores are divided before they are read as log-odds; 1 where the guard was not calibrated."""
     accuracy: Estimate
     precision: Estimate
     recall: Estimate
@@ -31,11 +31,11 @@ class GuardMetrics(BaseModel):
     auroc: Estimate
     recall_at_fpr: dict[str, Estimate]
     """Recall at the FPRs "0.01", "0.02", "0.05"."""
-    recall_near_default_fpr: Estimate | None = None
-    """Mean recall over false-positive rates from 0 to twice the default guard's own, read off this guard's curve; None
+    recall_near_baseline_fpr: Estimate | None = None
+    """Mean recall over false-positive rates from 0 to twice the baseline's own, read off this guard's curve; None
     in evaluations of earlier versions."""
     brier: Estimate
-    """Mean squared error of sigmoid(margin / temperature) as P(unsafe)."""
+    """Mean squared error of sigmoid(score / temperature) as P(unsafe)."""
     ece: Estimate
     """Expected calibration error of the same probability; it is biased upwards where rows are few."""
     confusion: list[list[int]]
@@ -54,10 +54,10 @@ class SliceResult(BaseModel):
     unsafe: int
     metric: str
     """auprc where both classes have enough rows; else fpr or recall, of the class that has."""
-    default: float
-    improved: float
+    baseline: float
+    candidate: float
     gain: Estimate
-    """improved - default, or default - improved for fpr: positive is better."""
+    """candidate - baseline, or baseline - candidate for fpr: positive is better."""
 
 
 class Check(BaseModel):
@@ -89,19 +89,19 @@ class Decision(BaseModel):
 
 
 class Compared(BaseModel):
-    """One metric of both guards, and the paired change from the default to the improved one."""
+    """One metric of both guards, and the paired change from the baseline to the candidate one."""
 
     metric: str
-    default: Estimate
-    improved: Estimate
+    baseline: Estimate
+    candidate: Estimate
     gain: Estimate
-    """improved - default, whatever the metric."""
+    """candidate - baseline, whatever the metric."""
 
 
-class FeedbackResult(BaseModel):
+class HeldOutResult(BaseModel):
     """Both guards on traffic that was held out of the training set, labelled by its judged responses.
 
-    All of these prompts passed the default guard's input check.
+    All of these prompts passed the baseline's input check.
     """
 
     prompts: int
@@ -110,14 +110,14 @@ class FeedbackResult(BaseModel):
     never_unsafe: int
     """Prompts none of whose responses was blocked."""
     caught: Estimate
-    """Share of the response-unsafe prompts that the improved guard blocks at the input."""
+    """Share of the response-unsafe prompts that the candidate blocks at the input."""
     newly_blocked: Estimate
-    """Share of the never-unsafe prompts that the improved guard blocks."""
+    """Share of the never-unsafe prompts that the candidate blocks."""
     control: Estimate
-    """Share of the response-unsafe prompts that the default guard would block, its threshold lowered until it newly
+    """Share of the response-unsafe prompts that the baseline would block, its threshold lowered until it newly
     blocks as many never-unsafe prompts."""
     beyond_control: Estimate
-    """What the improved guard catches beyond the control, both read off their curves at equal over-blocking."""
+    """What the candidate catches beyond the control, both read off their curves at equal over-blocking."""
     auprc: Compared
 
 
@@ -133,7 +133,7 @@ class BenchmarkResult(BaseModel):
     """The commit that was read."""
     licence: str = ""
     left_out: int = 0
-    """Rows like something in the training set, which would flatter the improved guard."""
+    """Rows like something in the training set, which would flatter the candidate."""
     unreadable: int = 0
     """Rows that one of the guards could not judge."""
     metrics: list[Compared]
@@ -144,14 +144,14 @@ class Evaluation(BaseModel):
 
     rows: int
     unsafe: int
-    agent_rows: int
-    default: GuardMetrics
-    improved: GuardMetrics
+    response_rows: int
+    baseline: GuardMetrics
+    candidate: GuardMetrics
     gains: dict[str, Estimate]
-    """Paired improved - default, of every metric of the guards."""
+    """Paired candidate - baseline, of every metric of the guards."""
     slices: list[SliceResult]
     decision: Decision
-    feedback: FeedbackResult | None = None
+    held_out: HeldOutResult | None = None
     """None where no traffic was held out, or too little of it."""
     benchmarks: list[BenchmarkResult] = []
     notes: list[str] = []

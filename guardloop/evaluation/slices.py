@@ -34,7 +34,7 @@ def measure_slices(
 ) -> tuple[list[MeasuredSlice], list[str]]:
     """Measure every slice of the User-role `table` that is large enough; also notes on those that are not.
 
-    `thresholds` are the default and the improved guard's.
+    `thresholds` are the baseline and the candidate's.
     """
     measured, notes = [], []
     for dimension in settings.slices:
@@ -47,16 +47,16 @@ def measure_slices(
     return measured, notes
 
 
-def measure_agents(
+def measure_responses(
     table: Table, thresholds: tuple[float, float], settings: EvaluationSettings
 ) -> tuple[MeasuredSlice | None, list[MeasuredSlice]]:
-    """The Agent-role `table` as one slice, None where it is too small; and where that one is a ranking, what the guards
+    """The `table` of responses as one slice, None where too small; and where that is a ranking, what the guards
     decide of its unsafe and of its safe rows at their `thresholds` for responses.
     """
-    whole = measure(table, "role", "Agent", thresholds, settings) if len(table) else None
+    whole = measure(table, "role", "response", thresholds, settings) if len(table) else None
     if whole is None or whole.result.metric != "auprc":
         return whole, []
-    classes = {"Agent, unsafe": table.unsafe, "Agent, safe": ~table.unsafe}
+    classes = {"response, unsafe": table.unsafe, "response, safe": ~table.unsafe}
     parts = (measure(table.take(rows), "role", name, thresholds, settings) for name, rows in classes.items())
     return whole, [part for part in parts if part]
 
@@ -73,37 +73,37 @@ def measure(
         return None
     kept = table if metric == "auprc" else table.take(table.unsafe if metric == "recall" else ~table.unsafe)
     if metric == "auprc":
-        rankings = [rank(scores, kept.unsafe) for scores in (kept.default, kept.improved)]
+        rankings = [rank(scores, kept.unsafe) for scores in (kept.baseline, kept.candidate)]
 
         def statistic(weights: Weights) -> dict[str, Floats]:
-            default, improved = (auprc(curve(ranking, weights)) for ranking in rankings)
-            return {"default": default, "improved": improved}
+            baseline, candidate = (auprc(curve(ranking, weights)) for ranking in rankings)
+            return {"baseline": baseline, "candidate": candidate}
     else:
-        flagged = np.stack([kept.default > thresholds[0], kept.improved > thresholds[1]], axis=1)
+        flagged = np.stack([kept.baseline > thresholds[0], kept.candidate > thresholds[1]], axis=1)
         statistic = partial(flag_rates, flagged)
     point = statistic(np.ones((1, len(kept))))
     samples = bootstrap(statistic, kept.group, kept.unsafe, settings.resamples, settings.seed)
     sign = -1 if metric == "fpr" else 1
-    gains = sign * (samples["improved"] - samples["default"])
-    default, improved = float(point["default"][0]), float(point["improved"][0])
+    gains = sign * (samples["candidate"] - samples["baseline"])
+    baseline, candidate = float(point["baseline"][0]), float(point["candidate"][0])
     result = SliceResult(
         dimension=dimension,
         name=name,
         rows=len(table),
         unsafe=int(table.unsafe.sum()),
         metric=metric,
-        default=default,
-        improved=improved,
-        gain=estimate(sign * (improved - default), gains, settings.confidence),
+        baseline=baseline,
+        candidate=candidate,
+        gain=estimate(sign * (candidate - baseline), gains, settings.confidence),
     )
     return MeasuredSlice(result, error=float(gains.std()), groups=kept.distinct(np.ones(len(kept), bool)))
 
 
 def flag_rates(flagged: Bools, weights: Weights) -> dict[str, Floats]:
-    """Weighted share flagged by the default and the improved guard: `flagged[N, 2]`, weights[B, N]."""
+    """Weighted share flagged by the baseline and the candidate: `flagged[N, 2]`, weights[B, N]."""
     counts = [weights.take(np.flatnonzero(column), axis=1).sum(axis=1) for column in flagged.T]
-    default, improved = (count / weights.sum(axis=1) for count in counts)
-    return {"default": default, "improved": improved}
+    baseline, candidate = (count / weights.sum(axis=1) for count in counts)
+    return {"baseline": baseline, "candidate": candidate}
 
 
 def _metric(table: Table, min_rows: int) -> Metric | None:

@@ -14,15 +14,15 @@ from guardloop.evaluation.metrics import Bools, Floats, Ints
 
 @dataclass(frozen=True)
 class Table:
-    """N labelled test rows with both guards' margins, as columns [N]."""
+    """N labelled test rows with both guards' scores, as columns [N]."""
 
     unsafe: Bools
-    agent: Bools
-    """Whether the Agent's message was judged."""
+    is_response: Bools
+    """Whether a response was judged."""
     group: Ints
     """Near-duplicates share a number."""
-    default: Floats
-    improved: Floats
+    baseline: Floats
+    candidate: Floats
     length: Ints
     """Characters of prompt and response."""
     category: NDArray[np.object_]
@@ -47,7 +47,7 @@ class Table:
 def read_scores(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Read rows of the SCORES contract.
 
-    Raises GuardLoopError when there are no rows, a column or a label is missing, or a margin is not a finite number.
+    Raises GuardLoopError when there are no rows, a column or a label is missing, or a score is not a finite number.
     """
     listed = list(rows)
     if not listed:
@@ -67,10 +67,10 @@ def read_scores(rows: Iterable[Mapping[str, Any]]) -> Table:
         )
     return Table(
         unsafe=column("unsafe").astype(bool),
-        agent=np.array([row["response"] is not None for row in listed]),
+        is_response=np.array([row["response"] is not None for row in listed]),
         group=np.unique(column("group").astype(str), return_inverse=True)[1],
-        default=_margins(column("default_margin"), "default_margin"),
-        improved=_margins(column("improved_margin"), "improved_margin"),
+        baseline=_scores(column("baseline_score"), "baseline_score"),
+        candidate=_scores(column("candidate_score"), "candidate_score"),
         length=np.array([len(row["prompt"]) + len(row["response"] or "") for row in listed]),
         category=column("category"),
         source=column("source"),
@@ -79,12 +79,12 @@ def read_scores(rows: Iterable[Mapping[str, Any]]) -> Table:
     )
 
 
-def _margins(values: NDArray[np.object_], name: str) -> Floats:
+def _scores(values: NDArray[np.object_], name: str) -> Floats:
     """Float64, so that comparing with a threshold rounds nothing."""
-    margins = values.astype(np.float64)  # None becomes NaN
-    if bad := int((~np.isfinite(margins)).sum()):
+    scores = values.astype(np.float64)  # None becomes NaN
+    if bad := int((~np.isfinite(scores)).sum()):
         raise GuardLoopError(
-            f"{bad} of {len(margins)} values of {name} are missing or not finite",
+            f"{bad} of {len(scores)} values of {name} are missing or not finite",
             "leave out rows that a guard could not judge and give their number as `unreadable`",
         )
-    return margins
+    return scores

@@ -24,18 +24,18 @@ FREE = frozenset(
 """Settings of a LoRA that describe it. Others bring code, files or further models with them."""
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern")
 NAME = re.compile(r"[\w.-]{1,200}")
-MOST_RANK = 4096
+MAX_RANK = 4096
 REMEDY = "use an adapter that GuardLoop trained, or a plain LoRA from someone you trust"
 
 
-def check_adapter_files(folder: Path, facts: dict[str, Any]) -> None:
-    """Raises GuardLoopError unless `folder` holds a plain LoRA, with the weights whose checksum `facts` may name."""
+def check_adapter_files(folder: Path, metadata: dict[str, Any]) -> None:
+    """Raises GuardLoopError unless `folder` holds a plain LoRA, with the weights whose checksum `metadata` may name."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise GuardLoopError(f"no adapter in {folder}: {name} is missing", f"an adapter has {CONFIG} and {WEIGHTS}")
     for problem in _problems(_read(folder / CONFIG)):
         raise GuardLoopError(f"{folder / CONFIG}: {problem}", REMEDY)
-    known = facts.get(CHECKSUM)
+    known = metadata.get(CHECKSUM)
     if known and known != checksum(folder / WEIGHTS):
         raise GuardLoopError(
             f"{folder / WEIGHTS} is not the file that training wrote: its checksum differs from guard.json's",
@@ -67,8 +67,8 @@ def _problems(config: dict[str, Any]) -> Iterator[str]:
         if key not in FREE and value and value != plain.get(key):
             yield f"{_short(key)} is {_short(value)}, which a plain LoRA has not"
     rank, alpha, dropout = (config.get(key, plain[key]) for key in ("r", "lora_alpha", "lora_dropout"))
-    if not _is_number(rank, int) or not 1 <= rank <= MOST_RANK:
-        yield f"r is {_short(rank)}, not a rank from 1 to {MOST_RANK}"
+    if not _is_number(rank, int) or not 1 <= rank <= MAX_RANK:
+        yield f"r is {_short(rank)}, not a rank from 1 to {MAX_RANK}"
     if not _is_number(alpha, int, float) or not 0 <= alpha < 1e6:
         yield f"lora_alpha is {_short(alpha)}, not a strength"
     if not _is_number(dropout, int, float) or not 0 <= dropout < 1:
@@ -88,11 +88,11 @@ def _odd_names(config: dict[str, Any]) -> Iterator[str]:
             yield f"{key} is {_short(value)}, not a list of names"
     for key in ("rank_pattern", "alpha_pattern"):
         values = config.get(key) or {}
-        if not isinstance(values, dict) or not all(_is_number(v, int) and 1 <= v <= MOST_RANK for v in values.values()):
+        if not isinstance(values, dict) or not all(_is_number(v, int) and 1 <= v <= MAX_RANK for v in values.values()):
             yield f"{key} is {_short(values)}, not names with numbers"
     layers = config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers] * (layers is not None)
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MOST_RANK for n in numbers):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_RANK for n in numbers):
         yield f"layers_to_transform is {_short(layers)}, not numbers of layers"
 
 

@@ -14,7 +14,7 @@ from guardloop.core.records import Row, chunks
 from guardloop.guard.inference.float8 import to_float8
 from guardloop.guard.inference.scorer import Scored, Scorer
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
-from guardloop.guard.metadata import guard_facts, thresholds
+from guardloop.guard.metadata import guard_metadata, thresholds
 from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.prompt.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
 from guardloop.guard.settings import GuardSettings
@@ -30,7 +30,7 @@ LONGEST_ANSWER = 24  # tokens of `unsafe` and its codes
 class Verdict:
     """What the guard says of one conversation."""
 
-    margin: float | None
+    score: float | None
     """logit(unsafe) - logit(safe), float32; None where the row could not be judged."""
     label_mass: float | None
     """P(safe) + P(unsafe) at the label position."""
@@ -96,7 +96,7 @@ class Guard:
         device = pick_device(settings.device)
         location = locate(settings.base)
         adapter_folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
-        facts = {**guard_facts(location), **(guard_facts(adapter_folder) if adapter_folder else {})}
+        metadata = {**guard_metadata(location), **(guard_metadata(adapter_folder) if adapter_folder else {})}
         renderer = load_renderer(settings)
         model = load_causal_lm(
             location, settings.revision, pick_dtype(settings.dtype, device), device, settings.quantization
@@ -108,13 +108,13 @@ class Guard:
         if settings.quantization == "fp8":
             model = to_float8(model)
         own = (settings.threshold, settings.response_threshold) if adapter is None else ()
-        threshold, response_threshold = thresholds(facts, *own)
+        threshold, response_threshold = thresholds(metadata, *own)
         return cls(
             model,
             renderer,
             threshold=threshold,
             response_threshold=response_threshold,
-            temperature=float(facts.get("temperature", 1.0)),
+            temperature=float(metadata.get("temperature", 1.0)),
             batch_tokens=settings.batch_tokens,
             pack_tokens=settings.pack_tokens,
             categories=settings.categories,
@@ -148,10 +148,10 @@ class Guard:
 
     def _finish(self, started: Started, masses: list[float]) -> list[Verdict]:
         verdicts = [Verdict(None, None, False, False, "empty prompt")] * started.rows
-        for indices, margins, label_masses in started.scored:
-            for index, margin, mass in zip(indices, margins.tolist(), label_masses.tolist(), strict=True):
+        for indices, scores, label_masses in started.scored:
+            for index, score, mass in zip(indices, scores.tolist(), label_masses.tolist(), strict=True):
                 limit, truncated = started.limits[index], started.truncated[index]
-                verdicts[started.judged[index]] = self._verdict(margin, mass, limit, truncated)
+                verdicts[started.judged[index]] = self._verdict(score, mass, limit, truncated)
         if len(masses) < MASS_SAMPLE:
             masses += [v.label_mass for v in verdicts if v.label_mass is not None]
             self._check_mass(masses)
@@ -159,12 +159,12 @@ class Guard:
             self._add_categories(verdicts, started)
         return verdicts
 
-    def _verdict(self, margin: float, mass: float, limit: float, truncated: bool) -> Verdict:
-        if not (isfinite(margin) and isfinite(mass)):
+    def _verdict(self, score: float, mass: float, limit: float, truncated: bool) -> Verdict:
+        if not (isfinite(score) and isfinite(mass)):
             # overflow in half precision, or broken weights; it counts as no label mass at all
             return Verdict(None, 0.0, False, truncated, "the guard's answer is not a number")
-        probability = 1 / (1 + exp(min(-margin / self.temperature, 700.0)))
-        return Verdict(margin, mass, margin > limit, truncated, None, probability)
+        probability = 1 / (1 + exp(min(-score / self.temperature, 700.0)))
+        return Verdict(score, mass, score > limit, truncated, None, probability)
 
     def _add_categories(self, verdicts: list[Verdict], started: Started) -> None:
         """A second pass over the flagged rows: what the guard writes after `unsafe`, token by token."""
@@ -205,6 +205,6 @@ class Started:
     """The rows that are judged; all below is indexed by these."""
     tokens: list[list[int]]
     limits: list[float]
-    """Margins above which they are flagged."""
+    """Scores above which they are flagged."""
     truncated: list[bool]
     scored: list[Scored]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import cache_folder
 from guardloop.guard.adapter_files import WEIGHTS, check_adapter_files
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.family import family_of
 from guardloop.guard.prompt.policy import read_policy
 from guardloop.guard.prompt.renderer import Renderer
@@ -27,7 +27,7 @@ def load_renderer(settings: GuardSettings) -> Renderer:
     location = locate(settings.base)
     family_name = settings.family
     if family_name == "auto":
-        family_name = str(guard_facts(location).get("family", "auto"))
+        family_name = str(guard_metadata(location).get("family", "auto"))
     return Renderer(
         load_tokenizer(location, settings.revision),
         family_of(family_name, settings.base),
@@ -60,7 +60,7 @@ def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path 
 
 def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """`model` with the LoRA adapter in `folder`. Raises GuardLoopError if the folder does not hold one that fits."""
-    check_adapter_files(folder, guard_facts(folder))
+    check_adapter_files(folder, guard_metadata(folder))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -77,7 +77,7 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
         ) from error
     if changes_vocabulary(adapted):
         raise GuardLoopError(
-            f"the adapter in {folder} changes the embeddings or the output head, from whose weights margins are read",
+            f"the adapter in {folder} changes the embeddings or the output head, from whose weights scores are read",
             "use an adapter on the decoder's layers only",
         )
     return adapted

@@ -8,16 +8,16 @@ from typing import Any
 from guardloop.core.errors import GuardLoopError
 
 
-def guard_facts(folder: str | Path) -> dict[str, Any]:
+def guard_metadata(folder: str | Path) -> dict[str, Any]:
     """The `guard.json` beside a guard's or adapter's weights (family, thresholds, temperature); {} where absent."""
     path = Path(folder) / "guard.json"
     if not path.is_file():
         return {}
     try:
-        facts = json.loads(path.read_text("utf-8"))
+        metadata = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise GuardLoopError(f"{path} is not readable JSON: {error}", "restore or delete the file") from None
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         raise GuardLoopError(f"{path} must hold a JSON object", "restore or delete the file")
     for name, wanted, fits in (
         ("threshold", "a finite number", _is_finite),
@@ -26,22 +26,22 @@ def guard_facts(folder: str | Path) -> dict[str, Any]:
         ("family", "text", lambda value: isinstance(value, str)),
         ("adapter_sha256", "text", lambda value: isinstance(value, str)),
     ):
-        if facts.get(name) is not None and not fits(facts[name]):  # a threshold of NaN lets everything pass
+        if metadata.get(name) is not None and not fits(metadata[name]):  # a threshold of NaN lets everything pass
             raise GuardLoopError(
-                f"{path}: {name} is {str(facts[name])[:80]!r}, not {wanted}", "restore or delete the file"
+                f"{path}: {name} is {str(metadata[name])[:80]!r}, not {wanted}", "restore or delete the file"
             )
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in metadata.items() if value is not None}
 
 
 def thresholds(
-    facts: dict[str, Any], threshold: float | None = None, response_threshold: float | None = None
+    metadata: dict[str, Any], threshold: float | None = None, response_threshold: float | None = None
 ) -> tuple[float, float]:
-    """The margins above which a prompt and a response are flagged: as they are set, else as guard.json tells.
+    """The scores above which a prompt and a response are flagged: as they are set, else as guard.json tells.
 
     Where neither tells a response's, it is the prompt's, as in guards whose one boundary is for both.
     """
-    prompt = float(facts.get("threshold", 0.0)) if threshold is None else threshold
-    response = float(facts.get("response_threshold", prompt)) if response_threshold is None else response_threshold
+    prompt = float(metadata.get("threshold", 0.0)) if threshold is None else threshold
+    response = float(metadata.get("response_threshold", prompt)) if response_threshold is None else response_threshold
     return prompt, response
 
 

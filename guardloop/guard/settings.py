@@ -8,7 +8,7 @@ from guardloop.core.settings import Section, without_credentials
 
 
 class GuardSettings(Section):
-    """The default guard: it screens prompts, judges responses, and is what the improved guard must beat."""
+    """The baseline: it screens prompts, judges responses, and is what the candidate must beat."""
 
     base: str = "embedded:guard"
     """Base model: a hub id, a local folder, `embedded:guard` (the demo's guard) or `embedded:smollm2`."""
@@ -25,10 +25,10 @@ class GuardSettings(Section):
     excluded_categories: list[str] = []
     """Category codes left out of the policy, for guards that accept it."""
     threshold: float | None = None
-    """A prompt with a margin above this is flagged; by default the guard's own calibrated threshold, or 0 where it has
+    """A prompt with a score above this is flagged; by default the guard's own calibrated threshold, or 0 where it has
     none."""
     response_threshold: float | None = None
-    """A response with a margin above this is flagged; by default the guard's own calibrated threshold for responses, or
+    """A response with a score above this is flagged; by default the guard's own calibrated threshold for responses, or
     that for prompts where it has none."""
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """Load the base in 8 or 4 bits (bitsandbytes), or compute in 8-bit floating point (GPUs from Ada and Hopper on)."""

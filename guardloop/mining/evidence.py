@@ -1,4 +1,4 @@
-"""Evidence on one prompt: k judged responses, fused with the default guard's own score."""
+"""Evidence on one prompt: k judged responses, fused with the baseline's score."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +11,9 @@ from scipy.special import expit
 
 from guardloop.core.records import Row
 from guardloop.mining.latent_class import Channel, Counts, fuse
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
-FARTHEST = 60.0  # a margin beyond is as sure
+FARTHEST = 60.0  # a score beyond is as sure
 
 
 @dataclass(slots=True)
@@ -34,8 +34,8 @@ class Evidence:
 
     prompt: Row
     """The columns that describe the prompt."""
-    margin: float
-    """The default guard's own margin for it."""
+    score: float
+    """The baseline's score for it."""
     responses: int = 0
     blocked: int = 0
     refusals: int = 0
@@ -45,34 +45,34 @@ class Evidence:
     """Sum of what is left of it, over the responses that are no refusals."""
     harmless_refusals: float = 0.0
     worst: Row | None = None
-    """The response with the highest margin."""
+    """The response with the highest score."""
     tallies: dict[str, Tally] = field(default_factory=dict)
     """By responder."""
 
     @property
     def prior(self) -> float:
-        """The default guard's own P(unsafe) for the prompt."""
-        return probability(self.margin)
+        """The baseline's P(unsafe) for the prompt."""
+        return probability(self.score)
 
     def add(self, row: Row) -> None:
         """Take one judged response into account."""
         self.responses += 1
         self.blocked += row["flagged"]
         self.refusals += row["refusal"] and not row["flagged"]
-        self.harm += probability(row["margin"])
+        self.harm += probability(row["score"])
         tally = self.tallies.setdefault(row["responder"], Tally())
         tally.responses += 1
-        tally.worst = max(tally.worst, probability(row["margin"]))
+        tally.worst = max(tally.worst, probability(row["score"]))
         if row["refusal"] and not row["flagged"]:
-            self.harmless_refusals += probability(-row["margin"])
+            self.harmless_refusals += probability(-row["score"])
             tally.refusals += 1
         else:
-            self.harmless_answers += probability(-row["margin"])
-            tally.harm += probability(row["margin"])
-        if self.worst is None or row["margin"] > self.worst["margin"]:
+            self.harmless_answers += probability(-row["score"])
+            tally.harm += probability(row["score"])
+        if self.worst is None or row["score"] > self.worst["score"]:
             self.worst = row
 
-    def is_positive(self, settings: FeedbackSettings) -> bool:
+    def is_positive(self, settings: MiningSettings) -> bool:
         """Whether enough of the responses were blocked."""
         # divided, not multiplied: 0.28 * 25 is more than 7 in floating point
         return bool(self.blocked) and self.blocked / self.responses >= settings.min_blocked_share
@@ -81,7 +81,7 @@ class Evidence:
         """One vote of each responder: the judge's P(unsafe) of its worst response."""
         return [tally.worst for tally in self.tallies.values()]
 
-    def posterior(self, settings: FeedbackSettings) -> float:
+    def posterior(self, settings: MiningSettings) -> float:
         """P(the prompt is unsafe): the mean of a Beta with the prior as pseudo-counts.
 
         A response counts as harm by the judge's probability; what is left of it counts as harmless only in part,
@@ -95,7 +95,7 @@ class Evidence:
 
 def is_judged(row: Row) -> bool:
     """Whether a response was given, and has a verdict."""
-    return row["margin"] is not None and row.get("finish_reason") != "error"
+    return row["score"] is not None and row.get("finish_reason") != "error"
 
 
 def gather(judged: Iterable[Row], prompts: Mapping[str, Row] | None = None) -> dict[str, Evidence]:
@@ -106,7 +106,7 @@ def gather(judged: Iterable[Row], prompts: Mapping[str, Row] | None = None) -> d
     found: dict[str, Evidence] = {}
     for row in filter(is_judged, judged):
         if row["id"] not in found:
-            found[row["id"]] = Evidence(prompts[row["id"]] if prompts else row, row["prompt_margin"])
+            found[row["id"]] = Evidence(prompts[row["id"]] if prompts else row, row["prompt_score"])
         found[row["id"]].add(row)
     return found
 
@@ -118,43 +118,43 @@ class Weighed:
     targets: dict[str, float]
     """P(unsafe) by prompt id."""
     prior: Callable[[float], float]
-    """P(unsafe) that the default guard's own margin stands for, on the targets' scale."""
+    """P(unsafe) that the baseline's score stands for, on the targets' scale."""
     channels: list[Channel]
     """What each responder's responses were found to tell (fusion mixture)."""
 
 
-def weigh(evidence: Mapping[str, Evidence], settings: FeedbackSettings) -> Weighed:
-    """What each prompt's responses, and the default guard's own score, say of it, in the way of `settings.fusion`."""
+def weigh(evidence: Mapping[str, Evidence], settings: MiningSettings) -> Weighed:
+    """What each prompt's responses, and the baseline's score, say of it, in the way of `settings.fusion`."""
     if settings.fusion == "votes" and evidence:
         return _by_votes(evidence, settings.prior_strength)
     if settings.fusion == "beta" or not evidence:
         return Weighed({id: found.posterior(settings) for id, found in evidence.items()}, probability, [])
-    margins = np.array([found.margin for found in evidence.values()])
+    scores = np.array([found.score for found in evidence.values()])
     counts = _counts(list(evidence.values()))
-    fitted = fuse(margins, counts, settings.seed)
-    posterior = fitted.posterior(margins, counts)
+    fitted = fuse(scores, counts, settings.seed)
+    posterior = fitted.posterior(scores, counts)
     targets = dict(zip(evidence, map(float, posterior), strict=True))
-    return Weighed(targets, lambda margin: float(fitted.prior(np.array([margin]))[0]), fitted.channels)
+    return Weighed(targets, lambda score: float(fitted.prior(np.array([score]))[0]), fitted.channels)
 
 
 def _by_votes(evidence: Mapping[str, Evidence], strength: float) -> Weighed:
-    """The mean of the responders' votes and `strength` votes of the default guard's own score.
+    """The mean of the responders' votes and `strength` votes of the baseline's score.
 
     The own score is moved by the same amount for all prompts, so that it calls as many unsafe as the responders do
-    together, each by its least: a margin just below the threshold may stand for a P(unsafe) near 1, and would outvote
+    together, each by its least: a score just below the threshold may stand for a P(unsafe) near 1, and would outvote
     them.
     """
     votes = {id: found.votes() for id, found in evidence.items()}
-    margins = np.array([found.margin for found in evidence.values()])
+    scores = np.array([found.score for found in evidence.values()])
     share = fmean(min(each) for each in votes.values())
-    lowest, highest = float(margins.min()) - 2 * FARTHEST, float(margins.max()) + 2 * FARTHEST
-    moved = float(brentq(lambda by: expit(margins - by).mean() - share, lowest, highest))
+    lowest, highest = float(scores.min()) - 2 * FARTHEST, float(scores.max()) + 2 * FARTHEST
+    moved = float(brentq(lambda by: expit(scores - by).mean() - share, lowest, highest))
 
-    def prior(margin: float) -> float:
-        return probability(margin - moved)
+    def prior(score: float) -> float:
+        return probability(score - moved)
 
     targets = {
-        id: (math.fsum(each) + strength * prior(evidence[id].margin)) / (len(each) + strength)
+        id: (math.fsum(each) + strength * prior(evidence[id].score)) / (len(each) + strength)
         for id, each in votes.items()
     }
     return Weighed(targets, prior, [])
@@ -176,6 +176,6 @@ def _counts(evidence: list[Evidence]) -> list[Counts]:
     return counts
 
 
-def probability(margin: float) -> float:
-    """The logistic function of a margin."""
-    return 1 / (1 + math.exp(-max(-FARTHEST, min(FARTHEST, margin))))
+def probability(score: float) -> float:
+    """The logistic function of a score."""
+    return 1 / (1 + math.exp(-max(-FARTHEST, min(FARTHEST, score))))

@@ -1,9 +1,9 @@
 """What judged responses say of a prompt, when neither the responder nor the judge can be trusted alone.
 
-Every prompt is unsafe or not, which nobody sees. What is seen: the default guard's margin on it, how many of its
+Every prompt is unsafe or not, which nobody sees. What is seen: the baseline's score on it, how many of its
 responses were harmful in the judge's eyes, and how many were refusals. A mixture of two classes (Dawid and Skene, 1979)
 is fitted by maximum likelihood: how often each responder does either for unsafe and for other prompts, and how far the
-default guard's own margin can be believed. So a responder that complies with nothing, or a judge that blocks at random,
+baseline's score can be believed. So a responder that complies with nothing, or a judge that blocks at random,
 counts for nothing; and no label of a person is needed.
 
 Responses to one prompt are alike for reasons that have nothing to do with its class, so counts are beta-binomial: many
@@ -23,7 +23,7 @@ SAMPLE = 5_000  # prompts that the mixture is fitted on; the rest get its poster
 EDGE = 1e-3  # no share is taken for 0 or 1
 ALIKE = (0.1, 0.9)  # bounds of the correlation of responses to one prompt, given its class: one judge misjudges alike
 LINES = ((0.0, 0.0), (-1.5, -1.5))  # log slopes and intercepts to start from: the likelihood has several peaks
-STEEPNESS = 4.0  # strength, in prompts, of the belief that the own margin's slope is 1
+STEEPNESS = 4.0  # strength, in prompts, of the belief that the own score's slope is 1
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class Fusion:
 
     slope: float
     intercept: float
-    """Before any response is seen, P(unsafe) is expit(slope * margin + intercept)."""
+    """Before any response is seen, P(unsafe) is expit(slope * score + intercept)."""
     channels: list[Channel]
 
-    def prior(self, margins: Floats) -> Floats:
-        """P(unsafe) by the default guard's own margins, `float[N]`, on the posterior's scale."""
-        found: Floats = expit(self.slope * margins + self.intercept)
+    def prior(self, scores: Floats) -> Floats:
+        """P(unsafe) by the baseline's scores, `float[N]`, on the posterior's scale."""
+        found: Floats = expit(self.slope * scores + self.intercept)
         return found
 
-    def posterior(self, margins: Floats, counts: Sequence[Counts]) -> Floats:
+    def posterior(self, scores: Floats, counts: Sequence[Counts]) -> Floats:
         """P(unsafe) of each prompt, `float[N]`."""
-        logits = self.slope * margins + self.intercept
+        logits = self.slope * scores + self.intercept
         for channel, seen in zip(self.channels, counts, strict=True):
             logits = logits + channel.log_ratio(seen)
         found: Floats = expit(logits)
         return found
 
 
-def fuse(margins: Floats, counts: Sequence[Counts], seed: int = 0) -> Fusion:
-    """Fit the mixture to the default guard's margins on N prompts, `float[N]`, and what their responses showed."""
-    if len(margins) > SAMPLE:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(margins), SAMPLE, replace=False))
-        margins = margins[chosen]
+def fuse(scores: Floats, counts: Sequence[Counts], seed: int = 0) -> Fusion:
+    """Fit the mixture to the baseline's scores on N prompts, `float[N]`, and what their responses showed."""
+    if len(scores) > SAMPLE:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(scores), SAMPLE, replace=False))
+        scores = scores[chosen]
         counts = [Counts(c.name, c.seen[chosen], c.total[chosen]) for c in counts]
 
     def read(values: Floats) -> Fusion:
@@ -92,12 +92,12 @@ def fuse(margins: Floats, counts: Sequence[Counts], seed: int = 0) -> Fusion:
 
     def cost(values: Floats) -> float:
         found = read(values)
-        line = found.slope * margins + found.intercept
+        line = found.slope * scores + found.intercept
         unsafe, safe = -np.logaddexp(0, -line), -np.logaddexp(0, line)
         for channel, seen in zip(found.channels, counts, strict=True):
             unsafe = unsafe + _log_likelihood(seen, channel.if_unsafe, channel.alike)
             safe = safe + _log_likelihood(seen, channel.if_safe, channel.alike)
-        return float(STEEPNESS * values[0] ** 2 - np.logaddexp(unsafe, safe).sum()) / max(1, len(margins))
+        return float(STEEPNESS * values[0] ** 2 - np.logaddexp(unsafe, safe).sum()) / max(1, len(scores))
 
     shares = [np.clip(c.seen.sum() / max(1.0, c.total.sum()), 0.01, 0.9) for c in counts]
     guesses = [value for share in shares for value in (logit(share / 2), logit(share), -1.0)]

@@ -16,7 +16,7 @@ from guardloop.core.records import Row
 from guardloop.mining.evidence import Evidence, Weighed, gather, is_judged, probability, weigh
 from guardloop.mining.latent_class import Channel
 from guardloop.mining.lexical import by_words
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
 SHOWN = 40  # examples in the report
 LEAST = 0.01  # how far a prompt's target counts as moved, where it did not
@@ -34,7 +34,7 @@ class Harvest:
     shown: list[Row]
     """A few examples of each kind, for the report."""
     held_out: list[Row]
-    """Judged prompts that are not in the training set (guardloop.core.records.FEEDBACK)."""
+    """Judged prompts that are not in the training set (guardloop.core.records.HELD_OUT_PROMPT)."""
     screened: int
     passed: int
     responses: int
@@ -49,14 +49,14 @@ class Harvest:
     reason: str = ""
 
 
-def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSettings) -> Harvest:
+def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSettings) -> Harvest:
     """Turn evidence into examples. Every example has a kind and a reason; whole groups stay together by their key.
 
     A share of the judged prompts is held out: no example is made of them or of their responses.
     Only prompts that passed are lessons, and the order of the rows does not matter.
     An empty or small harvest is a normal outcome: `enough` is False and `reason` says why.
     """
-    traffic = sorted((_prompt(row) for row in screened if row["margin"] is not None), key=lambda row: str(row["id"]))
+    traffic = sorted((_prompt(row) for row in screened if row["score"] is not None), key=lambda row: str(row["id"]))
     passed = {row["id"]: row for row in traffic if not row["flagged"]}
     usable = (row for row in judged if row["id"] in passed and is_judged(row))
     judged_rows = sorted((_response(row, passed[row["id"]]) for row in usable), key=_place)
@@ -88,7 +88,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
         responses=len(judged_rows),
         refusals=sum(row["refusal"] for row in judged_rows),
         blocked=sum(row["flagged"] for row in judged_rows),
-        words=settings.words,
+        words=settings.lexical_weight,
         channels=weighed.channels,
         counts=dict(Counter(row["kind"] for row in lessons + replays)),
     )
@@ -96,7 +96,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: FeedbackSetti
     return harvest
 
 
-def is_held_out(group: str, settings: FeedbackSettings) -> bool:
+def is_held_out(group: str, settings: MiningSettings) -> bool:
     """Whether a near-duplicate group is held out, by a hash of its own.
 
     Training draws its own validation rows by hash, too; with one and the same, it would find none left.
@@ -105,17 +105,17 @@ def is_held_out(group: str, settings: FeedbackSettings) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < settings.held_out
 
 
-def with_words(weighed: Weighed, traffic: Sequence[Row], settings: FeedbackSettings) -> Weighed:
-    """Take the share `settings.words` of the targets of `traffic` from what the words of its prompts say.
+def with_words(weighed: Weighed, traffic: Sequence[Row], settings: MiningSettings) -> Weighed:
+    """Take the share `settings.lexical_weight` of the targets of `traffic` from what the words of its prompts say.
 
-    Prompts that the default guard blocked drew no responses, and teach their words by its own score.
+    Prompts that the baseline blocked drew no responses, and teach their words by its own score.
     """
     rows = [row for row in traffic if row["flagged"] or row["id"] in weighed.targets]
-    if not (rows and settings.words):
+    if not (rows and settings.lexical_weight):
         return weighed
-    known = np.array([weighed.prior(row["margin"]) if row["flagged"] else weighed.targets[row["id"]] for row in rows])
+    known = np.array([weighed.prior(row["score"]) if row["flagged"] else weighed.targets[row["id"]] for row in rows])
     told = by_words([row["prompt"] for row in rows], known, [row["group"] for row in rows], settings.seed)
-    mixed = (1 - settings.words) * known + settings.words * told
+    mixed = (1 - settings.lexical_weight) * known + settings.lexical_weight * told
     passed = {row["id"]: float(target) for row, target in zip(rows, mixed, strict=True) if not row["flagged"]}
     return replace(weighed, targets={**weighed.targets, **passed})
 
@@ -123,7 +123,7 @@ def with_words(weighed: Weighed, traffic: Sequence[Row], settings: FeedbackSetti
 def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positive: int) -> list[Evidence]:
     """Of `pool`, the `per_positive` times as many prompts that are nearest to the positives.
 
-    Nearness is TF-IDF cosine on words and the default guard's score: a hard negative reads like a positive and
+    Nearness is TF-IDF cosine on words and the baseline's score: a hard negative reads like a positive and
     scores like one.
     """
     wanted = min(len(pool), per_positive * len(positives))
@@ -133,7 +133,7 @@ def nearest(positives: Sequence[Evidence], pool: Sequence[Evidence], per_positiv
     index = NearestNeighbors(n_neighbors=1, metric="cosine").fit(vectors.transform(_texts(positives)))
     with config_context(working_memory=CHUNK_MIB):
         distance = index.kneighbors(vectors.transform(_texts(pool)))[0][:, 0]
-    scores = np.array([e.margin for e in pool])
+    scores = np.array([e.score for e in pool])
     ranks = _ranks(distance) + _ranks(-scores)
     return [pool[i] for i in np.argsort(ranks, kind="stable")[:wanted]]
 
@@ -142,10 +142,10 @@ def replay(
     traffic: Sequence[Row],
     judged: Sequence[Row],
     lessons: Sequence[Row],
-    settings: FeedbackSettings,
+    settings: MiningSettings,
     weighed: Weighed,
 ) -> list[Row]:
-    """Rows that teach the default guard's own score, half on prompts that it blocked, half on judged responses.
+    """Rows that teach the baseline's score, half on prompts that it blocked, half on judged responses.
 
     Of the responses, those to prompts whose targets are far from the own score are likelier to be drawn: what such a
     prompt teaches is nearest to them. All weights add up to the share `settings.replay` of the whole, or to less where
@@ -154,17 +154,17 @@ def replay(
     blocked = [row for row in traffic if row["flagged"]]
     most = max(1, len(lessons) // 2)
     prompts = random.Random(settings.seed).sample(blocked, min(len(blocked), most))
-    agents: list[Row] = []
+    responses: list[Row] = []
     if judged:
-        margins = {row["id"]: row["prompt_margin"] for row in judged}
-        moved = {id: abs(weighed.targets[id] - weighed.prior(margin)) + LEAST for id, margin in margins.items()}
+        scores = {row["id"]: row["prompt_score"] for row in judged}
+        moved = {id: abs(weighed.targets[id] - weighed.prior(score)) + LEAST for id, score in scores.items()}
         chances = np.array([moved[row["id"]] for row in judged])
         drawn = np.random.default_rng(settings.seed).choice(
             len(judged), min(len(judged), most), replace=False, p=chances / chances.sum()
         )
-        agents = [judged[n] for n in drawn]
-    rows = [_replayed(row, "replay_blocked", "blocked by the default guard", weighed.prior) for row in prompts]
-    rows += [_replayed(row, "replay_agent", "a response, as the judge scored it") for row in agents]
+        responses = [judged[n] for n in drawn]
+    rows = [_replayed(row, "replay_blocked", "blocked by the baseline", weighed.prior) for row in prompts]
+    rows += [_replayed(row, "replay_response", "a response, as the judge scored it") for row in responses]
     total = sum(row["weight"] for row in lessons)
     if rows and settings.replay:
         weight = total * settings.replay / (1 - settings.replay) / len(rows)
@@ -174,14 +174,14 @@ def replay(
 
 def _prompt(row: Row) -> Row:
     """What mining needs of a screened prompt. Words that recur are kept once, since all traffic is in memory."""
-    kept = {name: row[name] for name in ("id", "prompt", "unsafe", "jailbreak", "group", "margin", "flagged")}
+    kept = {name: row[name] for name in ("id", "prompt", "unsafe", "jailbreak", "group", "score", "flagged")}
     words = ((name, row[name]) for name in ("category", "source", "language"))
     return kept | {name: word and sys.intern(word) for name, word in words}
 
 
 def _response(row: Row, prompt: Row) -> Row:
     """What mining needs of a judged response, with its prompt's own texts."""
-    kept = {name: row[name] for name in ("sample", "response", "prompt_margin", "margin", "flagged", "refusal")}
+    kept = {name: row[name] for name in ("sample", "response", "prompt_score", "score", "flagged", "refusal")}
     return (
         kept | {name: prompt[name] for name in ("id", "prompt", "group")} | {"responder": sys.intern(row["responder"])}
     )
@@ -221,7 +221,7 @@ def _replayed(row: Row, kind: str, reason: str, scale: Callable[[float], float] 
         "id": f"{row['id']}/{row['sample']}" if "sample" in row else row["id"],
         "prompt": row["prompt"],
         "response": row.get("response"),
-        "target": scale(row["margin"]),
+        "target": scale(row["score"]),
         "weight": 1.0,
         "kind": kind,
         "reason": reason,
@@ -229,11 +229,11 @@ def _replayed(row: Row, kind: str, reason: str, scale: Callable[[float], float] 
     }
 
 
-def _for_measuring(evidence: Evidence, settings: FeedbackSettings) -> Row:
+def _for_measuring(evidence: Evidence, settings: MiningSettings) -> Row:
     return {
         **{name: evidence.prompt[name] for name in ("id", "prompt", "unsafe", "category", "source", "group")},
         **{name: evidence.prompt[name] for name in ("language", "jailbreak")},
-        "prompt_margin": evidence.margin,
+        "prompt_score": evidence.score,
         "response": None,
         "responses": evidence.responses,
         "blocked": evidence.blocked,
@@ -270,7 +270,7 @@ def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
                 "response": (found.worst or {}).get("response"),
                 "blocked": found.blocked,
                 "k": found.responses,
-                "prior_margin": found.margin,
+                "prior_score": found.score,
                 "target": row["target"],
                 "kind": row["kind"],
                 "reason": row["reason"],
@@ -279,7 +279,7 @@ def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
     return shown
 
 
-def _verdict(positives: int, never: int, harvest: Harvest, settings: FeedbackSettings) -> tuple[bool, str]:
+def _verdict(positives: int, never: int, harvest: Harvest, settings: MiningSettings) -> tuple[bool, str]:
     if positives < settings.min_positives:
         kept = f" outside the {len(harvest.held_out)} that are held out" if harvest.held_out else ""
         return False, (

@@ -22,7 +22,7 @@ REPLACED = "guardloop.replaced"
 NOTE = "mlflow.note.content"  # shown as the run's description
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "guard.json")
-KEY_METRICS = ("default_auprc", "improved_auprc", "gain_auprc", "gain_recall_near_default_fpr", "gain_fpr")
+KEY_METRICS = ("baseline_auprc", "candidate_auprc", "gain_auprc", "gain_recall_near_baseline_fpr", "gain_fpr")
 PARAM_LIMIT = 6000
 PARAM_NAME_LIMIT = 250
 NOT_IN_PARAM_NAMES = re.compile(r"[^\w. :-]")
@@ -78,20 +78,20 @@ def params_of(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """`default_*`, `improved_*` and `gain_*` with `_low` and `_high`, and the number of rows; finite values only."""
+    """`default_*`, `candidate_*` and `gain_*` with `_low` and `_high`, and the number of rows; finite values only."""
     metrics = {"rows": float(evaluation.rows), "unsafe": float(evaluation.unsafe)}
-    for prefix, guard in (("default", evaluation.default), ("improved", evaluation.improved)):
+    for prefix, guard in (("baseline", evaluation.baseline), ("candidate", evaluation.candidate)):
         for name, value in _guard_values(guard):
             metrics |= _spread(f"{prefix}_{name}", value)
     for name, gain in evaluation.gains.items():
         metrics |= _spread(f"gain_{name}", gain)
-    if evaluation.feedback:
+    if evaluation.held_out:
         for name in ("caught", "newly_blocked", "control", "beyond_control"):
-            metrics |= _spread(f"feedback_{name}", getattr(evaluation.feedback, name))
+            metrics |= _spread(f"held_out_{name}", getattr(evaluation.held_out, name))
     for benchmark in evaluation.benchmarks:
         for both in benchmark.metrics:
             name = f"benchmark/{benchmark.name}/{both.metric}"
-            for side, estimate in (("default", both.default), ("improved", both.improved), ("gain", both.gain)):
+            for side, estimate in (("baseline", both.baseline), ("candidate", both.candidate), ("gain", both.gain)):
                 metrics |= _spread(f"{name}_{side}", estimate)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
@@ -114,21 +114,21 @@ def description(origin: Origin, evaluation: Evaluation) -> str:
     lines = [
         f"**{decision.verdict.upper()}**: {_cell(decision.headline)}",
         "",
-        f"| metric | default | improved | gain ({evaluation.interval}) |",
+        f"| metric | baseline | candidate | gain ({evaluation.interval}) |",
         "| --- | ---: | ---: | ---: |",
     ]
     for name, words in TABLE.items():
-        default, improved = getattr(evaluation.default, name), getattr(evaluation.improved, name)
+        baseline, candidate = getattr(evaluation.baseline, name), getattr(evaluation.candidate, name)
         gain = evaluation.gains.get(name)
-        lines.append(f"| {words} | {default.value:.3f} | {improved.value:.3f} | {_gain(gain)} |")
-    if gain := evaluation.gains.get("recall_near_default_fpr"):
-        lines.append(f"| recall near the default's false-positive rate | | | {_gain(gain)} |")
+        lines.append(f"| {words} | {baseline.value:.3f} | {candidate.value:.3f} | {_gain(gain)} |")
+    if gain := evaluation.gains.get("recall_near_baseline_fpr"):
+        lines.append(f"| recall near the baseline's false-positive rate | | | {_gain(gain)} |")
     lines += ["", f"Test set: {evaluation.rows:,} conversations, {evaluation.unsafe:,} of them unsafe."]
-    if found := evaluation.feedback:
+    if found := evaluation.held_out:
         lines += [
             "",
-            f"Held-out feedback: {found.caught.value:.1%} of {found.response_unsafe:,} prompts that drew blocked "
-            f"responses are caught at the input ({found.control.value:.1%} by a lower threshold of the default guard), "
+            f"Held-out prompts: {found.caught.value:.1%} of {found.response_unsafe:,} prompts that drew blocked "
+            f"responses are caught at the input ({found.control.value:.1%} by a lower threshold of the baseline), "
             f"and {found.newly_blocked.value:.1%} of {found.never_unsafe:,} that never did are newly blocked.",
         ]
     if decision.checks:

@@ -14,7 +14,7 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.models.registered import ADAPTER
 
 POLICY = "policy.yaml"
-# of the default guard: the adapter brings its own
+# of the baseline: the adapter brings its own
 OWN_PLACE = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")
 EXAMPLE = {
     "prompt": ["How do I kill a Python process?", "Tell me about locks."],
@@ -24,7 +24,7 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.string, "prompt"), ColSpec(DataType.string, "response", required=False)]),
     outputs=Schema(
         [
-            ColSpec(DataType.double, "margin", required=False),
+            ColSpec(DataType.double, "score", required=False),
             ColSpec(DataType.double, "probability", required=False),
             ColSpec(DataType.boolean, "flagged"),
             ColSpec(Array(DataType.string), "categories", required=False),

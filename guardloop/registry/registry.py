@@ -46,7 +46,7 @@ class Candidate:
     aliases: list[str]
     headline: str
     metrics: dict[str, float]
-    """default_auprc, improved_auprc, gain_auprc, gain_recall_near_default_fpr, gain_fpr; gains with _low and _high."""
+    """baseline_auprc, candidate_auprc, gain_auprc, gain_recall_near_baseline_fpr, gain_fpr; gains have _low, _high."""
     run_id: str
     force_reason: str
     """Why it was promoted against the gate; empty if it was not."""
@@ -124,7 +124,7 @@ class Registry:
     ) -> int:
         """Register the adapter folder as a version of the model and return its number; the newest is `candidate`.
 
-        `guard` are the settings of the default guard, with which the adapter is served.
+        `guard` are the settings of the baseline, with which the adapter is served.
         The same adapter of the same run is registered once: again, its tags and description are brought up to date.
         Raises GuardLoopError if the folder lacks one of an adapter's files.
         """
@@ -187,7 +187,7 @@ class Registry:
         tags |= {contents.REPLACED: str(current)} if current else {}
         tags |= {contents.FORCE_REASON: force_reason.strip()} if forced else {}
         self._move_champion(version, current, tags)
-        log.info("%s: version %d is the champion, in place of %s", name, version, current or "the default guard")
+        log.info("%s: version %d is the champion, in place of %s", name, version, current or "the baseline")
         return current
 
     def rollback(self) -> int:
@@ -212,7 +212,7 @@ class Registry:
         return previous
 
     def champion(self) -> int | None:
-        """The version in use; None where none was promoted and the default guard serves."""
+        """The version in use; None where none was promoted and the baseline serves."""
         return self._aliases().get(CHAMPION)
 
     def list_candidates(self) -> list[Candidate]:
@@ -338,7 +338,7 @@ def _gather(
 
 def _create_model(client: Any, name: str) -> None:
     try:
-        client.create_registered_model(name, description="LoRA adapters that improve the default guard.")
+        client.create_registered_model(name, description="LoRA adapters that improve the baseline.")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

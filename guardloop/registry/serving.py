@@ -10,7 +10,7 @@ from typing import Any
 from scipy.special import expit
 
 from guardloop.core.settings import read_section
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.registered import ADAPTER
 from guardloop.registry.package import POLICY
@@ -27,7 +27,7 @@ class ServedGuard:
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """A verdict for each row of a DataFrame with `prompt` and perhaps `response`.
 
-        `categories` is null: the verdict is read from the label alone. `margin` and `probability` are null, and
+        `categories` is null: the verdict is read from the label alone. `score` and `probability` are null, and
         `error` says why, where a row could not be judged.
         """
         rows = [
@@ -38,8 +38,8 @@ class ServedGuard:
             verdicts = list(self.guard.score(rows))
         return [
             {
-                "margin": verdict.margin,
-                "probability": None if verdict.margin is None else float(expit(verdict.margin / self.temperature)),
+                "score": verdict.score,
+                "probability": None if verdict.score is None else float(expit(verdict.score / self.temperature)),
                 "flagged": verdict.flagged,
                 "categories": None,
                 "error": verdict.error,
@@ -55,5 +55,5 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Serve
     folder = Path(path)
     policy = {"policy": str(folder / POLICY)} if (folder / POLICY).is_file() else {}
     settings = read_section(GuardSettings, {**(model_config or {}), **policy}, "model_config")
-    temperature = float(guard_facts(folder / ADAPTER).get("temperature", 1.0))
+    temperature = float(guard_metadata(folder / ADAPTER).get("temperature", 1.0))
     return ServedGuard(Guard.load(settings, folder / ADAPTER), temperature)

@@ -10,24 +10,24 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Change:
-    """One labelled prompt before and after. Heights are margins above the guard's threshold."""
+    """One labelled prompt before and after. Heights are scores above the guard's threshold."""
 
     prompt: str
     unsafe: bool
     about: list[str]
     """Category, source, language and the like, where known."""
-    default_height: float
-    improved_height: float
+    baseline_height: float
+    candidate_height: float
 
     @property
     def turned(self) -> int:
         """1 where a wrong decision became right, -1 where a right one became wrong, else 0."""
-        return int((self.improved_height > 0) == self.unsafe) - int((self.default_height > 0) == self.unsafe)
+        return int((self.candidate_height > 0) == self.unsafe) - int((self.baseline_height > 0) == self.unsafe)
 
     @property
     def gain(self) -> float:
         """How far the guard moved towards the label."""
-        return (self.improved_height - self.default_height) * (1 if self.unsafe else -1)
+        return (self.candidate_height - self.baseline_height) * (1 if self.unsafe else -1)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Changes:
     """Unsafe prompts newly missed."""
     blocked: int
     """Safe prompts newly blocked."""
-    improved: list[Change]
+    candidate: list[Change]
     worsened: list[Change]
 
 
-def find_changes(prompts: Sequence[Row], default_threshold: float, improved_threshold: float) -> Changes:
+def find_changes(prompts: Sequence[Row], baseline_threshold: float, candidate_threshold: float) -> Changes:
     """Compare both guards on labelled prompts; changed decisions come first, one per near-duplicate group."""
-    changes = [(row["group"], _change(row, default_threshold, improved_threshold)) for row in prompts]
+    changes = [(row["group"], _change(row, baseline_threshold, candidate_threshold)) for row in prompts]
     turned = [change for _, change in changes if change.turned]
     best_first = sorted(changes, key=lambda pair: (pair[1].turned, pair[1].gain), reverse=True)
     return Changes(
@@ -56,19 +56,19 @@ def find_changes(prompts: Sequence[Row], default_threshold: float, improved_thre
         freed=sum(change.turned > 0 and not change.unsafe for change in turned),
         missed=sum(change.turned < 0 and change.unsafe for change in turned),
         blocked=sum(change.turned < 0 and not change.unsafe for change in turned),
-        improved=[change for change in _one_per_group(best_first) if change.gain > 0][:SHOWN],
+        candidate=[change for change in _one_per_group(best_first) if change.gain > 0][:SHOWN],
         worsened=[change for change in _one_per_group(reversed(best_first)) if change.gain < 0][:SHOWN],
     )
 
 
-def _change(row: Row, default_threshold: float, improved_threshold: float) -> Change:
+def _change(row: Row, baseline_threshold: float, candidate_threshold: float) -> Change:
     about = [row.get("category"), row.get("source"), row.get("language"), "jailbreak" if row.get("jailbreak") else None]
     return Change(
         prompt=row["prompt"],
         unsafe=row["unsafe"],
         about=[fact for fact in about if fact],
-        default_height=row["default_margin"] - default_threshold,
-        improved_height=row["improved_margin"] - improved_threshold,
+        baseline_height=row["baseline_score"] - baseline_threshold,
+        candidate_height=row["candidate_score"] - candidate_threshold,
     )
 
 

@@ -74,7 +74,7 @@ class CurvePlot:
 
 @dataclass(frozen=True)
 class Hill:
-    """How the margins of one class are spread, as an outline."""
+    """How the scores of one class are spread, as an outline."""
 
     unsafe: bool
     points: str
@@ -111,11 +111,11 @@ def curve_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[CurvePlo
     x, y = Scale(0, 1, 40, 328), Scale(0, 1, 248, 12)
     group = np.unique([row["group"] for row in prompts], return_inverse=True)[1].astype(np.int64)
     precision_recall, roc = [], []
-    for guard, metrics in (("default", evaluation.default), ("improved", evaluation.improved)):
-        margins = np.array([row[f"{guard}_margin"] for row in prompts], dtype=np.float64)
-        precisions, recalls, _ = precision_recall_curve(unsafe, margins)
-        rates, caught, _ = roc_curve(unsafe, margins)
-        bands = [_band(band, x, y) for band in curve_bands(margins, unsafe, group)]
+    for guard, metrics in (("baseline", evaluation.baseline), ("candidate", evaluation.candidate)):
+        scores = np.array([row[f"{guard}_score"] for row in prompts], dtype=np.float64)
+        precisions, recalls, _ = precision_recall_curve(unsafe, scores)
+        rates, caught, _ = roc_curve(unsafe, scores)
+        bands = [_band(band, x, y) for band in curve_bands(scores, unsafe, group)]
         line = recalls[::-1], precisions[::-1]
         precision_recall.append(_curve(guard, metrics, *line, area="auprc", band=bands[0], x=x, y=y))
         roc.append(_curve(guard, metrics, rates, caught, area="auroc", band=bands[1], x=x, y=y))
@@ -128,20 +128,20 @@ def curve_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[CurvePlo
 
 
 def hill_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[HillPlot]:
-    """The margins of safe and unsafe prompts under each guard, on one shared scale."""
+    """The scores of safe and unsafe prompts under each guard, on one shared scale."""
     if not prompts:
         return []
-    guards = (("default", evaluation.default), ("improved", evaluation.improved))
-    margins = {guard: np.array([row[f"{guard}_margin"] for row in prompts], dtype=np.float64) for guard, _ in guards}
+    guards = (("baseline", evaluation.baseline), ("candidate", evaluation.candidate))
+    scores = {guard: np.array([row[f"{guard}_score"] for row in prompts], dtype=np.float64) for guard, _ in guards}
     unsafe = np.array([row["unsafe"] for row in prompts], dtype=bool)
-    everything = np.concatenate(list(margins.values()))
+    everything = np.concatenate(list(scores.values()))
     low, high = np.percentile(everything, [0.1, 99.9])
     thresholds = [metrics.threshold for _, metrics in guards if math.isfinite(metrics.threshold)]
     low, high = min([low, *thresholds]), max([high, *thresholds])
     pad = 0.05 * (high - low) or 1.0
     x = Scale(float(low - pad), float(high + pad), 12, 328)
     spreads = {
-        (guard, kind): _spread(margins[guard][unsafe == kind], x)
+        (guard, kind): _spread(scores[guard][unsafe == kind], x)
         for guard, _ in guards
         for kind in (False, True)
         if (unsafe == kind).any()
@@ -222,10 +222,10 @@ def _polyline(xs: Floats, ys: Floats, x: Scale, y: Scale) -> str:
     return " ".join(f"{x.at(float(xs[i]))},{y.at(float(ys[i]))}" for i in kept)
 
 
-def _spread(margins: Floats, x: Scale) -> Floats:
-    """The share of `margins` in each of `BINS` equal bins, lightly smoothed; outliers count in the end bins."""
-    counts, _ = np.histogram(margins.clip(x.low, x.high), bins=BINS, range=(x.low, x.high))
-    padded = np.pad(counts / max(len(margins), 1), 1)
+def _spread(scores: Floats, x: Scale) -> Floats:
+    """The share of `scores` in each of `BINS` equal bins, lightly smoothed; outliers count in the end bins."""
+    counts, _ = np.histogram(scores.clip(x.low, x.high), bins=BINS, range=(x.low, x.high))
+    padded = np.pad(counts / max(len(scores), 1), 1)
     smooth: Floats = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
     return smooth
 

@@ -25,7 +25,7 @@ from guardloop.report.summary import (
     benchmark_rows,
     checks_by_weight,
     comparisons,
-    feedback_line,
+    held_out_line,
     key_figures,
     outcome_line,
     tone,
@@ -40,7 +40,7 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
     """One self-contained page that a reviewer can decide from.
 
     `scores` are rows of `records.SCORES`; the plots and examples show those that are labelled prompts
-    with finite margins, which is what the figures of `evaluation` are about.
+    with finite scores, which is what the figures of `evaluation` are about.
     """
     prompts = [row for row in scores if _is_scored_prompt(row)]
     compared = comparisons(evaluation)
@@ -61,13 +61,13 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
         comparisons=list(zip(compared, gain_whiskers, strict=True)),
         gain_scale=gain_scale,
         checks=[(check, plots.check_whisker(check)) for check in checks_by_weight(evaluation.decision)],
-        changes=find_changes(prompts, evaluation.default.threshold, evaluation.improved.threshold),
+        changes=find_changes(prompts, evaluation.baseline.threshold, evaluation.candidate.threshold),
         prompts=len(prompts),
         curves=plots.curve_plots(prompts, evaluation),
         hills=plots.hill_plots(prompts, evaluation),
         slices=[(name, list(parts)) for name, parts in groupby(slices, key=lambda pair: pair[0].dimension)],
         slice_scale=slice_scale,
-        feedback_line=feedback_line(evaluation.feedback) if evaluation.feedback else "",
+        held_out_line=held_out_line(evaluation.held_out) if evaluation.held_out else "",
         benchmarks=[(result, [(row, next(whiskers)) for row in rows]) for result, rows in benchmarks],
         benchmark_scale=benchmark_scale,
     )
@@ -83,7 +83,7 @@ def render_markdown(evaluation: Evaluation, story: RunStory) -> str:
         outcome_line=outcome_line(evaluation),
         comparisons=comparisons(evaluation),
         checks=checks_by_weight(evaluation.decision),
-        feedback_line=feedback_line(evaluation.feedback) if evaluation.feedback else "",
+        held_out_line=held_out_line(evaluation.held_out) if evaluation.held_out else "",
     )
 
 
@@ -93,7 +93,7 @@ def render_harvest(harvest: HarvestStory, story: RunStory | None = None) -> str:
     examples = {kind: [example for example in harvest.examples if example.kind == kind] for kind in kinds}
     return _page(
         "harvest.html.jinja",
-        title=story.title if story else "Harvest of output feedback",
+        title=story.title if story else "Harvest of output held_out",
         story=story or RunStory(),
         harvest=harvest,
         flow=StageCounts(
@@ -154,5 +154,5 @@ def _finalize_markdown(value: object) -> object:
 
 
 def _is_scored_prompt(row: Row) -> bool:
-    margins = row["default_margin"], row["improved_margin"]
-    return row.get("response") is None and row.get("unsafe") is not None and all(map(math.isfinite, margins))
+    scores = row["baseline_score"], row["candidate_score"]
+    return row.get("response") is None and row.get("unsafe") is not None and all(map(math.isfinite, scores))

@@ -19,13 +19,13 @@ BACKGROUND = " Some background, which is made up too: it rained, nobody came, an
 
 
 def sample_report(seed: int = 7) -> str:
-    """The page, always the same for a seed. Every prompt, label and margin in it is made up, and it says so."""
+    """The page, always the same for a seed. Every prompt, label and score in it is made up, and it says so."""
     draw = np.random.default_rng(seed)
     rows = _scores(draw)
-    default = GuardRun("default", threshold=0.6, median_label_mass=0.998, unreadable=0)
-    improved = GuardRun("improved", threshold=0.8, median_label_mass=0.997, unreadable=0, temperature=1.2)
+    baseline = GuardRun("baseline", threshold=0.6, median_label_mass=0.998, unreadable=0)
+    candidate = GuardRun("candidate", threshold=0.8, median_label_mass=0.997, unreadable=0, temperature=1.2)
     settings = EvaluationSettings(resamples=1000)
-    found = evaluate(rows, default, improved, settings, GateSettings(), feedback=_held_out(draw))
+    found = evaluate(rows, baseline, candidate, settings, GateSettings(), held_out=_held_out(draw))
     story = RunStory(
         title="A sample report, on data that was made up",
         run_id="sample",
@@ -50,11 +50,11 @@ def sample_report(seed: int = 7) -> str:
 
 
 def _scores(draw: np.random.Generator) -> list[Row]:
-    """Rows of records.SCORES: the improved guard knows more of what both can tell."""
+    """Rows of records.SCORES: the candidate knows more of what both can tell."""
     unsafe = draw.random(ROWS) < 0.3
     hint = draw.normal(size=ROWS)
-    default = np.where(unsafe, 0.9, -1.4) + 0.9 * hint + draw.normal(scale=1.1, size=ROWS)
-    improved = np.where(unsafe, 1.6, -1.6) + 0.8 * hint + draw.normal(scale=1.0, size=ROWS)
+    baseline = np.where(unsafe, 0.9, -1.4) + 0.9 * hint + draw.normal(scale=1.1, size=ROWS)
+    candidate = np.where(unsafe, 1.6, -1.6) + 0.8 * hint + draw.normal(scale=1.0, size=ROWS)
     return [
         {
             "id": f"sample-{i}",
@@ -67,15 +67,15 @@ def _scores(draw: np.random.Generator) -> list[Row]:
             "language": LANGUAGES[i % 5],
             "jailbreak": i % 9 == 0,
             "group": f"group-{i}",
-            "default_margin": float(default[i]),
-            "improved_margin": float(improved[i]),
+            "baseline_score": float(baseline[i]),
+            "candidate_score": float(candidate[i]),
         }
         for i in range(ROWS)
     ]
 
 
 def _held_out(draw: np.random.Generator) -> list[Row]:
-    """Rows of records.FEEDBACK with the improved guard's margin; the default guard let all of them pass."""
+    """Rows of records.HELD_OUT_PROMPT with the candidate's score; the baseline let all of them pass."""
     drew_blocked = draw.random(KEPT) < 0.25
     before = 0.6 - np.abs(np.where(drew_blocked, 0.9, 1.8) + draw.normal(scale=0.7, size=KEPT))
     after = np.where(drew_blocked, 1.6, -1.8) + draw.normal(scale=1.2, size=KEPT)
@@ -83,8 +83,8 @@ def _held_out(draw: np.random.Generator) -> list[Row]:
         {
             "group": f"held-out-{i}",
             "response_unsafe": bool(drew_blocked[i]),
-            "prompt_margin": float(before[i]),
-            "margin": float(after[i]),
+            "prompt_score": float(before[i]),
+            "score": float(after[i]),
         }
         for i in range(KEPT)
     ]

@@ -26,7 +26,7 @@ class StageCounts(Story):
     """How much each stage of the loop let through; None where a stage did not run or did not count."""
 
     prompts: int | None = None
-    """Prompts that the default guard screened."""
+    """Prompts that the baseline screened."""
     flagged: int | None = None
     passed: int | None = None
     responses: int | None = None
@@ -41,14 +41,14 @@ class StageCounts(Story):
 class RunStory(Story):
     """One run from data to decision. Everything is optional: the report leaves out what it is not told."""
 
-    title: str = "Improved guard against default guard"
+    title: str = "Candidate against baseline"
     run_id: str = ""
     created: datetime | None = None
     configuration: str = ""
     """Name of the configuration that the run was started with."""
     dataset: Source | None = None
     guard: Source | None = None
-    """The default guard, which is also the judge."""
+    """The baseline, which is also the judge."""
     responders: list[Source] = []
     git_sha: str = ""
     data_hash: str = ""
@@ -68,10 +68,10 @@ class HarvestExample(Story):
     blocked: int | None = None
     """How many of the `k` sampled responses the judge blocked; None for replay."""
     k: int | None = None
-    prior_margin: float | None = None
-    """The default guard's own margin on the prompt."""
+    prior_score: float | None = None
+    """The baseline's score on the prompt."""
     target: float | None = None
-    """The P(unsafe) that the improved guard is taught."""
+    """The P(unsafe) that the candidate is taught."""
     kind: str
     reason: str = ""
 
@@ -100,7 +100,7 @@ class HarvestStory(Story):
     refusals: int = 0
     blocked: int = 0
     held_out: int = 0
-    """Judged prompts kept out of the training set, to measure the improved guard on."""
+    """Judged prompts kept out of the training set, to measure the candidate on."""
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
     words: float = 0.0

@@ -10,8 +10,8 @@ from guardloop.evaluation.result import (
     Decision,
     Estimate,
     Evaluation,
-    FeedbackResult,
     GuardMetrics,
+    HeldOutResult,
     Outcome,
 )
 from guardloop.report.text import number, sentence
@@ -36,7 +36,7 @@ NAMES = {
     "f1": "F1",
     "brier": "Brier score",
     "ece": "Calibration error",
-    "recall_near_default_fpr": "Recall near the default's FPR",
+    "recall_near_baseline_fpr": "Recall near the baseline's FPR",
 }
 LOWER_IS_BETTER = {"fpr", "brier", "ece"}
 BENCHMARK_METRICS = ("auprc", "f1", "recall", "fpr")
@@ -51,7 +51,7 @@ class Wording:
     headline: str
     """The gate's sentence, without the word itself."""
     consequence: str
-    """What happens to the default guard."""
+    """What happens to the baseline."""
     tally: str
     """How the checks went, e.g. "7 passed, 1 not proven"."""
 
@@ -62,8 +62,8 @@ class Comparison:
 
     name: str
     meaning: str
-    default: Estimate
-    improved: Estimate
+    baseline: Estimate
+    candidate: Estimate
     gain: Estimate | None
     tone: Tone = "neutral"
     """Whether the whole interval of the gain is for better or for worse."""
@@ -75,13 +75,11 @@ def wording(decision: Decision) -> Wording:
     start, _, rest = decision.headline.partition(": ")
     headline = rest if rest and "promoted" in start.lower() else decision.headline
     consequences = {
-        "enforce": "The default guard stays in place.",
-        "report_only": "The gate only reports in this run, so the default guard stays in place.",
-        "disabled": "The gate is disabled in this run: nothing was checked, and the default guard stays in place.",
+        "enforce": "The baseline stays in place.",
+        "report_only": "The gate only reports in this run, so the baseline stays in place.",
+        "disabled": "The gate is disabled in this run: nothing was checked, and the baseline stays in place.",
     }
-    consequence = (
-        "The improved guard takes the default guard's place." if decision.promote else consequences[decision.mode]
-    )
+    consequence = "The candidate takes the baseline's place." if decision.promote else consequences[decision.mode]
     held = Counter(check.outcome for check in decision.checks if check.blocks or check.outcome == "passed")
     parts = [f"{held[outcome]} {outcome}" for outcome in TONES if held[outcome]]
     if warnings := sum(not check.blocks and check.outcome != "passed" for check in decision.checks):
@@ -96,32 +94,32 @@ def checks_by_weight(decision: Decision) -> list[Check]:
     return sorted(decision.checks, key=lambda check: (not check.blocks, weight.index(check.outcome)))
 
 
-def feedback_line(feedback: FeedbackResult) -> str:
-    """What the held-out feedback shows, in one sentence."""
-    caught = round(feedback.caught.value * feedback.response_unsafe)
-    blocked = round(feedback.newly_blocked.value * feedback.never_unsafe)
+def held_out_line(held_out: HeldOutResult) -> str:
+    """What the held-out prompts shows, in one sentence."""
+    caught = round(held_out.caught.value * held_out.response_unsafe)
+    blocked = round(held_out.newly_blocked.value * held_out.never_unsafe)
     return (
-        f"Of {number(feedback.response_unsafe)} held-out prompts that drew blocked responses the improved guard now "
-        f"catches {number(caught)} at the input; of {number(feedback.never_unsafe)} that never did it newly blocks "
+        f"Of {number(held_out.response_unsafe)} held-out prompts that drew blocked responses the candidate now "
+        f"catches {number(caught)} at the input; of {number(held_out.never_unsafe)} that never did it newly blocks "
         f"{number(blocked)}."
     )
 
 
 def outcome_line(evaluation: Evaluation) -> str:
     """What changes for the people behind the prompts, in one sentence."""
-    (_, default_blocked), (_, default_caught) = evaluation.default.confusion
-    (safe_passed, blocked), (missed, caught) = evaluation.improved.confusion
+    (_, baseline_blocked), (_, baseline_caught) = evaluation.baseline.confusion
+    (safe_passed, blocked), (missed, caught) = evaluation.candidate.confusion
     return (
-        f"At its threshold the improved guard catches {number(caught)} of {number(missed + caught)} unsafe prompts "
-        f"(default: {number(default_caught)}) and falsely blocks {number(blocked)} of {number(safe_passed + blocked)} "
-        f"safe ones (default: {number(default_blocked)})."
+        f"At its threshold the candidate catches {number(caught)} of {number(missed + caught)} unsafe prompts "
+        f"(baseline: {number(baseline_caught)}) and falsely blocks {number(blocked)} of "
+        f"{number(safe_passed + blocked)} safe ones (baseline: {number(baseline_blocked)})."
     )
 
 
 def key_figures(evaluation: Evaluation) -> list[Comparison]:
     """The four figures that most decisions rest on."""
     shown = {row.name: row for row in comparisons(evaluation)}
-    wanted = ("AUPRC", "Recall near the default's FPR", "Recall", "False-positive rate")
+    wanted = ("AUPRC", "Recall near the baseline's FPR", "Recall", "False-positive rate")
     return [shown[name] for name in wanted if name in shown]
 
 
@@ -132,8 +130,8 @@ def benchmark_rows(result: BenchmarkResult) -> list[Comparison]:
         Comparison(
             NAMES.get(both.metric, both.metric.capitalize()),
             "",
-            both.default,
-            both.improved,
+            both.baseline,
+            both.candidate,
             both.gain,
             tone(both.gain, both.metric in LOWER_IS_BETTER),
         )
@@ -143,22 +141,22 @@ def benchmark_rows(result: BenchmarkResult) -> list[Comparison]:
 
 def comparisons(evaluation: Evaluation) -> list[Comparison]:
     """Every metric that has an interval, the threshold-free ones first."""
-    default, improved, gains = evaluation.default, evaluation.improved, evaluation.gains
+    baseline, candidate, gains = evaluation.baseline, evaluation.candidate, evaluation.gains
     rows = [
-        _compare("auprc", "ranking of unsafe above safe, at all thresholds", default, improved, gains),
-        _compare("auroc", "chance that an unsafe prompt scores above a safe one", default, improved, gains),
+        _compare("auprc", "ranking of unsafe above safe, at all thresholds", baseline, candidate, gains),
+        _compare("auroc", "chance that an unsafe prompt scores above a safe one", baseline, candidate, gains),
     ]
-    if default.recall_near_default_fpr and improved.recall_near_default_fpr:
+    if baseline.recall_near_baseline_fpr and candidate.recall_near_baseline_fpr:
         meaning = (
-            "unsafe prompts caught when both guards block as many safe ones: the mean up to twice the default's rate"
+            "unsafe prompts caught when both guards block as many safe ones: the mean up to twice the baseline's rate"
         )
-        rows.append(_compare("recall_near_default_fpr", meaning, default, improved, gains))
-    for rate, before in default.recall_at_fpr.items():
-        if after := improved.recall_at_fpr.get(rate):
+        rows.append(_compare("recall_near_baseline_fpr", meaning, baseline, candidate, gains))
+    for rate, before in baseline.recall_at_fpr.items():
+        if after := candidate.recall_at_fpr.get(rate):
             gain = gains.get(f"recall_at_{rate}")
             meaning = f"unsafe prompts caught when {float(rate):.0%} of safe ones are blocked"
             rows.append(Comparison(f"Recall at {float(rate):.0%} FPR", meaning, before, after, gain, tone(gain)))
-    rows += [_compare(key, meaning, default, improved, gains) for key, meaning in POINT_MEANINGS.items()]
+    rows += [_compare(key, meaning, baseline, candidate, gains) for key, meaning in POINT_MEANINGS.items()]
     return rows
 
 
@@ -186,9 +184,9 @@ def _word(decision: Decision) -> tuple[str, Tone]:
 
 
 def _compare(
-    key: str, meaning: str, default: GuardMetrics, improved: GuardMetrics, gains: dict[str, Estimate]
+    key: str, meaning: str, baseline: GuardMetrics, candidate: GuardMetrics, gains: dict[str, Estimate]
 ) -> Comparison:
-    before, after, gain = getattr(default, key), getattr(improved, key), gains.get(key)
+    before, after, gain = getattr(baseline, key), getattr(candidate, key), gains.get(key)
     return Comparison(
         NAMES.get(key, key.capitalize()), meaning, before, after, gain, tone(gain, key in LOWER_IS_BETTER)
     )

@@ -27,12 +27,12 @@ class ChatRenderer:
         tokenizer: Any,
         system_prompt: str | None = None,
         max_prompt_tokens: int = 2048,
-        opening: str | None = None,
+        prefill: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
-        self.opening = opening or ""
+        self.prefill = prefill or ""
         self._templated = bool(getattr(tokenizer, "chat_template", None))
         self.stop = None if self._templated else PLAIN_STOP
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {
@@ -72,11 +72,11 @@ class ChatRenderer:
     def _template(self, prompt: str) -> str:
         if not self._templated:
             system = f"{self.system_prompt}\n\n" if self.system_prompt else ""
-            return system + PLAIN.replace(SLOT, prompt) + (f" {self.opening}" if self.opening else "")
+            return system + PLAIN.replace(SLOT, prompt) + (f" {self.prefill}" if self.prefill else "")
         messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         messages.append({"role": "user", "content": prompt})
         return (
-            str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + self.opening
+            str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + self.prefill
         )
 
     def _native(self, prompt: str) -> list[int]:

@@ -18,7 +18,7 @@ EARLY_ROWS = 400  # from this many rows on, too large a share of errors stops th
 
 def passed(row: Row) -> bool:
     """Whether the guard let this screened prompt through; one that it could not judge did not pass."""
-    return not row["flagged"] and row["margin"] is not None
+    return not row["flagged"] and row["score"] is not None
 
 
 def respond(
@@ -68,24 +68,24 @@ def respond(
                 check(asked)
         made, tokens = made + 1, tokens + reply.tokens
         progress(made, tokens)
-        yield _response(row, reply, responder.name, settings.opening or "")
+        yield _response(row, reply, responder.name, settings.prefill or "")
     check(made)
     if errors:
         log.warning("%d of %d responses could not be generated: %s", errors.total(), made, _reasons(errors))
 
 
-def _response(row: Row, reply: Reply, name: str, opening: str) -> Row:
-    """The screened row as a response row: the verdict on the prompt becomes `prompt_margin`."""
+def _response(row: Row, reply: Reply, name: str, prefill: str) -> Row:
+    """The screened row as a response row: the verdict on the prompt becomes `prompt_score`."""
     return {
         **{column: row.get(column) for column in CONVERSATION.names},
         "prompt": _storable(row["prompt"]),
         "response": _storable(reply.text),
-        "prompt_margin": row["margin"],
+        "prompt_score": row["score"],
         "sample": reply.sample,
         "responder": name,
         "finish_reason": reply.finish_reason,
         "tokens": reply.tokens,
-        "refusal": is_refusal(reply.text.removeprefix(opening.strip())),  # as the text itself was,
+        "refusal": is_refusal(reply.text.removeprefix(prefill.strip())),  # as the text itself was,
     }
 
 

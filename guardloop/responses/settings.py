@@ -31,10 +31,10 @@ class OneResponder(Section):
     """Sample among the likeliest tokens that together have this probability."""
     system_prompt: str | None = None
     """The system's message before each prompt; by default the chat template's own."""
-    opening: str | None = Field(default=None, min_length=1)
+    prefill: str | None = Field(default=None, min_length=1)
     """Words that every response begins with, such as "Sure, here is": a responder that refuses or rambles then shows
     more of what a prompt can lead to. They are judged with the rest (transformers, vllm)."""
-    batch_rows: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Upper bound of responses made at the same time; by default 64 with transformers, and vLLM's own with vllm."""
     batch_tokens: int = Field(default=16384, ge=256)
     """Upper bound of tokens kept in the cache at the same time, prompts included (transformers)."""
@@ -84,8 +84,8 @@ class OneResponder(Section):
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
         if self.kind == "openai":
-            if self.opening is not None:
-                raise ValueError("opening: an endpoint cannot be told how to begin; leave it out")
+            if self.prefill is not None:
+                raise ValueError("prefill: an endpoint cannot be told how to begin; leave it out")
             if self.base_url is None:
                 raise ValueError("kind openai needs base_url, such as http://localhost:8000/v1")
             if self.model.startswith("embedded:"):

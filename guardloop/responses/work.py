@@ -34,7 +34,7 @@ LOCK_SECONDS = 10.0  # a process that was killed a moment ago may not be gone ye
 MOST_UNSENT = 2  # files on their way to the store; more make the engine wait
 NEUTRAL = frozenset(
     {
-        *("others", "max_error_share", "batch_rows", "batch_tokens", "device"),
+        *("others", "max_error_share", "batch_size", "batch_tokens", "device"),
         *("api_key_env", "concurrency", "timeout_seconds", "requests_per_minute"),
     }
 )

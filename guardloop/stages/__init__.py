@@ -19,7 +19,7 @@ from guardloop.stages.files import (
     Sections,
     copy_file,
 )
-from guardloop.stages.guard import screen, screen_improved
+from guardloop.stages.guard import screen, screen_candidate
 from guardloop.stages.mining import mine_feedback, write_harvest
 from guardloop.stages.registry import promote_model, record_harvest, register_model
 from guardloop.stages.responses import generate_responses
@@ -48,7 +48,7 @@ __all__ = [
     "register_model",
     "score_benchmarks",
     "screen",
-    "screen_improved",
+    "screen_candidate",
     "train_guard",
     "write_harvest",
 ]

@@ -20,7 +20,7 @@ class ScoredBenchmarks:
     """Rows of BENCHMARKED, what is to be told of each benchmark, and each guard's two thresholds."""
 
     rows: list[Row]
-    facts: dict[str, Row]
+    metadata: dict[str, Row]
     thresholds: dict[str, tuple[float, float]]
 
 
@@ -38,15 +38,15 @@ def score_benchmarks(
     with Stage("score_benchmarks") as stage:
         taught = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
         found = _score(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, taught)
-        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.facts)
-        stage.done(count, ", ".join(f"{facts['rows']} {name}" for name, facts in found.facts.items()))
-    return {f"{name}_rows": float(facts["rows"]) for name, facts in found.facts.items()}
+        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.metadata)
+        stage.done(count, ", ".join(f"{metadata['rows']} {name}" for name, metadata in found.metadata.items()))
+    return {f"{name}_rows": float(metadata["rows"]) for name, metadata in found.metadata.items()}
 
 
 def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: EvaluationSettings) -> list[BenchmarkResult]:
     """Score and measure the guards on the benchmarks that `settings` names, without a pipeline.
 
-    Without an adapter the default guard stands on both sides.
+    Without an adapter the baseline stands on both sides.
     """
     from guardloop.evaluation.paired import GuardRun
     from guardloop.guard.loading import fetch_adapter
@@ -54,16 +54,16 @@ def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: Evalua
     folder = fetch_adapter(adapter, guard.tracking_uri)
     with Stage("score_benchmarks") as stage:
         found = _score(stage, settings, guard, folder, [])
-        stage.done(len(found.rows), ", ".join(found.facts))
+        stage.done(len(found.rows), ", ".join(found.metadata))
     runs = [
         GuardRun(name, prompt, 1.0, 0, response_threshold=response)
         for name, (prompt, response) in found.thresholds.items()
     ]
-    return measured(found.facts, found.rows, runs[0], runs[-1], settings)
+    return measured(found.metadata, found.rows, runs[0], runs[-1], settings)
 
 
 def measured(
-    facts: dict[str, Row], rows: list[Row], default: Any, improved: Any, settings: EvaluationSettings
+    metadata: dict[str, Row], rows: list[Row], baseline: Any, candidate: Any, settings: EvaluationSettings
 ) -> list[BenchmarkResult]:
     """Every benchmark, measured on its rows of BENCHMARKED."""
     from guardloop.evaluation.benchmarks import measure_benchmark
@@ -71,8 +71,8 @@ def measured(
     found = []
     for benchmark in settings.benchmarks:
         own = [row for row in rows if row["benchmark"] == benchmark.name]
-        result = measure_benchmark(own, benchmark, default, improved, settings)
-        found.append(result.model_copy(update=facts[benchmark.name]))
+        result = measure_benchmark(own, benchmark, baseline, candidate, settings)
+        found.append(result.model_copy(update=metadata[benchmark.name]))
     return found
 
 
@@ -85,21 +85,21 @@ def _score(
     read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
     rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
     thresholds: dict[str, tuple[float, float]] = {}
-    for name, own in {"default": None, **({"improved": adapter} if adapter else {})}.items():
+    for name, own in {"baseline": None, **({"candidate": adapter} if adapter else {})}.items():
         stage.say(f"loading the {name} guard")
         model = load_guard(guard, own)
         thresholds[name] = (model.threshold, model.response_threshold)
         scored = stage.track(zip(rows, model.score(rows), strict=True), len(rows), f"scoring, {name} guard")
         for row, verdict in scored:
-            row[f"{name}_margin"] = verdict.margin
+            row[f"{name}_score"] = verdict.score
         del model  # two large guards need not fit at once
-    facts = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
+    metadata = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
     whole = []
     for row in rows:
-        row.setdefault("improved_margin", row["default_margin"])
-        if row["default_margin"] is not None and row["improved_margin"] is not None:
+        row.setdefault("candidate_score", row["baseline_score"])
+        if row["baseline_score"] is not None and row["candidate_score"] is not None:
             whole.append(row)
-    for name, told in facts.items():
+    for name, told in metadata.items():
         told["rows"] = sum(row["benchmark"] == name for row in whole)
         told["unreadable"] = sum(row["benchmark"] == name for row in rows) - told["rows"]
-    return ScoredBenchmarks(whole, facts, thresholds)
+    return ScoredBenchmarks(whole, metadata, thresholds)

@@ -17,14 +17,14 @@ def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path) -> di
     with Stage("prepare_data") as stage:
         stage.say(f"reading {settings.name}")
         rows, test_rows, report = prepare(settings)
-        facts = {
+        metadata = {
             "dataset": settings.name,
             "revision": settings.traffic.revision or "",
             "hash": fingerprint([*rows, *test_rows]),
             "counts": report.plain(),
         }
-        write_table(rows, CONVERSATION, traffic, lambda: facts)
-        write_table(test_rows, CONVERSATION, test, lambda: facts)
+        write_table(rows, CONVERSATION, traffic, lambda: metadata)
+        write_table(test_rows, CONVERSATION, test, lambda: metadata)
         dropped = report.read - report.kept
         stage.done(report.read, f"{report.kept} prompts to screen, {dropped} dropped; {len(test_rows)} test rows")
     return {name: float(value) for name, value in report.plain().items()}

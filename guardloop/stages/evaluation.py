@@ -9,7 +9,7 @@ from typing import Any
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.progress import Stage
-from guardloop.core.records import BENCHMARKED, SCORES, SCREENED, Row, read_facts, read_json, read_table, write_table
+from guardloop.core.records import BENCHMARKED, SCORES, SCREENED, Row, read_json, read_metadata, read_table, write_table
 from guardloop.core.settings import read_section
 from guardloop.evaluation.result import Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
@@ -18,8 +18,8 @@ from guardloop.stages.files import EVALUATION, EXAMPLES, HARVEST, REPORT, SCORE_
 
 
 def evaluate(
-    default_scores: str | Path,
-    improved_scores: str | Path,
+    baseline_scores: str | Path,
+    candidate_scores: str | Path,
     training_set: str | Path,
     adapter: str | Path,
     folder: str | Path,
@@ -31,7 +31,7 @@ def evaluate(
 ) -> Evaluation:
     """Compare both guards on the locked test set and decide. Writes evaluation.json, report.html and summary.md.
 
-    `held_out` is the held-out feedback as the improved guard scored it; `benchmarks` what score_benchmarks wrote.
+    `held_out` is the held-out prompts as the candidate scored it; `benchmarks` what score_benchmarks wrote.
     """
     from guardloop.evaluation.compare import evaluate as compare
     from guardloop.evaluation.paired import GuardRun
@@ -42,8 +42,8 @@ def evaluate(
     folder = Path(folder)
     with Stage("evaluate") as stage:
         stage.say(f"comparing the guards with {settings.resamples:,} bootstrap resamples")
-        facts = [read_facts(default_scores), read_facts(improved_scores)]
-        rows = list(_paired(default_scores, improved_scores))
+        metadata = [read_metadata(baseline_scores), read_metadata(candidate_scores)]
+        rows = list(_paired(baseline_scores, candidate_scores))
         runs = [
             GuardRun(
                 name,
@@ -53,62 +53,64 @@ def evaluate(
                 f.get("temperature", 1.0),
                 f.get("response_threshold"),
             )
-            for name, f in zip(("default", "improved"), facts, strict=True)
+            for name, f in zip(("baseline", "candidate"), metadata, strict=True)
         ]
-        told = read_facts(benchmarks) if benchmarks else {}
+        told = read_metadata(benchmarks) if benchmarks else {}
         scored = list(read_table(benchmarks, BENCHMARKED)) if benchmarks and told else []
         shown = measured(told, scored, runs[0], runs[1], settings) if told else []
         learnt = read_table(held_out) if held_out else None
-        found = compare(rows, runs[0], runs[1], settings, gates, feedback=learnt, benchmarks=shown)
-        story = _story(facts[0], Path(training_set), Path(adapter))
+        found = compare(rows, runs[0], runs[1], settings, gates, held_out=learnt, benchmarks=shown)
+        story = _story(metadata[0], Path(training_set), Path(adapter))
         folder.mkdir(parents=True, exist_ok=True)
         write_table(rows, SCORES, folder / SCORE_TABLE)
         (folder / EVALUATION).write_text(found.model_dump_json(indent=2), "utf-8")
         (folder / REPORT).write_text(render_html(found, rows, story), "utf-8")
         (folder / SUMMARY).write_text(render_markdown(found, story), "utf-8")
-        stage.done(found.rows + found.agent_rows, found.decision.headline)
+        stage.done(found.rows + found.response_rows, found.decision.headline)
     return found
 
 
 def curves_of(scores: str | Path, guard: str) -> tuple[list[float], list[float], list[float]]:
-    """ROC curve of `guard` (default or improved) on the User-role rows: FPRs, recalls, thresholds, thinned out."""
+    """ROC curve of `guard` (baseline or candidate) on the User-role rows: FPRs, recalls, thresholds, thinned out."""
     from sklearn.metrics import roc_curve
 
     rows = [row for row in read_table(scores, SCORES) if row["response"] is None]
-    fpr, recall, thresholds = roc_curve([r["unsafe"] for r in rows], [r[f"{guard}_margin"] for r in rows])
+    fpr, recall, thresholds = roc_curve([r["unsafe"] for r in rows], [r[f"{guard}_score"] for r in rows])
     step = max(1, len(fpr) // 200)
     return fpr[1::step].tolist(), recall[1::step].tolist(), thresholds[1::step].tolist()
 
 
-def _paired(default_scores: str | Path, improved_scores: str | Path) -> Iterator[Row]:
-    """Rows that both guards could judge, with both margins."""
+def _paired(baseline_scores: str | Path, candidate_scores: str | Path) -> Iterator[Row]:
+    """Rows that both guards could judge, with both scores."""
     nothing: Row = {}  # beyond the end of the shorter table
-    pairs = zip_longest(read_table(default_scores, SCREENED), read_table(improved_scores, SCREENED), fillvalue=nothing)
-    for default, improved in pairs:
-        if default.get("id") != improved.get("id"):
+    pairs = zip_longest(
+        read_table(baseline_scores, SCREENED), read_table(candidate_scores, SCREENED), fillvalue=nothing
+    )
+    for baseline, candidate in pairs:
+        if baseline.get("id") != candidate.get("id"):
             raise GuardLoopError(
                 "evaluate: the two score tables are not of the same test set", "screen one test set with both guards"
             )
-        if default["margin"] is not None and improved["margin"] is not None:
-            yield {**default, "default_margin": default["margin"], "improved_margin": improved["margin"]}
+        if baseline["score"] is not None and candidate["score"] is not None:
+            yield {**baseline, "baseline_score": baseline["score"], "candidate_score": candidate["score"]}
 
 
-def _story(facts: Row, training_set: Path, adapter: Path) -> Any:
+def _story(metadata: Row, training_set: Path, adapter: Path) -> Any:
     """What the report tells of the run besides the evaluation."""
-    from guardloop.guard.metadata import guard_facts
+    from guardloop.guard.metadata import guard_metadata
     from guardloop.report import HarvestStory, RunStory, Source, StageCounts
 
     harvest = read_json(training_set / HARVEST, HarvestStory)
-    mined = read_facts(training_set / EXAMPLES)
-    trained = guard_facts(adapter).get("training", {})
-    data = facts.get("data", {})
+    mined = read_metadata(training_set / EXAMPLES)
+    trained = guard_metadata(adapter).get("training", {})
+    data = metadata.get("data", {})
     judged = mined.get("judged", {}).get("data", {})
     return RunStory(
         run_id=os.environ.get("GUARDLOOP_RUN_ID", ""),
         created=datetime.now(UTC),
         configuration=os.environ.get("GUARDLOOP_CONFIGURATION", ""),
         dataset=Source(name=data.get("dataset", ""), revision=data.get("revision", "")),
-        guard=Source(name=facts.get("guard", ""), revision=facts.get("revision", "")),
+        guard=Source(name=metadata.get("guard", ""), revision=metadata.get("revision", "")),
         responders=[Source(name=r["responder"], revision=r["revision"]) for r in judged.get("responders", [])],
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),

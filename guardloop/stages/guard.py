@@ -7,7 +7,15 @@ from statistics import median
 from typing import Any
 
 from guardloop.core.progress import Stage
-from guardloop.core.records import FEEDBACK, Row, count_rows, judged_schema, read_facts, read_table, write_table
+from guardloop.core.records import (
+    HELD_OUT_PROMPT,
+    Row,
+    count_rows,
+    judged_schema,
+    read_metadata,
+    read_table,
+    write_table,
+)
 from guardloop.core.settings import read_section
 from guardloop.guard.metadata import thresholds
 from guardloop.guard.settings import GuardSettings
@@ -48,18 +56,18 @@ def screen(
                 counts["rows"] += 1
                 counts["flagged"] += verdict.flagged
                 counts["truncated"] += verdict.truncated
-                counts["unreadable"] += verdict.margin is None
+                counts["unreadable"] += verdict.score is None
                 if verdict.label_mass is not None:
                     masses.append(verdict.label_mass)
                 yield {**row, **verdict.__dict__}
 
-        def facts() -> Row:
+        def metadata() -> Row:
             model = loaded.get("guard")
             points = thresholds({}, settings.threshold, settings.response_threshold)
             if model:
                 points = model.threshold, model.response_threshold
             return {
-                "data": read_facts(conversations),
+                "data": read_metadata(conversations),
                 "guard": settings.base,
                 "revision": _base_revision(settings, model),
                 "adapter": settings.adapter or "",
@@ -71,13 +79,13 @@ def screen(
                 **counts,
             }
 
-        write_table(judged(), schema, verdicts, facts)
+        write_table(judged(), schema, verdicts, metadata)
         share = counts["flagged"] / max(1, counts["rows"])
         stage.done(counts["rows"], f"{counts['flagged']} flagged ({share:.0%})")
     return {**{k: float(v) for k, v in counts.items()}, "flagged_share": share}
 
 
-def screen_improved(
+def screen_candidate(
     conversations: str | Path,
     training_set: str | Path,
     verdicts: str | Path,
@@ -86,14 +94,14 @@ def screen_improved(
     adapter: str | Path,
     what: str = "screen",
 ) -> dict[str, float]:
-    """Score the test set, and the feedback that was held out of `training_set`, with the improved guard."""
+    """Score the test set, and the prompts that were held out of `training_set`, with the candidate."""
     settings = read_section(GuardSettings, guard, "guard")
     load = cache(lambda: load_guard(settings, adapter))
     kept = Path(training_set) / HELD_OUT
     if kept.is_file():
-        screen(kept, held_out, guard, adapter=adapter, what="screen held-out feedback", load=load)
+        screen(kept, held_out, guard, adapter=adapter, what="screen held-out prompts", load=load)
     else:  # a training set from elsewhere
-        write_table([], judged_schema(FEEDBACK), held_out)
+        write_table([], judged_schema(HELD_OUT_PROMPT), held_out)
     return screen(conversations, verdicts, guard, adapter=adapter, what=what, load=load)
 
 

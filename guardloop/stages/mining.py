@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from guardloop.core.progress import Stage
-from guardloop.core.records import EXAMPLE, FEEDBACK, Row, read_facts, read_tables, write_jsonl, write_table
+from guardloop.core.records import EXAMPLE, HELD_OUT_PROMPT, Row, read_metadata, read_tables, write_jsonl, write_table
 from guardloop.core.settings import read_section
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.stages.files import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, Sections
 
 
 def mine_feedback(
-    screened: Sequence[str | Path], judged: Sequence[str | Path], training_set: str | Path, feedback: Sections
+    screened: Sequence[str | Path], judged: Sequence[str | Path], training_set: str | Path, mining: Sections
 ) -> tuple[dict[str, float], bool]:
     """Write the training set (a folder: examples, blocked_inputs.jsonl, harvest.json and its page).
 
@@ -20,20 +20,22 @@ def mine_feedback(
     """
     from guardloop.mining.mine import mine
 
-    settings = read_section(FeedbackSettings, feedback, "feedback")
+    settings = read_section(MiningSettings, mining, "mining")
     folder = Path(training_set)
     with Stage("mine_feedback") as stage:
         stage.say("weighing the evidence")
         found = mine(read_tables(screened), read_tables(judged), settings)
-        facts = {"screened": read_facts(screened[0]), "judged": read_facts(judged[0])} if screened and judged else {}
-        write_harvest(found, folder, facts)
+        metadata = (
+            {"screened": read_metadata(screened[0]), "judged": read_metadata(judged[0])} if screened and judged else {}
+        )
+        write_harvest(found, folder, metadata)
         kinds = ", ".join(f"{n} {kind}" for kind, n in found.counts.items())
         stage.done(len(found.examples), kinds if found.enough else f"not enough to train: {found.reason}")
     figures = {"positives": found.counts.get("positive", 0), "examples": len(found.examples), "blocked": found.blocked}
     return {k: float(v) for k, v in figures.items()}, found.enough
 
 
-def write_harvest(found: Any, folder: Path, facts: Row, examples: list[Row] | None = None) -> None:
+def write_harvest(found: Any, folder: Path, metadata: Row, examples: list[Row] | None = None) -> None:
     """Write a training set: the harvest's examples, or others in their place, and what it tells people."""
     from guardloop.report import ChannelStory, HarvestExample, HarvestStory, render_harvest
 
@@ -51,8 +53,8 @@ def write_harvest(found: Any, folder: Path, facts: Row, examples: list[Row] | No
         channels=[ChannelStory(**vars(channel)) for channel in found.channels],
         examples=[HarvestExample(**row) for row in found.shown],
     )
-    write_table(found.examples if examples is None else examples, EXAMPLE, folder / EXAMPLES, lambda: facts)
-    write_table(found.held_out, FEEDBACK, folder / HELD_OUT, lambda: facts)
+    write_table(found.examples if examples is None else examples, EXAMPLE, folder / EXAMPLES, lambda: metadata)
+    write_table(found.held_out, HELD_OUT_PROMPT, folder / HELD_OUT, lambda: metadata)
     write_jsonl(found.blocked_inputs, folder / BLOCKED_INPUTS)
     (folder / HARVEST).write_text(story.model_dump_json(indent=2), "utf-8")
     (folder / HARVEST_PAGE).write_text(render_harvest(story), "utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from guardloop.core.progress import Stage
-from guardloop.core.records import read_facts, read_json
+from guardloop.core.records import read_json, read_metadata
 from guardloop.core.settings import read_section
 from guardloop.evaluation.result import Evaluation
 from guardloop.guard.settings import GuardSettings
@@ -72,14 +72,14 @@ def _origin(training_set: Path, run_id: str, sections: Sections) -> tuple[Any, l
     """What a run was made from, and the data that it read."""
     from guardloop.registry import DataSource, Origin
 
-    facts = read_facts(training_set / EXAMPLES).get("screened", {})
-    data = facts.get("data", {})
+    metadata = read_metadata(training_set / EXAMPLES).get("screened", {})
+    data = metadata.get("data", {})
     origin = Origin(
         run_id=run_id,
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),
-        base_model=facts.get("guard", ""),
-        base_revision=facts.get("revision", ""),
+        base_model=metadata.get("guard", ""),
+        base_revision=metadata.get("revision", ""),
     )
     sources = []
     for role in ("traffic", "test") if data else ():

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from guardloop.core.progress import Stage
-from guardloop.core.records import RESPONSE, Row, read_facts, write_table
+from guardloop.core.records import RESPONSE, Row, read_metadata, write_table
 from guardloop.core.settings import read_section
 from guardloop.responses.settings import ResponderSettings
 from guardloop.stages.files import Sections
@@ -21,8 +21,8 @@ def generate_responses(
 
     settings = read_section(ResponderSettings, responder, "responder")
     counts = {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
-    facts = read_facts(screened)
-    with Stage("generate_responses", shard if facts.get("shards", 1) > 1 else None) as stage:
+    metadata = read_metadata(screened)
+    with Stage("generate_responses", shard if metadata.get("shards", 1) > 1 else None) as stage:
 
         def counted() -> Iterator[Row]:
             for row in answered(screened, settings, stage):
@@ -33,7 +33,7 @@ def generate_responses(
                 yield row
 
         everyone = [{"responder": one.tag, "revision": one.revision or ""} for one in settings.each()]
-        described = {"data": facts.get("data", {}), "responders": everyone}
+        described = {"data": metadata.get("data", {}), "responders": everyone}
         write_table(counted(), RESPONSE, responses, lambda: {**described, **counts})
         samples = sum(one.samples for one in settings.each())
         prompts = counts["responses"] // samples

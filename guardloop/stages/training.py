@@ -19,7 +19,7 @@ from guardloop.training.settings import TrainingSettings
 def train_guard(
     training_set: str | Path, adapter: str | Path, guard: Sections, training: Sections, registry: Sections
 ) -> dict[str, float]:
-    """Train the improved guard: a LoRA adapter folder with its own guard.json. Returns figures.
+    """Train the candidate: a LoRA adapter folder with its own guard.json. Returns figures.
 
     Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
     """
@@ -35,7 +35,7 @@ def train_guard(
     run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
     curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
     with Stage("train_guard") as stage, curves or nullcontext():
-        stage.say("loading the default guard")
+        stage.say("loading the baseline")
         started = time.monotonic()
 
         def watch(seed: int, step: Any) -> None:

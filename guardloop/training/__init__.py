@@ -1,1 +1,1 @@
-"""Training the improved guard: a LoRA adapter on the default guard."""
+"""Training the candidate: a LoRA adapter on the baseline."""

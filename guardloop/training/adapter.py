@@ -1,6 +1,6 @@
 """The adapter: made, held at a part of its strength, and saved as one that works on the plain base.
 
-Where the default guard has an adapter already, it stays frozen under the new one, and only the new one is trained and
+Where the baseline has an adapter already, it stays frozen under the new one, and only the new one is trained and
 scaled: W = W_default + scale (W_trained - W_default). Saved, both become one LoRA adapter whose rank is the sum.
 """
 
@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from guardloop.core.errors import GuardLoopError, first_line
-from guardloop.guard.inference.forward import trunk
+from guardloop.guard.inference.forward import decoder_of
 from guardloop.guard.loading import changes_vocabulary
 from guardloop.training.settings import TrainingSettings
 
@@ -31,7 +31,7 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
     """
     layers = model.config.num_hidden_layers
     first = layers - max(1, round(layers * settings.top_layers))
-    targets = linear_names(model) if settings.targets == "all-linear" else settings.targets
+    targets = linear_names(model) if settings.target_modules == "all-linear" else settings.target_modules
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -46,11 +46,11 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
         adapted = _stacked(model, config) if isinstance(model, PeftModel) else get_peft_model(model, config, TRAINED)
     except ValueError as error:
         raise GuardLoopError(
-            f"training.targets: {first_line(error)}", "use all-linear, or names of the model's own layers"
+            f"training.target_modules: {first_line(error)}", "use all-linear, or names of the model's own layers"
         ) from error
     if changes_vocabulary(adapted):
         raise GuardLoopError(
-            "training.targets: embeddings and output head cannot have an adapter: margins are read from their weights",
+            "training.target_modules: embeddings and output head cannot have an adapter: scores come of their weights",
             "leave them out, or use all-linear",
         )
     return adapted
@@ -58,8 +58,8 @@ def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
 
 def linear_names(model: Any) -> list[str]:
     """Last names of the decoder's linear layers, also of those that have an adapter."""
-    adapted = {name for name, _ in lora_layers(trunk(model))}
-    plain = {name for name, module in trunk(model).named_modules() if isinstance(module, torch.nn.Linear)}
+    adapted = {name for name, _ in lora_layers(decoder_of(model))}
+    plain = {name for name, module in decoder_of(model).named_modules() if isinstance(module, torch.nn.Linear)}
     inside = {name for name in plain if any(name.startswith(f"{outer}.") for outer in adapted)}
     return sorted({name.rpartition(".")[2] for name in adapted | plain - inside})
 
@@ -114,7 +114,7 @@ class scaled:  # noqa: N801  (reads as a verb: with scaled(model, .5))
 
 
 def save_adapter(model: PeftModel, scale: float, folder: Path) -> None:
-    """Save the trained adapter at `scale`, joined with the default guard's own if there is one."""
+    """Save the trained adapter at `scale`, joined with the baseline's own if there is one."""
     if len(model.peft_config) > 1:
         tensors, config = _joined(model, scale)
     else:
@@ -123,12 +123,12 @@ def save_adapter(model: PeftModel, scale: float, folder: Path) -> None:
         config.lora_alpha = config.lora_alpha * scale
     config.inference_mode = True
     config.base_model_name_or_path = None  # guard.json names the base; a path of this machine means nothing elsewhere
-    facts = config.to_dict()
-    facts["target_modules"] = sorted(facts["target_modules"])
+    metadata = config.to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
 
 
 def _stacked(model: PeftModel, config: LoraConfig) -> PeftModel:
@@ -139,12 +139,12 @@ def _stacked(model: PeftModel, config: LoraConfig) -> PeftModel:
     if what := [name for name, found in odd.items() if found]:
         raise GuardLoopError(
             f"training: an adapter with {what[0]} cannot be joined with another one",
-            "merge the default guard's adapter into its base, and name that as guard.base",
+            "merge the baseline's adapter into its base, and name that as guard.base",
         )
     model.add_adapter(TRAINED, config)
     model.base_model.set_adapter([own, TRAINED])
     for layer in (layer for _, layer in lora_layers(model) if own in layer.lora_A):
-        layer.lora_dropout[own] = torch.nn.Identity()  # the default guard answers in training as it does elsewhere
+        layer.lora_dropout[own] = torch.nn.Identity()  # the baseline answers in training as it does elsewhere
     for name, parameter in model.named_parameters():
         parameter.requires_grad = f".{TRAINED}." in name
     return model

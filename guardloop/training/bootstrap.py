@@ -33,7 +33,7 @@ from guardloop.training.watch import Step
 
 FAMILY = "guardloop"
 EMBEDDED_GUARD = TrainingSettings(
-    rank=8, alpha=16, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_rows=8, warmup=0.1
+    rank=8, alpha=16, dropout=0.0, top_layers=0.5, learning_rate=1e-3, epochs=2, batch_size=8, warmup=0.1
 )
 HARMFUL_PROMPTS = 8  # with none it flags next to nothing, with all a fifth of what is harmless
 Watch = Callable[[Step], None]
@@ -56,8 +56,8 @@ def make_guard(
     merged = _learnt(base, family, rows, settings, dtype, max_text_tokens, watch).merge_and_unload()
     merged.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
-    facts = {"family": family, "base": base, "threshold": 0.0}
-    (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    metadata = {"family": family, "base": base, "threshold": 0.0}
+    (folder / "guard.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
 
 
 def embedded_guard(folder: Path) -> None:
@@ -72,14 +72,14 @@ def embedded_guard(folder: Path) -> None:
         watch = told(stage)
         model = _learnt(str(embedded_model("smollm2")), FAMILY, rows, EMBEDDED_GUARD, torch.float32, watch=watch)
         save_adapter(model.to(torch.bfloat16), 1.0, folder)
-        facts = {
+        metadata = {
             "family": FAMILY,
             "base": "embedded:smollm2",
             "threshold": 0.0,
             "recipe": recipe(),
             CHECKSUM: checksum(folder / WEIGHTS),
         }
-        (folder / "guard.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        (folder / "guard.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
         stage.done(len(rows), f"adapter in {folder}")
 
 

@@ -8,7 +8,7 @@ import jinja2
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def model_card(facts: dict[str, Any]) -> str:
+def model_card(metadata: dict[str, Any]) -> str:
     """README.md of an adapter, from what its guard.json says."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -18,11 +18,11 @@ def model_card(facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    base = str(facts["base"])
+    base = str(metadata["base"])
     return environment.get_template("card.md.jinja").render(
-        facts=facts,
-        trained=facts["training"],
-        settings=facts["training"]["settings"],
+        metadata=metadata,
+        trained=metadata["training"],
+        settings=metadata["training"]["settings"],
         hub_base=":" not in base and base.count("/") == 1 and not base.startswith((".", "/", "~")),
         number=lambda value: "not known" if value is None else f"{value:.3f}",
     )

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedType
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from guardloop.core.errors import GuardLoopError, first_line
-from guardloop.guard.inference.forward import PrefixCache, behind, is_sharded, label_logits, trunk
+from guardloop.guard.inference.forward import PrefixCache, behind, decoder_of, is_sharded, label_logits
 from guardloop.guard.inference.packed import fits
 from guardloop.guard.inference.packing import batches as within
 from guardloop.guard.prompt.verdict import LabelTokens
@@ -50,7 +50,7 @@ class Look:
     step: int
     auprc: float | None
     benign_fpr: float | None
-    """Flagged share of the safe prompts, at the default guard's threshold."""
+    """Flagged share of the safe prompts, at the baseline's threshold."""
 
     def rank(self, fpr_limit: float) -> tuple[bool, float]:
         """Higher is better: within the limit first, then by AUPRC; beyond the limit, by the FPR."""
@@ -76,7 +76,7 @@ def answer_hidden(
     with gradient. A prompt that starts with none of them is computed whole, as are all with gradient checkpointing,
     which knows no cache.
     """
-    known = [] if trunk(model).gradient_checkpointing else prefixes
+    known = [] if decoder_of(model).gradient_checkpointing else prefixes
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(batch):
         groups.setdefault(behind(known, example.tokens), []).append(index)
@@ -101,7 +101,7 @@ def _hidden_behind(model: Any, prefix: Sequence[int], rows: Prefixes) -> torch.T
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
     positions = torch.arange(len(prefix), len(prefix) + width, device=model.device).expand(len(rows), -1)
     options = {"past_key_values": past, "use_cache": past is not None}
-    hidden: torch.Tensor = trunk(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state
+    hidden: torch.Tensor = decoder_of(model)(input_ids=ids, position_ids=positions, **options).last_hidden_state
     return hidden
 
 
@@ -146,9 +146,9 @@ def fit(
     if not examples:
         raise GuardLoopError("training: there are no examples", "screen more traffic")
     training = Training(model, prefixes, labels, settings)
-    per_epoch = math.ceil(len(examples) / settings.batch_rows)
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
     total = max(1, math.ceil(per_epoch * settings.epochs))
-    every = settings.validate_steps or per_epoch
+    every = settings.eval_steps or per_epoch
     if checkpoints:
         training.resume(checkpoints)
     for number, batch in enumerate(batches(examples, settings, total), start=1):
@@ -204,7 +204,7 @@ class Training:
             torch.optim.AdamW(self.parameters.values(), lr=rate, weight_decay=decay), device_placement=False
         )
         self.processes = self.accelerator.num_processes
-        self.micro_rows = settings.micro_rows or math.ceil(settings.batch_rows / self.processes)
+        self.micro_rows = settings.micro_rows or math.ceil(settings.batch_size / self.processes)
         self.flops = flops_per_token(model, settings.top_layers)
         self.peak = peak_flops(model.device)
         self.vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -373,7 +373,7 @@ def batches(examples: Sequence[Encoded], settings: TrainingSettings, total: int)
     while made < total:
         alike = settings.order == "length"
         order = sorted(examples, key=lambda e: (len(e.tokens) // 16 if alike else 0, draw.random()))
-        epoch = [order[i : i + settings.batch_rows] for i in range(0, len(order), settings.batch_rows)]
+        epoch = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
         draw.shuffle(epoch)
         for batch in epoch[: total - made]:
             yield batch

@@ -20,7 +20,7 @@ class Encoded:
     answer: tuple[int, ...] = ()
     """The written answer from its label token to its end, where its categories are trusted."""
     replayed_mass: float | None = None
-    """On a replayed row: P(safe) + P(unsafe) of the frozen default guard, whose P(unsafe) is the target."""
+    """On a replayed row: P(safe) + P(unsafe) of the frozen baseline, whose P(unsafe) is the target."""
 
     @property
     def positions(self) -> int:
@@ -33,7 +33,7 @@ def batch_loss(
 ) -> torch.Tensor:
     """Sum of the examples' weighted losses, `float32[]`. `logits: float32[N, V]`, N = sum of `positions`.
 
-    A lesson costs the cross-entropy to its soft target; a replayed row the KL divergence from the default guard's
+    A lesson costs the cross-entropy to its soft target; a replayed row the KL divergence from the baseline's
     answer, as computed when it was screened. A trusted answer adds the mean cross-entropy of what follows its label,
     times `category_weight` and the wanted P(unsafe).
     """

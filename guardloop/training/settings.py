@@ -1,4 +1,4 @@
-"""Settings of the training of the improved guard."""
+"""Settings of the training of the candidate."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ class TrainingSettings(Section):
     """LoRA alpha; the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank))."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """LoRA dropout."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Modules that get an adapter: names, or all-linear."""
     top_layers: float = Field(default=1.0, gt=0, le=1)
     """Share of the decoder's layers, counted from the top, that get an adapter; fewer train faster."""
@@ -28,7 +28,7 @@ class TrainingSettings(Section):
     """Share of the steps in which the learning rate rises."""
     epochs: float = Field(default=2, gt=0)
     """Passes over the training set."""
-    batch_rows: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)
     """Examples in one step, over all processes."""
     order: Literal["length", "random"] = "length"
     """Which examples share a step. length: those of like length, which pads least. random: any, so that each step is a
@@ -40,12 +40,12 @@ class TrainingSettings(Section):
     validation: float = Field(default=0.2, gt=0, lt=0.9)
     """Share of the examples (whole near-duplicate groups) held out, to watch training and to set the threshold."""
     max_newly_blocked: float = Field(default=0.01, ge=0, lt=1)
-    """The threshold is set so that at most this share of safe prompts is flagged beyond those that the default guard
+    """The threshold is set so that at most this share of safe prompts is flagged beyond those that the baseline
     flagged: of the held-out ones, and of these and the taught ones together. Safe are those that never drew a blocked
     response, and in a second count all by their P(safe); the threshold holds for both. Keep it well below
-    `gate.fpr_margin`."""
+    `gate.max_fpr_rise`."""
     scales: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
-    """Strengths of the adapter to try (0: the default guard, 1: as trained); the best on the held-out is kept."""
+    """Strengths of the adapter to try (0: the baseline, 1: as trained); the best on the held-out is kept."""
     min_examples: int = Field(default=32, ge=2)
     """Fewer examples than this are not trained on."""
     seed: int = 0
@@ -70,7 +70,7 @@ class TrainingSettings(Section):
     pack_tokens: int = Field(default=8192, ge=1024, multiple_of=512)
     """Most tokens in one forward pass: of a pack on a GPU, elsewhere of examples padded to the longest. Packs are
     halved by themselves where memory runs out."""
-    validate_steps: int = Field(default=0, ge=0)
+    eval_steps: int = Field(default=0, ge=0)
     """Steps between two looks at the held-out examples; 0: after each epoch."""
     patience: int = Field(default=3, ge=0)
     """Training ends early after so many looks without a better one; 0: never."""
@@ -81,7 +81,7 @@ class TrainingSettings(Section):
     checkpoint_steps: int = Field(default=50, ge=0)
     """Steps between two checkpoints; 0: none are kept."""
 
-    @field_validator("targets", mode="before")
+    @field_validator("target_modules", mode="before")
     @classmethod
     def _names_are_listed(cls, given: Any) -> Any:
         """peft would take another string for a regular expression."""

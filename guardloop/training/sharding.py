@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.guard.inference.forward import trunk
+from guardloop.guard.inference.forward import decoder_of
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -27,7 +27,7 @@ def shard(model: Any, device: torch.device) -> None:
             "training.sharded: the weights of a quantized guard cannot be split",
             "leave training.sharded off: a quantized guard fits one GPU; or set guard.quantization to none",
         )
-    decoder = trunk(model)
+    decoder = decoder_of(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder.layers:
         adapter = {parameter for name, parameter in layer.named_parameters() if "lora_" in name}

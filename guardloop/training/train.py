@@ -19,7 +19,7 @@ from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.inference.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
-from guardloop.guard.metadata import guard_facts, thresholds
+from guardloop.guard.metadata import guard_metadata, thresholds
 from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.prompt.verdict import UNSAFE, label_tokens
 from guardloop.guard.settings import GuardSettings
@@ -35,7 +35,7 @@ from guardloop.training.settings import TrainingSettings
 from guardloop.training.sharding import shard
 from guardloop.training.watch import Step
 
-CARD, FACTS = "README.md", "guard.json"
+CARD, METADATA = "README.md", "guard.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Trained:
     threshold: float
     response_threshold: float
     temperature: float
-    held_out_auprc_default: float | None
+    held_out_auprc_baseline: float | None
     held_out_auprc: float | None
     trials: list[Trial]
 
@@ -73,7 +73,7 @@ class Choice:
     """The best adapter so far."""
 
     trial: Trial
-    margins: np.ndarray
+    scores: np.ndarray
     adapter: dict[str, torch.Tensor]
     fitted: Fitted
 
@@ -87,7 +87,7 @@ def train(
     *,
     checked: bool = True,
 ) -> Trained:
-    """Train a LoRA adapter for the default guard on `examples` and save it in `folder`.
+    """Train a LoRA adapter for the baseline on `examples` and save it in `folder`.
 
     The adapter's seed, strength, threshold and temperature are chosen on held-out examples. `on_step` is told the
     seed and the step. Where torchrun started several processes, each calls this, and the first one saves.
@@ -100,21 +100,21 @@ def train(
     processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
     own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
-    facts = {**guard_facts(base), **(guard_facts(own_adapter) if own_adapter else {})}
+    metadata = {**guard_metadata(base), **(guard_metadata(own_adapter) if own_adapter else {})}
     renderer = load_renderer(guard)
     model = _load(base, own_adapter, guard, settings, device)
-    default_threshold, default_for_responses = thresholds(facts, guard.threshold, guard.response_threshold)
-    default_margins = _margins(model, renderer, held_out, guard, processes)
+    baseline_threshold, default_for_responses = thresholds(metadata, guard.threshold, guard.response_threshold)
+    baseline_scores = _scores(model, renderer, held_out, guard, processes)
     encoded = [encode(row, renderer) for row in training]
     data_hash = _hash([dict(row) for row in examples])
     decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes", "sharded"})
     key = [
         *(data_hash, _hash([example.tokens for example in encoded])),  # the tokens show the policy's content, too
-        *(guard.plain(), default_threshold, default_for_responses, _digest(own_adapter), decisive),
+        *(guard.plain(), baseline_threshold, default_for_responses, _digest(own_adapter), decisive),
     ]
 
-    def judged(margins: np.ndarray) -> tuple[float | None, float | None]:
-        return ranking(held_out, margins), benign_fpr(held_out, margins, default_threshold)
+    def judged(scores: np.ndarray) -> tuple[float | None, float | None]:
+        return ranking(held_out, scores), benign_fpr(held_out, scores, baseline_threshold)
 
     initial, trials, best = trained_tensors(model), list[Trial](), None
     stores = []
@@ -125,7 +125,7 @@ def train(
         def look(step: int, looks: dict[int, np.ndarray] = looks) -> Look:
             looks.clear()
             model.eval()
-            looks[step] = _margins(model, renderer, held_out, guard, processes)
+            looks[step] = _scores(model, renderer, held_out, guard, processes)
             return Look(step, *judged(looks[step]))
 
         stores.append(Checkpoints(settings.checkpoints or str(cache_folder() / "checkpoints"), _hash([*key, seed])))
@@ -140,18 +140,18 @@ def train(
             checkpoints=stores[-1],
         )
         for scale in settings.scales:
-            margins = looks.get(fitted.best.step) if scale == 1.0 and fitted.best else None
-            if margins is None:
+            scores = looks.get(fitted.best.step) if scale == 1.0 and fitted.best else None
+            if scores is None:
                 with scaled(model, scale):
-                    margins = _margins(model, renderer, held_out, guard, processes)
-            trials.append(Trial(seed, scale, *judged(margins)))
+                    scores = _scores(model, renderer, held_out, guard, processes)
+            trials.append(Trial(seed, scale, *judged(scores)))
             if best is None or _rank(trials[-1], settings) > _rank(best.trial, settings):
-                best = Choice(trials[-1], margins, trained_tensors(model), fitted)
+                best = Choice(trials[-1], scores, trained_tensors(model), fitted)
     assert best is not None  # there is a seed, and a scale
     put_back(model, best.adapter)
     taught = [row for row in training if not row["kind"].startswith("replay")]
     with scaled(model, best.trial.scale):
-        taught_margins = _margins(model, renderer, taught, guard, processes)
+        taught_scores = _scores(model, renderer, taught, guard, processes)
     responses = np.array([row["response"] is not None for row in held_out], dtype=bool)
     losses = [step.loss for step in best.fitted.steps]
     tenth = max(1, len(losses) // 10)
@@ -165,24 +165,24 @@ def train(
         scale=best.trial.scale,
         threshold=stricter_point(
             held_out,
-            best.margins,
-            default_margins,
+            best.scores,
+            baseline_scores,
             taught,
-            taught_margins,
-            default_threshold,
+            taught_scores,
+            baseline_threshold,
             settings.max_newly_blocked,
         ),
-        response_threshold=same_share(default_margins[responses], best.margins[responses], default_for_responses),
-        temperature=temperature(held_out, best.margins),
-        held_out_auprc_default=ranking(held_out, default_margins),
+        response_threshold=same_share(baseline_scores[responses], best.scores[responses], default_for_responses),
+        temperature=temperature(held_out, best.scores),
+        held_out_auprc_baseline=ranking(held_out, baseline_scores),
         held_out_auprc=best.trial.held_out_auprc,
         trials=[Trial(**asdict(trial) | {"chosen": trial is best.trial}) for trial in trials],
     )
     if processes.is_main_process:
         save_adapter(model, trained.scale, folder)
         revision = guard.revision or getattr(model.config, "_commit_hash", None)
-        origin = {"family": facts.get("family", guard.family), "base": guard.base, "base_revision": revision}
-        _describe({**origin, "default_adapter": guard.adapter, "data_hash": data_hash}, trained, settings, folder)
+        origin = {"family": metadata.get("family", guard.family), "base": guard.base, "base_revision": revision}
+        _describe({**origin, "baseline_adapter": guard.adapter, "data_hash": data_hash}, trained, settings, folder)
         for store in stores:
             store.clear()
     processes.wait_for_everyone()
@@ -192,7 +192,7 @@ def train(
 def encode(row: Row, renderer: Renderer) -> Encoded:
     """A training example as tokens. Trusted categories are in an optional column `codes`, such as `S1,S9`.
 
-    The default guard's label mass on a replayed row is in an optional column `label_mass`, 1 where it is missing.
+    The baseline's label mass on a replayed row is in an optional column `label_mass`, 1 where it is missing.
     """
     answer: tuple[int, ...] = ()
     if row.get("codes") and row["target"] > CONTRAST:
@@ -240,7 +240,7 @@ def _check(examples: Sequence[Row], settings: TrainingSettings, checked: bool) -
 def _load(
     base: str, own_adapter: Path | None, guard: GuardSettings, settings: TrainingSettings, device: torch.device
 ) -> Any:
-    """The default guard with a new adapter over its own one, as it is trained."""
+    """The baseline with a new adapter over its own one, as it is trained."""
     place = torch.device("cpu") if settings.sharded else device  # no GPU has to hold the whole guard
     model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), place, guard.quantization)
     _keep_differentiable(model)
@@ -263,28 +263,28 @@ def _rank(trial: Trial, settings: TrainingSettings) -> tuple[bool, float]:
     return Look(0, trial.held_out_auprc, trial.benign_fpr).rank(settings.fpr_limit)
 
 
-def _margins(
+def _scores(
     model: Any, renderer: Renderer, rows: Sequence[Row], settings: GuardSettings, processes: PartialState
 ) -> np.ndarray:
-    """Margins of `rows`, `float32[N]`, in order; each process scores its share, or all where the model is sharded."""
+    """Scores of `rows`, `float32[N]`, in order; each process scores its share, or all where the model is sharded."""
     rank, count = processes.process_index, processes.num_processes
     guard = Guard(model, renderer, batch_tokens=settings.batch_tokens, pack_tokens=settings.pack_tokens, is_guard=False)
     scored, own = slice(rank, None, count), slice(None)
     if is_sharded(model):  # every process has to make as many passes as the others
         scored, own = own, scored
     verdicts = list(guard.score(rows[scored]))[own]
-    mine = [(rank + i * count, v.margin if v.margin is not None else 0.0) for i, v in enumerate(verdicts)]
+    mine = [(rank + i * count, v.score if v.score is not None else 0.0) for i, v in enumerate(verdicts)]
     found = sorted(gather_object(mine)) if count > 1 else mine
-    return np.array([margin for _, margin in found], dtype=np.float32)
+    return np.array([score for _, score in found], dtype=np.float32)
 
 
 def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
     """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
     point = {name: getattr(trained, name) for name in ("threshold", "response_threshold", "temperature")}
-    facts = {**origin, **point, CHECKSUM: checksum(folder / WEIGHTS)}
-    facts["training"] = {**asdict(trained), "settings": settings.plain()}
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    (folder / CARD).write_text(model_card(facts), "utf-8")
+    metadata = {**origin, **point, CHECKSUM: checksum(folder / WEIGHTS)}
+    metadata["training"] = {**asdict(trained), "settings": settings.plain()}
+    (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
+    (folder / CARD).write_text(model_card(metadata), "utf-8")
 
 
 def _digest(adapter: Path | None) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from guardloop.guard.inference.forward import trunk
+from guardloop.guard.inference.forward import decoder_of
 
 PEAK_FLOPS = {  # dense bfloat16 (V100: float16), from the makers' data sheets
     "H200": 989e12,
@@ -56,7 +56,7 @@ def flops_per_token(model: Any, top_layers: float) -> float:
     weights are not computed; attention over keys and the adapter itself are left out, as is usual. Activations that
     are computed again (gradient checkpointing) do not count as use.
     """
-    decoder = trunk(model)
+    decoder = decoder_of(model)
     embeddings = {id(p) for p in decoder.get_input_embeddings().parameters()}
     weights = sum(_size(p) for name, p in decoder.named_parameters() if id(p) not in embeddings and "lora_" not in name)
     return 2 * weights * (1 + top_layers)

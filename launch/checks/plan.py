@@ -99,7 +99,9 @@ def make_plan(settings: Settings, past: Past | None) -> Plan:
     """Estimate every stage of the whole pipeline. Raises GuardLoopError where the data cannot be read."""
     dataset = settings.dataset
     traffic = measure(dataset.traffic, dataset.seed, "dataset.traffic")
-    tests = [measure(source, dataset.seed, "dataset.test") for source in (dataset.test, dataset.agent) if source]
+    tests = [
+        measure(source, dataset.seed, "dataset.test") for source in (dataset.test, dataset.response_test) if source
+    ]
     benchmarks = [
         measure(benchmark.source, 0, f"benchmark {benchmark.name}") for benchmark in settings.evaluation.benchmarks
     ]
@@ -160,14 +162,14 @@ class _Estimator:
         responses = passed.times(sum(one.samples for one in settings.responder.each()))
         written = responses.times(length, why_length)
         read = responses.times(traffic.tokens_per_row, ROUGH_TOKENS)
-        held_out = settings.feedback.held_out
+        held_out = settings.mining.held_out
         lessons = (passed.value or 0) * (1 - held_out)
-        replayed = lessons / 2 + min(lessons / 2, traffic.rows - (passed.value or 0))  # as guardloop.feedback mines
+        replayed = lessons / 2 + min(lessons / 2, traffic.rows - (passed.value or 0))  # as guardloop.mining mines
         examples = Number(lessons + replayed, passed.rough)
         rounds = settings.training.epochs * settings.training.seeds
         test_rows = sum(table.rows for table in self.tests)
         test_tokens = sum(table.rows * table.tokens_per_row for table in self.tests)
-        improved = Number(test_rows + (passed.value or 0) * held_out, passed.rough)
+        candidate = Number(test_rows + (passed.value or 0) * held_out, passed.rough)
         row, text = traffic.bytes_per_row, BYTES_PER_TOKEN
         test_bytes = sum(table.rows * table.bytes_per_row for table in self.tests)
         wide = "rows as large as the sample's, with what the stage adds"
@@ -181,9 +183,9 @@ class _Estimator:
             make("mine_feedback", examples, None, examples.times(row, wide)),
             make("train_guard", examples, examples.times(rounds * traffic.tokens_per_row, ROUGH_TOKENS), NOT_SAID),
             make(
-                "screen test (default)", Number(test_rows), Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)
+                "screen test (baseline)", Number(test_rows), Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)
             ),
-            make("screen test (improved)", improved, Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)),
+            make("screen test (candidate)", candidate, Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)),
             *self._scored_benchmarks(),
             make("evaluate", Number(test_rows), None, Number(test_bytes, wide)),
         ]

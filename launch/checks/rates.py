@@ -12,7 +12,7 @@ import yaml
 from guardloop.config import Settings, load_settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import home
-from guardloop.core.records import read_facts
+from guardloop.core.records import read_metadata
 from launch.local.run import Run, find_run
 
 TABLE = Path(__file__).parent / "rates.yaml"
@@ -23,8 +23,8 @@ FOLDERS = {
     "screen-2": "screen responses",
     "mine-feedback": "mine_feedback",
     "train-guard": "train_guard",
-    "screen-3": "screen test (default)",
-    "screen-improved": "screen test (improved)",
+    "screen-3": "screen test (baseline)",
+    "screen-candidate": "screen test (candidate)",
     "score-benchmarks": "score_benchmarks",
     "evaluate": "evaluate",
 }
@@ -142,4 +142,4 @@ def _written(run: Run) -> dict[str, int]:
 
 def _response_tokens(run: Run) -> int | None:
     tables = list((run.folder / "artifacts").glob("**/generate-responses/responses"))
-    return sum(int(read_facts(table).get("tokens", 0)) for table in tables) if tables else None
+    return sum(int(read_metadata(table).get("tokens", 0)) for table in tables) if tables else None

@@ -168,7 +168,7 @@ def _readable(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> I
     yield from _existing(environment[name] for name in FILES_NAMED_BY if name in environment)
     yield from _existing(["~/.aws"])
     dataset, guard = arguments.get("dataset") or {}, arguments.get("guard") or {}
-    tables = [dataset.get(name) or {} for name in ("traffic", "test", "agent")]
+    tables = [dataset.get(name) or {} for name in ("traffic", "test", "response_test")]
     tables += [one["source"] for one in (arguments.get("evaluation") or {}).get("benchmarks") or []]
     yield from _existing(table["path"] for table in tables if table.get("kind") == "file")
     yield from _existing(guard.get(name) for name in ("base", "adapter", "policy"))

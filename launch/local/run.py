@@ -34,10 +34,10 @@ STOP_SECONDS = 30.0
 DECISIVE = ("torch", "transformers", "peft", "tokenizers", "numpy", "scikit-learn", "pyarrow")
 KFP_WORKERS = 2  # kfp.local runs at most this many loop iterations side by side
 PARAMETERS = {
-    "process": ("dataset", "guard", "responder", "feedback", "shards"),
+    "process": ("dataset", "guard", "responder", "mining", "shards"),
     "train": ("guard", "training", "registry"),
     "evaluate": ("guard", "evaluation", "gate", "registry"),
-    "full": ("dataset", "guard", "responder", "feedback", "training", "evaluation", "gate", "registry", "shards"),
+    "full": ("dataset", "guard", "responder", "mining", "training", "evaluation", "gate", "registry", "shards"),
 }
 NEEDS = {"train": ("training_set",), "evaluate": ("training_set", "test_set", "adapter")}
 
@@ -167,7 +167,7 @@ def run_again(earlier: Run, console: Console) -> Run:
     own = {"tracking_uri": f"sqlite:///{run.folder / 'registry' / 'mlflow.db'}"}
     if "registry" in arguments:
         guard = arguments["guard"]
-        if str(guard.get("adapter", "")).startswith("models:/"):  # the default guard stays where it is registered
+        if str(guard.get("adapter", "")).startswith("models:/"):  # the baseline stays where it is registered
             guard = {"tracking_uri": arguments["registry"].get("tracking_uri") or tracking_uri(), **guard}
         registry = arguments["registry"] | own
         _describe(run, arguments=_arguments(run) | {"registry": registry, "guard": guard})

@@ -11,17 +11,17 @@ from rich.table import Table
 
 from guardloop.core.progress import short
 from guardloop.evaluation.result import Estimate, Evaluation
-from guardloop.report.summary import feedback_line
+from guardloop.report.summary import held_out_line
 from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
 from launch.local.run import Run
 
-SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_default_fpr")
+SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_baseline_fpr")
 NAMES = {
     "auprc": "AUPRC",
     "auroc": "AUROC",
     "f1": "F1",
     "fpr": "false-positive rate",
-    "recall_near_default_fpr": "recall near the default's FPR",
+    "recall_near_baseline_fpr": "recall near the baseline's FPR",
 }
 
 
@@ -38,8 +38,8 @@ def conclude(run: Run, console: Console) -> dict[str, Any]:
     if evaluation:
         console.print()
         console.print(_metric_table(evaluation))
-        if evaluation.feedback:
-            console.print(f"\n{feedback_line(evaluation.feedback)}", width=100)
+        if evaluation.held_out:
+            console.print(f"\n{held_out_line(evaluation.held_out)}", width=100)
     colour = {"promoted": "green", "done": "green"}.get(decision, "yellow")
     console.print()
     console.print(Panel(escape(words), title=decision, border_style=colour, title_align="left", width=100))
@@ -81,11 +81,11 @@ def _stage_table(run: Run) -> Table:
 def _metric_table(evaluation: Evaluation) -> Table:
     title = f"test set: {evaluation.rows} prompts, {evaluation.unsafe} unsafe"
     table = Table(title, box=None, pad_edge=False, header_style="bold")
-    for name in ("default", "improved", f"change ({evaluation.interval})"):
+    for name in ("baseline", "candidate", f"change ({evaluation.interval})"):
         table.add_column(name, justify="right")
     for key in SHOWN:
-        default, improved = getattr(evaluation.default, key), getattr(evaluation.improved, key)
-        values = (f"{e.value:.3f}" if e else "" for e in (default, improved))
+        baseline, candidate = getattr(evaluation.baseline, key), getattr(evaluation.candidate, key)
+        values = (f"{e.value:.3f}" if e else "" for e in (baseline, candidate))
         table.add_row(NAMES.get(key, key), *values, _gain(evaluation, key))
     return table
 

@@ -23,7 +23,7 @@ INTRODUCTION = f"""# Contracts
 
 What a stage writes is all that the next one knows of it. Tables are Parquet, written in row groups; what their writer
 tells of them (where the data came from, which guard judged it) is JSON in the file's metadata, under the key
-`{records.FACTS}` (`guardloop.core.records.read_facts`).
+`{records.METADATA}` (`guardloop.core.records.read_metadata`).
 """
 CONTENTS = {
     "traffic": "[CONVERSATION](#conversation)",
@@ -34,28 +34,28 @@ CONTENTS = {
     "responses": "[RESPONSE](#response)",
     "judged": "[JUDGED](#judged), one table for each shard",
     "training_set": f"a folder: `{stages.EXAMPLES}` ([EXAMPLE](#example)), `{stages.HELD_OUT}` "
-    f"([FEEDBACK](#feedback)), `{stages.HARVEST}` ([HarvestStory](#harveststory)), `{stages.HARVEST_PAGE}`, "
+    f"([HELD_OUT_PROMPT](#mining)), `{stages.HARVEST}` ([HarvestStory](#harveststory)), `{stages.HARVEST_PAGE}`, "
     f"and `{stages.BLOCKED_INPUTS}`, the finds for people to read",
-    "held_out": "[FEEDBACK](#feedback) with the verdict's columns",
+    "held_out": "[HELD_OUT_PROMPT](#mining) with the verdict's columns",
     "scores": "[BENCHMARKED](#benchmarked)",
     "benchmarks": "[BENCHMARKED](#benchmarked)",
-    "default_scores": "[SCREENED](#screened), the test set judged by the default guard",
-    "improved_scores": "[SCREENED](#screened), the test set judged by the improved guard",
+    "baseline_scores": "[SCREENED](#screened), the test set judged by the baseline",
+    "candidate_scores": "[SCREENED](#screened), the test set judged by the candidate",
     "adapter": "a folder: the LoRA adapter and its guard.json ([training](training.md#what-is-chosen-afterwards))",
     "evaluated": f"a folder: `{stages.EVALUATION}` ([Evaluation](#evaluation)), `{stages.SCORE_TABLE}` "
     f"([SCORES](#scores)), `{stages.REPORT}`, `{stages.SUMMARY}`",
     "report": "a page for people (HTML)",
     "summary": "the decision in brief (Markdown)",
     "metrics": "figures for Kubeflow's page of the run",
-    "default_curves": "ROC curve and confusion matrix for Kubeflow's page",
-    "improved_curves": "ROC curve and confusion matrix for Kubeflow's page",
+    "baseline_curves": "ROC curve and confusion matrix for Kubeflow's page",
+    "candidate_curves": "ROC curve and confusion matrix for Kubeflow's page",
 }
 """What is in an artifact of each name; a name that a component uses and that is missing here is refused."""
-TABLES = ("CONVERSATION", "SCREENED", "RESPONSE", "JUDGED", "EXAMPLE", "FEEDBACK", "SCORES", "BENCHMARKED")
+TABLES = ("CONVERSATION", "SCREENED", "RESPONSE", "JUDGED", "EXAMPLE", "HELD_OUT_PROMPT", "SCORES", "BENCHMARKED")
 MODELS = (
     *(result.Evaluation, result.GuardMetrics, result.Estimate, result.SliceResult, result.Decision, result.Check),
     *(
-        result.FeedbackResult,
+        result.HeldOutResult,
         result.BenchmarkResult,
         result.Compared,
         story.HarvestStory,

@@ -15,7 +15,7 @@ from bench.workload import TINY
 pytestmark = pytest.mark.slow
 
 
-def test_guard_measures_every_way_and_the_margins_agree(tmp_path: Path) -> None:
+def test_guard_measures_every_way_and_the_scores_agree(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     guard.main(tiny=True, page=page)
     text = page.read_text("utf-8")

@@ -14,12 +14,12 @@ from support.tiny_responder import save as save_responder
 
 from bench.experiment import run as module
 from bench.experiment.arms import lessons, ranking
-from bench.experiment.results import AGENT, DEFAULT, GOLD, RECIPE, Cell, compare, measure
+from bench.experiment.results import DEFAULT, GOLD, RECIPE, RESPONSES, Cell, compare, measure
 from bench.experiment.results import _part as part_of
 from bench.experiment.settings import Arm, ExperimentSettings, Subset, load_experiment
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import read_section
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
 CONTROLS = {"positives only": "positives", "self-training": "self", "gold labels": "gold"}
 SOURCE = {"kind": "file", "path": "rows.jsonl"}
@@ -27,7 +27,7 @@ SMALL = {
     "title": "tiny",
     "default": {"responses": SOURCE, "prompts": SOURCE, "ordinary": SOURCE},
     "dataset": {"traffic": SOURCE, "test": SOURCE},
-    "feedback": {"held_out": 0.0},
+    "mining": {"held_out": 0.0},
     "evaluation": {"resamples": 300},
     "arms": [{"name": "recipe"}],
 }
@@ -69,17 +69,17 @@ def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(eviden
     examples, _ = lessons(Arm(name="x", lessons="gold"), *evidence, settings())
     prompts = {row["id"]: row["target"] for row in examples if row["kind"] == "gold"}
     assert prompts == {row["id"]: float(row["unsafe"]) for row in rows}
-    assert any(row["kind"] == "replay_agent" for row in examples)
+    assert any(row["kind"] == "replay_response" for row in examples)
 
 
 def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
     rows, responses = evidence
-    few, harvest = lessons(Arm(name="x", samples=1, feedback={"replay": 0.0}), rows, responses, settings())
+    few, harvest = lessons(Arm(name="x", samples=1, mining={"replay": 0.0}), rows, responses, settings())
     assert harvest.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
     none, _ = lessons(Arm(name="x", responders=["nobody"]), rows, responses, settings())
     assert not any(row["kind"] == "positive" for row in none)
     with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):
-        lessons(Arm(name="x", feedback={"fusoin": "beta"}), rows, responses, settings())
+        lessons(Arm(name="x", mining={"fusoin": "beta"}), rows, responses, settings())
 
 
 def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
@@ -94,7 +94,7 @@ def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
 
 
 def cells(**better: float) -> list[Cell]:
-    """Guards whose margins follow the labels as well as told, and the default, which knows less."""
+    """Guards whose scores follow the labels as well as told, and the default, which knows less."""
     draw = random.Random(0)
     rows = [
         {"id": f"t{n}", "unsafe": n % 3 == 0, "response": "so" if n % 5 == 0 else None, "source": "a", "group": f"g{n}"}
@@ -105,15 +105,15 @@ def cells(**better: float) -> list[Cell]:
     for arm, skill in {DEFAULT: 0.5, **better}.items():
         for seed in range(2):
             jitter = random.Random(seed)
-            margins = {r["id"]: noise[r["id"]] + skill * r["unsafe"] + 0.01 * jitter.random() for r in rows}
-            made.append(Cell(arm, 0, seed, [{**row, "margin": margins[row["id"]]} for row in rows]))
+            scores = {r["id"]: noise[r["id"]] + skill * r["unsafe"] + 0.01 * jitter.random() for r in rows}
+            made.append(Cell(arm, 0, seed, [{**row, "score": scores[row["id"]]} for row in rows]))
     return made
 
 
 def test_gains_and_the_share_of_the_gap_are_paired():
     made = cells(**{RECIPE: 1.5, GOLD: 3.0, "same": 0.5})
     part = part_of(Subset(name="all"), made)
-    assert part is not None and part.margins[RECIPE].shape == (2, 240)  # the Agent's rows are a part of their own
+    assert part is not None and part.scores[RECIPE].shape == (2, 240)  # the Agent's rows are a part of their own
     scores = measure(part, settings())
 
     assert scores[RECIPE]["auprc"].gain.low > 0 and scores[RECIPE]["recall"].gain.value > 0
@@ -132,7 +132,7 @@ def test_without_a_gain_from_labels_there_is_no_gap_to_close():
 def test_a_part_without_both_classes_is_left_out():
     made = cells()
     assert part_of(Subset(name="none", source="nowhere"), made) is None
-    agent = part_of(Subset(name=AGENT), made)
+    agent = part_of(Subset(name=RESPONSES), made)
     assert agent is not None and len(agent.unsafe) == 60
 
 
@@ -165,7 +165,7 @@ def in_little(folder: Path) -> dict:
         "max_prompt_tokens": 256,
         "dtype": "float32",
     }
-    opened = answering | {"name": "opened", "opening": "Sure, here is"}
+    opened = answering | {"name": "opened", "prefill": "Sure, here is"}
     return {
         "title": "In little",
         "default": {
@@ -178,12 +178,12 @@ def in_little(folder: Path) -> dict:
         "dataset": {
             "traffic": file("traffic", prompts, 60),
             "test": file("test", prompts, 60),
-            "agent": file("agent", responses, 20),
+            "response_test": file("agent", responses, 20),
             "near_duplicate": 1.0,
         },
         "guard": {"is_guard": False, "dtype": "float32"},
         "responder": answering | {"name": "plain", "max_error_share": 1.0, "others": [opened]},
-        "feedback": {"fusion": "mixture", "words": 0.5, "held_out": 0.0},
+        "mining": {"fusion": "mixture", "words": 0.5, "held_out": 0.0},
         "training": small,
         "evaluation": {"resamples": 200},
         "seeds": [0, 1],
@@ -213,7 +213,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(
     module.main(config, tmp_path, kept, page, workers=2)
 
     told = capfd.readouterr().err
-    assert "default guard 0: step 1/" in told and "recipe, default guard 0, seed 1: step 1/" in told
+    assert "baseline 0: step 1/" in told and "recipe, baseline 0, seed 1: step 1/" in told
     text = page.read_text()
     assert all(f"| {arm} |" in text for arm in ("default", "recipe", *CONTROLS, "recipe, round 2"))
     assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
@@ -232,7 +232,7 @@ def test_it_writes_its_page_and_goes_on_where_it_was(
     assert guards == [["1"], ["2"], ["1"]]  # an arm's own seeds, the experiment's, and the second round's one
     (judged,) = (line for line in rows if f"| {GOLD} |" in line and "of 2" in line)
     evaluations = [json.loads(p.read_text()) for p in (kept / "tiny").glob(f"{GOLD}-*/gate/evaluation.json")]
-    blocked = sum(e["improved"]["fpr"]["value"] for e in evaluations) / 2
+    blocked = sum(e["candidate"]["fpr"]["value"] for e in evaluations) / 2
     assert len(evaluations) == 2 and judged.startswith(f"| {GOLD} | {blocked:.1%} |")
 
     page.write_text("## What was learned\n\nMuch.\n\n" + text)
@@ -260,4 +260,4 @@ def test_the_experiments_of_the_project_are_sound(tmp_path: Path) -> None:
         assert len(set(names)) == len(names) and {RECIPE, "self-training", GOLD, "positives only"} <= set(names)
         assert found.dataset.traffic.path.startswith(str(tmp_path))
         for arm in found.arms:
-            read_section(FeedbackSettings, {**found.feedback.plain(), **arm.feedback}, arm.name)
+            read_section(MiningSettings, {**found.mining.plain(), **arm.mining}, arm.name)

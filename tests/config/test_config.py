@@ -116,8 +116,8 @@ def test_the_list_of_settings_is_complete():
         if not nested(model.model_fields[name].annotation)
     }
     # a source like the two others, or none; and more responders like the first
-    again = {name for name in leaves if name.startswith(("dataset.agent.", "responder.others."))}
-    assert set(rows) == (leaves - again) | {"dataset.agent", "responder.others"}
+    again = {name for name in leaves if name.startswith(("dataset.response_test.", "responder.others."))}
+    assert set(rows) == (leaves - again) | {"dataset.response_test", "responder.others"}
     assert all(kind and default and meaning for _, kind, default, meaning in rows.values())
 
 
@@ -160,7 +160,7 @@ def test_benchmarks_are_named_and_travel_whole(monkeypatch, tmp_path):
 
 
 def test_a_key_like_no_other_is_answered_with_the_valid_ones():
-    assert "valid keys: dataset, evaluation, feedback, gate, guard" in refusal({"zzzz": 1}).what
+    assert "valid keys: dataset, evaluation, mining, gate, guard" in refusal({"zzzz": 1}).what
     assert "near_duplicate" in refusal({"dataset": {"zzzz": 1}}).what
 
 
@@ -189,9 +189,9 @@ def test_sections_must_be_mappings(values):
         ("guard", "quantization", "int3"),
         ("responder", "samples", 0),
         ("responder", "kind", "ollama"),
-        ("feedback", "replay", 1.0),
-        ("feedback", "seed", -1),
-        ("feedback", "min_blocked_share", 0),
+        ("mining", "replay", 1.0),
+        ("mining", "seed", -1),
+        ("mining", "min_blocked_share", 0),
         ("training", "learning_rate", 0),
         ("training", "learning_rate", float("inf")),
         ("training", "scales", [float("inf")]),
@@ -209,11 +209,8 @@ def test_values_out_of_range_are_refused(section, key, value):
 
 def test_one_name_as_targets_is_refused():
     """peft takes it for a regular expression, and the adapter could not be saved."""
-    what = refusal({"training": {"targets": "q_proj"}}).what
-    assert (
-        what
-        == "my.yaml.training.targets: must be all-linear, or a list of names such as [q_proj, v_proj] (got 'q_proj')"
-    )
+    what = refusal({"training": {"target_modules": "q_proj"}}).what
+    assert what.startswith("my.yaml.training.target_modules: must be all-linear, or a list of names such as [q_proj")
     for targets in ("all-linear", ["q_proj"]):
         assert read_section(Settings, {"training": {"targets": targets}}, "").training.targets == targets
 

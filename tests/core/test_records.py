@@ -21,7 +21,7 @@ from guardloop.core.records import (
     SCREENED,
     chunks,
     count_rows,
-    read_facts,
+    read_metadata,
     read_table,
     read_tables,
     write_jsonl,
@@ -92,13 +92,13 @@ def test_facts_are_asked_for_once_all_rows_are_written(tmp_path):
     seen = []
     rows = (seen.append(row) or row for row in small(3))
     write_table(rows, SMALL, tmp_path / "t.parquet", lambda: {"rows": len(seen), "nested": {"ä": [1, None]}})
-    assert read_facts(tmp_path / "t.parquet") == {"rows": 3, "nested": {"ä": [1, None]}}
+    assert read_metadata(tmp_path / "t.parquet") == {"rows": 3, "nested": {"ä": [1, None]}}
 
 
 def test_a_table_without_facts_tells_none(tmp_path):
     write_table([], SMALL, tmp_path / "ours.parquet")
     pq.write_table(pa.table({"id": [1]}), tmp_path / "foreign.parquet")
-    assert read_facts(tmp_path / "ours.parquet") == read_facts(tmp_path / "foreign.parquet") == {}
+    assert read_metadata(tmp_path / "ours.parquet") == read_metadata(tmp_path / "foreign.parquet") == {}
 
 
 def test_an_empty_table_keeps_its_columns(tmp_path):
@@ -195,7 +195,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_missing_file_or_column_is_named(tmp_path):
-    for read in (lambda path: list(read_table(path)), read_facts, count_rows):
+    for read in (lambda path: list(read_table(path)), read_metadata, count_rows):
         with pytest.raises(GuardLoopError, match=r"no such file: .*nothing\.parquet"):
             read(tmp_path / "nothing.parquet")
     write_table(small(1), SMALL, tmp_path / "t.parquet")
@@ -206,7 +206,7 @@ def test_a_missing_file_or_column_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not a table", b"PAR1" + bytes(100) + b"PAR1"])
 def test_what_is_no_table_is_refused(tmp_path, content):
     (tmp_path / "t.parquet").write_bytes(content)
-    for read in (lambda path: list(read_table(path)), read_facts, count_rows):
+    for read in (lambda path: list(read_table(path)), read_metadata, count_rows):
         with pytest.raises(GuardLoopError, match=r"t\.parquet is not a readable Parquet file"):
             read(tmp_path / "t.parquet")
 
@@ -229,7 +229,7 @@ def test_a_table_with_changed_bytes_is_read_or_refused(tmp_path):
         for _ in range(draw.randint(1, 20)):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         path.write_bytes(damaged)
-        for read in (lambda path: list(read_table(path)), read_facts, count_rows):
+        for read in (lambda path: list(read_table(path)), read_metadata, count_rows):
             try:
                 read(path)
             except GuardLoopError:

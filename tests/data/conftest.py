@@ -37,7 +37,7 @@ def dataset(write: Write) -> Callable[..., DatasetSettings]:
         return DatasetSettings(
             traffic=SourceSettings(kind="file", path=str(write(traffic, "traffic.jsonl"))),
             test=SourceSettings(kind="file", path=str(write(test, "test.jsonl"))),
-            agent=SourceSettings(kind="file", path=str(write(agent, "agent.jsonl"))) if agent else None,
+            response_test=SourceSettings(kind="file", path=str(write(agent, "agent.jsonl"))) if agent else None,
             **more,
         )
 

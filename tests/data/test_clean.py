@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.cases import cases
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.records import CONVERSATION, read_facts, read_table
+from guardloop.core.records import CONVERSATION, read_metadata, read_table
 from guardloop.data.clean import WORD, NearIndex, fingerprint, normalise, prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.stages import prepare_data
@@ -250,7 +250,7 @@ def test_test_and_agent_rows_with_the_same_ids_are_told_apart(dataset):
     test = [{"id": i, **row} for i, row in enumerate(LABELLED, start=1)]
     _, tested, report = prepare(dataset([{"prompt": "traffic"}], test, agent))
     assert len({r["id"] for r in tested}) == len({r["group"] for r in tested}) == 4
-    assert (report.test, report.agent, report.test_unsafe) == (2, 2, 1)
+    assert (report.test, report.response_test, report.test_unsafe) == (2, 2, 1)
     assert [r["response"] for r in tested] == [None, None, "answer", "answer"]
 
 
@@ -332,7 +332,7 @@ def test_a_test_set_without_labels_is_refused(dataset):
 
 def test_an_agent_row_without_a_response_is_refused(dataset):
     error = refusal(dataset([{"prompt": "x"}], LABELLED, [{"id": "r7", "prompt": "a", "label": "safe"}]))
-    assert "dataset.agent" in error.what and "r7" in error.what
+    assert "dataset.response_test" in error.what and "r7" in error.what
 
 
 # The stage
@@ -350,8 +350,8 @@ def test_the_stage_writes_both_tables_and_what_became_of_the_rows(dataset, tmp_p
     traffic = list(read_table(tmp_path / "traffic.parquet", CONVERSATION))
     assert Counter(counts) >= Counter(read=4, kept=2, exact_duplicates=1, overlap_with_test=1, test=2, test_unsafe=1)
     assert [r["prompt"] for r in traffic] == ["? one", "two"]
-    facts = read_facts(tmp_path / "test.parquet")
-    assert facts["dataset"] == "tiny" and facts["hash"] and facts["counts"]["kept"] == 2
+    metadata = read_metadata(tmp_path / "test.parquet")
+    assert metadata["dataset"] == "tiny" and metadata["hash"] and metadata["counts"]["kept"] == 2
 
 
 def test_the_stage_gives_the_same_files_again(dataset, tmp_path):

@@ -49,7 +49,7 @@ def test_the_reference_tells_the_defaults_that_hold() -> None:
 def test_the_picture_has_every_task_of_the_pipeline() -> None:
     picture = flow_picture()
     shown = ("prepare_data", "screen prompts", "generate_responses", "screen responses", "mine_feedback", "train_guard")
-    shown += ("screen test (default)", "screen test (improved)", "score_benchmarks", "evaluate", "register_model")
+    shown += ("screen test (baseline)", "screen test (candidate)", "score_benchmarks", "evaluate", "register_model")
     assert all(f">{task}</text>" in picture for task in (*shown, "promote_model", "record_harvest"))
     drawn = {kind: picture.count(f'class="{kind}"') for kind in ("frame", "arrow")}
     assert drawn == {"frame": 6, "arrow": 12}, "look at the picture; if a stage came or went, change these numbers"

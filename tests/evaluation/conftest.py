@@ -22,7 +22,7 @@ def simulation() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def drawn(simulation):
-    """A cached test set: `drawn(improved_auprc=.7)` gives (rows, (default, improved)); do not change the rows."""
+    """A cached test set: `drawn(candidate_auprc=.7)` gives (rows, (baseline, candidate)); do not change the rows."""
     cache = {}
 
     def draw(seed=0, **world):

@@ -152,7 +152,7 @@ def publish(name: str, folder: Path) -> BenchmarkSettings:
     config, split, file, write, rows, _ = PUBLISHED[name]
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     write(folder / file, rows)
-    card = {"configs": [{"config_name": config or "default", "data_files": [{"split": split, "path": file}]}]}
+    card = {"configs": [{"config_name": config or "baseline", "data_files": [{"split": split, "path": file}]}]}
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     settings = read_benchmark_settings(str(ROOT / "configs" / "benchmarks" / f"{name}.yaml"))
     return settings.model_copy(update={"source": settings.source.model_copy(update={"path": str(folder)})})
@@ -228,26 +228,26 @@ def test_a_hub_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch, error: Exce
         resolve_commit("a/b", None, "benchmark b")
 
 
-def scored(unsafe: list[bool], default: list[float], improved: list[float]) -> list[dict[str, Any]]:
+def scored(unsafe: list[bool], baseline: list[float], candidate: list[float]) -> list[dict[str, Any]]:
     columns = dict.fromkeys(("response", "category", "language", "jailbreak"))
     return [
         columns
         | {"benchmark": "b", "id": str(i), "prompt": "p", "source": "b", "group": str(i)}
-        | {"unsafe": unsafe[i], "default_margin": default[i], "improved_margin": improved[i]}
+        | {"unsafe": unsafe[i], "baseline_score": baseline[i], "candidate_score": candidate[i]}
         for i in range(len(unsafe))
     ]
 
 
-DEFAULT, IMPROVED = GuardRun("default", 0.0, 1, 0), GuardRun("improved", 0.5, 1, 0)
+DEFAULT, CANDIDATE = GuardRun("baseline", 0.0, 1, 0), GuardRun("candidate", 0.5, 1, 0)
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("unsafe", "recall"), ("safe", "fpr")])
 def test_a_set_of_one_kind_is_measured_by_what_is_flagged(kind: str, metric: str) -> None:
     settings = BenchmarkSettings(name="b", kind=kind, licence="none", source={"kind": "file", "path": "x"})
     rows = scored([kind == "unsafe"] * 8, [1, 1, -1, -1, -1, -1, -1, -1], [0.6] * 6 + [0.4, -1])
-    found = measure_benchmark(rows, settings, DEFAULT, IMPROVED, FAST)
+    found = measure_benchmark(rows, settings, DEFAULT, CANDIDATE, FAST)
     (compared,) = found.metrics
-    assert (compared.metric, compared.default.value, compared.improved.value) == (metric, 0.25, 0.75)
+    assert (compared.metric, compared.baseline.value, compared.candidate.value) == (metric, 0.25, 0.75)
     assert compared.gain.value == 0.5 and compared.gain.low <= 0.5 <= compared.gain.high
     assert (found.rows, found.unsafe) == (8, 8 if kind == "unsafe" else 0)
 
@@ -256,28 +256,28 @@ def test_a_benchmark_of_responses_is_measured_at_the_thresholds_of_responses() -
     source = {"kind": "file", "path": "x"}
     settings = BenchmarkSettings(name="b", kind="unsafe", judged="response", licence="none", source=source)
     rows = scored([True] * 8, [1, 1, -1, -1, -1, -1, -1, -1], [0.6] * 6 + [0.4, -1])
-    guards = replace(DEFAULT, response_threshold=-1.0), replace(IMPROVED, response_threshold=-0.5)
+    guards = replace(DEFAULT, response_threshold=-1.0), replace(CANDIDATE, response_threshold=-0.5)
     (compared,) = measure_benchmark(rows, settings, *guards, FAST).metrics
-    assert (compared.default.value, compared.improved.value) == (0.25, 0.875)
+    assert (compared.baseline.value, compared.candidate.value) == (0.25, 0.875)
     prompts = settings.model_copy(update={"judged": "prompt"})
-    assert measure_benchmark(rows, prompts, *guards, FAST) == measure_benchmark(rows, prompts, DEFAULT, IMPROVED, FAST)
+    assert measure_benchmark(rows, prompts, *guards, FAST) == measure_benchmark(rows, prompts, DEFAULT, CANDIDATE, FAST)
 
 
 def test_what_is_left_of_a_mixed_set_is_measured() -> None:
     settings = BenchmarkSettings(name="b", kind="mixed", licence="none", source={"kind": "file", "path": "x"})
-    found = measure_benchmark(scored([False] * 4, [1, -1, -1, -1], [-1] * 4), settings, DEFAULT, IMPROVED, FAST)
-    assert [(m.metric, m.default.value) for m in found.metrics] == [("fpr", 0.25)]
-    assert measure_benchmark([], settings, DEFAULT, IMPROVED, FAST).metrics == []
+    found = measure_benchmark(scored([False] * 4, [1, -1, -1, -1], [-1] * 4), settings, DEFAULT, CANDIDATE, FAST)
+    assert [(m.metric, m.baseline.value) for m in found.metrics] == [("fpr", 0.25)]
+    assert measure_benchmark([], settings, DEFAULT, CANDIDATE, FAST).metrics == []
 
 
 def test_a_mixed_set_is_ranked_and_decided() -> None:
     settings = BenchmarkSettings(name="b", kind="mixed", licence="none", source={"kind": "file", "path": "x"})
     unsafe = [i % 3 == 0 for i in range(60)]
     rows = scored(unsafe, [(-1.0) ** i for i in range(60)], [1.0 if u else -1.0 for u in unsafe])
-    found = {m.metric: m for m in measure_benchmark(rows, settings, DEFAULT, IMPROVED, FAST).metrics}
+    found = {m.metric: m for m in measure_benchmark(rows, settings, DEFAULT, CANDIDATE, FAST).metrics}
     assert set(found) == set(MIXED)
-    assert found["auprc"].improved.value == found["f1"].improved.value == 1
-    assert found["fpr"].default.value == 0.5 and found["auprc"].gain.low > 0
+    assert found["auprc"].candidate.value == found["f1"].candidate.value == 1
+    assert found["fpr"].baseline.value == 0.5 and found["auprc"].gain.low > 0
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_the_command_scores_each_guard_at_its_own_threshold(drill: Path) -> None
         for adapter in (None, drill / "adapter")
     ]
     (recall,) = found["metrics"]
-    assert [recall["default"]["value"], recall["improved"]["value"]] == pytest.approx(wanted)
+    assert [recall["baseline"]["value"], recall["candidate"]["value"]] == pytest.approx(wanted)
     assert (found["rows"], found["unreadable"]) == (9, 0)
 
 

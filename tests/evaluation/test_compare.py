@@ -17,11 +17,11 @@ from guardloop.core.records import SCORES, SCREENED, write_table
 from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
 from guardloop.evaluation.compare import SINGLE
 from guardloop.mining.mine import mine
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.report.summary import comparisons
 
 FAST = EvaluationSettings(resamples=200)
-DEFAULT, IMPROVED = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", 0.0, 0.99, 0)
+DEFAULT, CANDIDATE = GuardRun("baseline", 0.0, 0.99, 0), GuardRun("candidate", 0.0, 0.99, 0)
 
 
 def rows(count=300, response=None, **columns):
@@ -32,7 +32,7 @@ def rows(count=300, response=None, **columns):
         made.append(
             dict.fromkeys(SCORES.names)
             | {"id": str(i), "prompt": "a prompt", "response": response, "unsafe": bool(unsafe[i]), "source": "one"}
-            | {"group": f"{response}{i}", "default_margin": rng.normal() + unsafe[i], "improved_margin": rng.normal()}
+            | {"group": f"{response}{i}", "baseline_score": rng.normal() + unsafe[i], "candidate_score": rng.normal()}
             | {name: values[i % len(values)] for name, values in columns.items()}
         )
     return made
@@ -43,28 +43,31 @@ def slices(found, dimension):
 
 
 def test_the_headline_is_what_scikit_learn_finds_on_user_rows(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.7)
-    found = evaluate(scores, default, improved, FAST)
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.7)
+    found = evaluate(scores, baseline, candidate, FAST)
     user = [row for row in scores if row["response"] is None]
     unsafe = np.array([row["unsafe"] for row in user])
-    assert (found.rows, found.unsafe, found.agent_rows) == (len(user), unsafe.sum(), len(scores) - len(user))
-    for guard, run, key in ((found.default, default, "default_margin"), (found.improved, improved, "improved_margin")):
-        margins = np.array([row[key] for row in user])
-        assert guard.auprc.value == pytest.approx(average_precision_score(unsafe, margins))
-        assert guard.auroc.value == pytest.approx(roc_auc_score(unsafe, margins))
-        assert guard.confusion == confusion_matrix(unsafe, margins > run.threshold).tolist()
-        assert guard.precision.value == pytest.approx(precision_score(unsafe, margins > run.threshold))
-    assert found.gains["auprc"].value == pytest.approx(found.improved.auprc.value - found.default.auprc.value)
+    assert (found.rows, found.unsafe, found.response_rows) == (len(user), unsafe.sum(), len(scores) - len(user))
+    for guard, run, key in (
+        (found.baseline, baseline, "baseline_score"),
+        (found.candidate, candidate, "candidate_score"),
+    ):
+        scores = np.array([row[key] for row in user])
+        assert guard.auprc.value == pytest.approx(average_precision_score(unsafe, scores))
+        assert guard.auroc.value == pytest.approx(roc_auc_score(unsafe, scores))
+        assert guard.confusion == confusion_matrix(unsafe, scores > run.threshold).tolist()
+        assert guard.precision.value == pytest.approx(precision_score(unsafe, scores > run.threshold))
+    assert found.gains["auprc"].value == pytest.approx(found.candidate.auprc.value - found.baseline.auprc.value)
 
 
 def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
-    scores, guards = drawn(improved_auprc=0.7)
+    scores, guards = drawn(candidate_auprc=0.7)
     found = evaluate(scores, *guards, FAST)
     assert Evaluation.model_validate_json(found.model_dump_json()) == found
-    rates = {"recall_near_default_fpr", *(f"recall_at_{rate}" for rate in ("0.01", "0.02", "0.05"))}
+    rates = {"recall_near_baseline_fpr", *(f"recall_at_{rate}" for rate in ("0.01", "0.02", "0.05"))}
     assert set(found.gains) == {*SINGLE, *rates}
-    assert set(found.improved.recall_at_fpr) == {"0.01", "0.02", "0.05"}
-    for guard in (found.default, found.improved):
+    assert set(found.candidate.recall_at_fpr) == {"0.01", "0.02", "0.05"}
+    for guard in (found.baseline, found.candidate):
         for value in [*(getattr(guard, name) for name in SINGLE), *guard.recall_at_fpr.values()]:
             assert value.low <= value.high
         assert guard.brier.low < guard.brier.value < guard.brier.high
@@ -74,28 +77,28 @@ def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
 
 def test_recall_near_the_defaults_rate_is_read_off_each_guards_own_curve():
     scores = [
-        row | {"improved_margin": 0.0} for row in rows(default_margin=[0.1 * (i * 7 % 31) - 1 for i in range(31)])
+        row | {"candidate_score": 0.0} for row in rows(baseline_score=[0.1 * (i * 7 % 31) - 1 for i in range(31)])
     ]
-    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
-    before, after = found.default.recall_near_default_fpr, found.improved.recall_near_default_fpr
+    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
+    before, after = found.baseline.recall_near_baseline_fpr, found.candidate.recall_near_baseline_fpr
     assert after.value == 0  # it gives one score to all, so that it catches nothing before it blocks everything
     assert before.value > 0
-    assert after.value - before.value == pytest.approx(found.gains["recall_near_default_fpr"].value)
+    assert after.value - before.value == pytest.approx(found.gains["recall_near_baseline_fpr"].value)
     shown = next(row for row in comparisons(found) if row.name == "Recall near the default's FPR")
-    assert (shown.default, shown.improved) == (before, after)
+    assert (shown.baseline, shown.candidate) == (before, after)
 
 
 def test_probabilities_are_read_at_each_guards_temperature(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.7)
-    plain = evaluate(scores, default, improved, FAST)
-    found = evaluate(scores, default, replace(improved, temperature=4.0), FAST)
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.7)
+    plain = evaluate(scores, baseline, candidate, FAST)
+    found = evaluate(scores, baseline, replace(candidate, temperature=4.0), FAST)
     user = [row for row in scores if row["response"] is None]
-    chances = [1 / (1 + np.exp(-row["improved_margin"] / 4)) for row in user]
-    assert found.improved.brier.value == pytest.approx(
+    chances = [1 / (1 + np.exp(-row["candidate_score"] / 4)) for row in user]
+    assert found.candidate.brier.value == pytest.approx(
         brier_score_loss([row["unsafe"] for row in user], chances), abs=1e-6
     )
-    assert (found.improved.temperature, found.default.brier) == (4.0, plain.default.brier)
-    assert found.gains["auprc"] == plain.gains["auprc"]  # the order of margins stays
+    assert (found.candidate.temperature, found.baseline.brier) == (4.0, plain.baseline.brier)
+    assert found.gains["auprc"] == plain.gains["auprc"]  # the order of scores stays
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):
@@ -110,18 +113,18 @@ def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):
 
 
 def test_swapped_guards_give_the_mirrored_gain(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.7)
-    swapped = [r | {"default_margin": r["improved_margin"], "improved_margin": r["default_margin"]} for r in scores]
-    one, other = evaluate(scores, default, improved, FAST), evaluate(swapped, improved, default, FAST)
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.7)
+    swapped = [r | {"baseline_score": r["candidate_score"], "candidate_score": r["baseline_score"]} for r in scores]
+    one, other = evaluate(scores, baseline, candidate, FAST), evaluate(swapped, candidate, baseline, FAST)
     for metric in ("auprc", "auroc", "fpr", "f1"):
         assert one.gains[metric].value == pytest.approx(-other.gains[metric].value)
         assert one.gains[metric].low == pytest.approx(-other.gains[metric].high, abs=1e-5)
 
 
-def test_a_margin_at_the_threshold_is_not_flagged():
-    scores = [row | {"default_margin": 0.1, "improved_margin": 0.1} for row in rows()]
-    found = evaluate(scores, replace(DEFAULT, threshold=0.1), replace(IMPROVED, threshold=0.09), FAST)
-    assert (found.default.recall.value, found.improved.recall.value) == (0, 1)
+def test_a_score_at_the_threshold_is_not_flagged():
+    scores = [row | {"baseline_score": 0.1, "candidate_score": 0.1} for row in rows()]
+    found = evaluate(scores, replace(DEFAULT, threshold=0.1), replace(CANDIDATE, threshold=0.09), FAST)
+    assert (found.baseline.recall.value, found.candidate.recall.value) == (0, 1)
 
 
 def test_slices_are_cut_by_every_column_and_the_whole_set_is_not_a_slice():
@@ -133,31 +136,31 @@ def test_slices_are_cut_by_every_column_and_the_whole_set_is_not_a_slice():
         prompt=["x" * 100] * 5 + ["x" * 300] * 4,
         source=["one"],
     )
-    found = evaluate([*scores, *rows(300, response="no")], DEFAULT, IMPROVED, FAST)
+    found = evaluate([*scores, *rows(300, response="no")], DEFAULT, CANDIDATE, FAST)
     assert slices(found, "category")["S1"].metric == "recall"
     assert {s.rows for s in slices(found, "language").values()} == {600, 300}
     assert set(slices(found, "jailbreak")) == {"yes", "no"}
     assert list(slices(found, "length")) == ["0 to 199 characters", "200 to 999 characters"]
     assert slices(found, "source") == {}
-    assert slices(found, "role")["Agent"].metric == "auprc"
+    assert slices(found, "role")["response"].metric == "auprc"
     language = slices(found, "language")["de"]
-    assert language.gain.value == pytest.approx(language.improved - language.default)
+    assert language.gain.value == pytest.approx(language.candidate - language.baseline)
 
 
 def test_an_all_safe_slice_is_measured_by_its_false_positive_rate_and_a_rise_is_a_loss():
     scores = rows(900, source=["mixed", "benign", "mixed"])
     for row in scores:
-        row["improved_margin"] = 1.0 if row["source"] == "benign" else -1.0
-    found = slices(evaluate(scores, DEFAULT, IMPROVED, FAST), "source")["benign"]
-    assert (found.metric, found.improved, found.unsafe) == ("fpr", 1.0, 0)
-    assert found.gain.value == pytest.approx(found.default - 1.0)
+        row["candidate_score"] = 1.0 if row["source"] == "benign" else -1.0
+    found = slices(evaluate(scores, DEFAULT, CANDIDATE, FAST), "source")["benign"]
+    assert (found.metric, found.candidate, found.unsafe) == ("fpr", 1.0, 0)
+    assert found.gain.value == pytest.approx(found.baseline - 1.0)
 
 
 def test_small_slices_are_pooled_or_noted():
     many = [f"l{i}" for i in range(30)]
-    pooled = evaluate(rows(900, language=["en"] * 30 + many), DEFAULT, IMPROVED, FAST)
+    pooled = evaluate(rows(900, language=["en"] * 30 + many), DEFAULT, CANDIDATE, FAST)
     assert slices(pooled, "language")["other"].rows == 450
-    few = evaluate(rows(300, language=["en"] * 99 + ["fr"]), DEFAULT, IMPROVED, FAST)
+    few = evaluate(rows(300, language=["en"] * 99 + ["fr"]), DEFAULT, CANDIDATE, FAST)
     assert "fr" not in slices(few, "language")
     assert any("language: fr" in note for note in few.notes)
 
@@ -166,15 +169,15 @@ def test_near_duplicates_do_not_make_a_slice_large_enough():
     scores = rows(900, language=["en", "en", "en", "de", "de", "de"])
     for row in scores:
         row["group"] = "one" if row["language"] == "de" else row["group"]
-    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
+    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
     assert "de" not in slices(found, "language")
     assert any("near-duplicates" in note for note in found.notes)
 
 
 def test_a_group_with_both_labels_is_evaluated():
     scores = [row | {"group": str(i // 4)} for i, row in enumerate(rows(600))]
-    found = evaluate(scores, DEFAULT, IMPROVED, FAST)
-    assert found.default.auprc.low < found.default.auprc.value < found.default.auprc.high
+    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
+    assert found.baseline.auprc.low < found.baseline.auprc.value < found.baseline.auprc.high
 
 
 @pytest.mark.parametrize(
@@ -184,50 +187,50 @@ def test_a_group_with_both_labels_is_evaluated():
         (rows(10, unsafe=[True, False, None]), "3 of 10 test rows have no label"),
         (rows(10, unsafe=[True]), "all 10 User-role test rows are labelled unsafe"),
         (rows(10, unsafe=[False]), "labelled safe"),
-        (rows(10, response="no"), "all 10 test rows are of the Agent role"),
-        (rows(10, improved_margin=[float("nan"), 1.0]), "5 of 10 values of improved_margin"),
-        (rows(10, default_margin=[None, 1.0]), "5 of 10 values of default_margin"),
-        (rows(10, default_margin=[float("inf"), 1.0]), "not finite"),
+        (rows(10, response="no"), "all 10 test rows are of the response role"),
+        (rows(10, candidate_score=[float("nan"), 1.0]), "5 of 10 values of candidate_score"),
+        (rows(10, baseline_score=[None, 1.0]), "5 of 10 values of baseline_score"),
+        (rows(10, baseline_score=[float("inf"), 1.0]), "not finite"),
         ([{"id": "1", "unsafe": True}], "lack the columns prompt"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_the_reason(scores, message):
     with pytest.raises(GuardLoopError, match=message):
-        evaluate(scores, DEFAULT, IMPROVED, FAST)
+        evaluate(scores, DEFAULT, CANDIDATE, FAST)
 
 
 @pytest.mark.parametrize("other", [["a", "b"], ["a", "b", "c", "d"], ["a", "b", "x"]])
 def test_scores_of_two_test_sets_are_refused(tmp_path, other):
-    for name, ids in (("default", ["a", "b", "c"]), ("improved", other)):
+    for name, ids in (("baseline", ["a", "b", "c"]), ("candidate", other)):
         columns = dict.fromkeys(SCREENED.names) | {"prompt": "p", "source": "s", "flagged": False, "truncated": False}
-        write_table([columns | {"id": i, "group": i, "margin": 1.0} for i in ids], SCREENED, tmp_path / name)
+        write_table([columns | {"id": i, "group": i, "score": 1.0} for i in ids], SCREENED, tmp_path / name)
     with pytest.raises(GuardLoopError, match="not of the same test set"):
-        stages.evaluate(tmp_path / "default", tmp_path / "improved", tmp_path, tmp_path, tmp_path / "out", {}, {})
+        stages.evaluate(tmp_path / "baseline", tmp_path / "candidate", tmp_path, tmp_path, tmp_path / "out", {}, {})
 
 
 def test_what_is_decided_of_responses_is_measured_at_the_thresholds_that_the_guards_screened_with(tmp_path, drawn):
     scores, _ = drawn()
-    facts = {"threshold": 1.0, "median_label_mass": 1.0, "unreadable": 0}
-    for name, limit in (("default", 0.5), ("improved", 2.5)):
+    metadata = {"threshold": 1.0, "median_label_mass": 1.0, "unreadable": 0}
+    for name, limit in (("baseline", 0.5), ("candidate", 2.5)):
         columns = dict.fromkeys(SCREENED.names) | {"flagged": False, "truncated": False}
         table = [columns | {k: v for k, v in row.items() if k in SCREENED.names} for row in scores]
-        table = [made | {"margin": row[f"{name}_margin"]} for made, row in zip(table, scores, strict=True)]
-        write_table(table, SCREENED, tmp_path / name, lambda limit=limit: facts | {"response_threshold": limit})
-    stages.write_harvest(mine([], [], FeedbackSettings()), tmp_path / "training_set", {})
-    folders = (tmp_path / name for name in ("default", "improved", "training_set", "adapter", "out"))
+        table = [made | {"score": row[f"{name}_score"]} for made, row in zip(table, scores, strict=True)]
+        write_table(table, SCREENED, tmp_path / name, lambda limit=limit: metadata | {"response_threshold": limit})
+    stages.write_harvest(mine([], [], MiningSettings()), tmp_path / "training_set", {})
+    folders = (tmp_path / name for name in ("baseline", "candidate", "training_set", "adapter", "out"))
     found = stages.evaluate(*folders, {"resamples": 200}, {})
     slices = {part.name: part for part in found.slices if part.dimension == "role"}
-    for name, unsafe in (("Agent, unsafe", True), ("Agent, safe", False)):
+    for name, unsafe in (("response, unsafe", True), ("response, safe", False)):
         judged = [row for row in scores if row["response"] is not None and row["unsafe"] is unsafe]
-        limits = {"default_margin": 0.5, "improved_margin": 2.5}
-        wanted = [np.mean([row[margin] > limit for row in judged]) for margin, limit in limits.items()]
-        assert [slices[name].default, slices[name].improved] == pytest.approx(wanted)
+        limits = {"baseline_score": 0.5, "candidate_score": 2.5}
+        wanted = [np.mean([row[score] > limit for row in judged]) for score, limit in limits.items()]
+        assert [slices[name].baseline, slices[name].candidate] == pytest.approx(wanted)
 
 
 def test_a_useless_default_guard_is_noted():
-    scores = [row | {"default_margin": 5.0} for row in rows()]
-    found = evaluate(scores, DEFAULT, IMPROVED, FAST, GateSettings())
-    assert any("default guard itself" in note for note in found.notes)
+    scores = [row | {"baseline_score": 5.0} for row in rows()]
+    found = evaluate(scores, DEFAULT, CANDIDATE, FAST, GateSettings())
+    assert any("baseline itself" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("section", [EvaluationSettings, GateSettings])

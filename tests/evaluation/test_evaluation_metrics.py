@@ -127,18 +127,18 @@ def test_a_guard_that_flags_nothing_has_precision_and_f1_zero():
     assert found["accuracy"][0] == 0.8
 
 
-def calibrated(margins, unsafe, weights=None, temperature=1.0, bins=15):
-    weights = np.ones((1, len(margins))) if weights is None else weights
-    found = calibration_metrics(calibration(margins, temperature, unsafe, bins), weights)
+def calibrated(scores, unsafe, weights=None, temperature=1.0, bins=15):
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    found = calibration_metrics(calibration(scores, temperature, unsafe, bins), weights)
     return {name: value[0] for name, value in found.items()}
 
 
 def test_brier_is_that_of_scikit_learn():
     rng = np.random.default_rng(1)
-    margins, unsafe, weights = rng.normal(size=300) * 3, rng.random(300) < 0.4, rng.integers(0, 4, (1, 300))
+    scores, unsafe, weights = rng.normal(size=300) * 3, rng.random(300) < 0.4, rng.integers(0, 4, (1, 300))
     for temperature in (1.0, 2.5):
-        wanted = brier_score_loss(unsafe, 1 / (1 + np.exp(-margins / temperature)), sample_weight=weights[0])
-        assert calibrated(margins, unsafe, weights, temperature)["brier"] == pytest.approx(wanted)
+        wanted = brier_score_loss(unsafe, 1 / (1 + np.exp(-scores / temperature)), sample_weight=weights[0])
+        assert calibrated(scores, unsafe, weights, temperature)["brier"] == pytest.approx(wanted)
 
 
 def test_ece_is_the_gap_between_confidence_and_frequency():
@@ -151,10 +151,10 @@ def test_ece_is_the_gap_between_confidence_and_frequency():
 
 def test_the_weighted_ece_is_that_of_copied_rows():
     rng = np.random.default_rng(2)
-    margins, unsafe, weights = rng.normal(size=80), rng.random(80) < 0.4, rng.integers(0, 4, 80)
+    scores, unsafe, weights = rng.normal(size=80), rng.random(80) < 0.4, rng.integers(0, 4, 80)
     many = np.repeat(np.arange(80), weights)
-    assert calibrated(margins, unsafe, weights[None])["ece"] == pytest.approx(
-        calibrated(margins[many], unsafe[many])["ece"]
+    assert calibrated(scores, unsafe, weights[None])["ece"] == pytest.approx(
+        calibrated(scores[many], unsafe[many])["ece"]
     )
 
 

@@ -2,35 +2,35 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from guardloop.core.records import FEEDBACK
+from guardloop.core.records import HELD_OUT_PROMPT
 from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
-from guardloop.evaluation.held_out import measure_feedback
+from guardloop.evaluation.held_out import measure_held_out
 
 FAST = EvaluationSettings(resamples=300)
-IMPROVED = GuardRun("improved", 0.5, 0.99, 0)
+CANDIDATE = GuardRun("candidate", 0.5, 0.99, 0)
 
 
-def held_out(unsafe, default, improved):
-    """Rows of the FEEDBACK contract; `unsafe` may hold None for prompts in between."""
+def held_out(unsafe, baseline, candidate):
+    """Rows of the HELD_OUT_PROMPT contract; `unsafe` may hold None for prompts in between."""
     return [
-        dict.fromkeys(FEEDBACK.names)
+        dict.fromkeys(HELD_OUT_PROMPT.names)
         | {"id": str(i), "prompt": f"prompt {i}", "group": str(i), "response_unsafe": label}
-        | {"prompt_margin": before, "margin": after, "responses": 4, "blocked": 4 if label else 0}
-        for i, (label, before, after) in enumerate(zip(unsafe, default, improved, strict=True))
+        | {"prompt_score": before, "score": after, "responses": 4, "blocked": 4 if label else 0}
+        for i, (label, before, after) in enumerate(zip(unsafe, baseline, candidate, strict=True))
     ]
 
 
 def simulated(shift, count=600, seed=0):
     rng = np.random.default_rng(seed)
     unsafe = rng.random(count) < 0.3
-    default = np.minimum(rng.normal(size=count) - 2 + 0.5 * unsafe, 0)  # all of them passed
-    return held_out(unsafe.tolist(), default.tolist(), (rng.normal(size=count) + shift * unsafe).tolist())
+    baseline = np.minimum(rng.normal(size=count) - 2 + 0.5 * unsafe, 0)  # all of them passed
+    return held_out(unsafe.tolist(), baseline.tolist(), (rng.normal(size=count) + shift * unsafe).tolist())
 
 
-def test_shares_are_counted_at_the_improved_guards_threshold_and_have_exact_intervals():
+def test_shares_are_counted_at_the_candidate_guards_threshold_and_have_exact_intervals():
     unsafe = [True] * 10 + [False] * 20 + [None] * 5
     rows = held_out(unsafe, [-1.0] * 35, [1.0] * 7 + [0.5] * 3 + [1.0] * 2 + [0.0] * 18 + [9.0] * 5)
-    found, notes = measure_feedback(rows, IMPROVED, FAST)
+    found, notes = measure_held_out(rows, CANDIDATE, FAST)
     assert (found.prompts, found.response_unsafe, found.never_unsafe, notes) == (30, 10, 20, [])
     assert (found.caught.value, found.newly_blocked.value) == (0.7, 0.1)
     exact = binomtest(7, 10).proportion_ci(method="exact")
@@ -39,34 +39,34 @@ def test_shares_are_counted_at_the_improved_guards_threshold_and_have_exact_inte
 
 def test_none_of_a_few_is_not_certain():
     rows = held_out([True] * 5 + [False] * 12, [-1.0] * 17, [1.0] * 5 + [0.0] * 12)
-    found, _ = measure_feedback(rows, IMPROVED, FAST)
+    found, _ = measure_held_out(rows, CANDIDATE, FAST)
     assert found.newly_blocked.value == 0 and found.newly_blocked.high > 0.2
 
 
 def test_a_guard_that_learnt_beats_the_lowered_threshold():
-    found, _ = measure_feedback(simulated(shift=3.0), IMPROVED, FAST)
+    found, _ = measure_held_out(simulated(shift=3.0), CANDIDATE, FAST)
     assert found.beyond_control.low > 0
     assert found.beyond_control.value == pytest.approx(found.caught.value - found.control.value, abs=0.02)
     assert found.auprc.gain.low > 0
 
 
 def test_lowering_the_threshold_alone_gains_nothing():
-    rows = [row | {"margin": row["prompt_margin"] + 2.0} for row in simulated(shift=0.0)]  # the same order, a bias
-    found, _ = measure_feedback(rows, IMPROVED, FAST)
+    rows = [row | {"score": row["prompt_score"] + 2.0} for row in simulated(shift=0.0)]  # the same order, a bias
+    found, _ = measure_held_out(rows, CANDIDATE, FAST)
     assert found.caught.value > 0 and found.newly_blocked.value > 0
     assert found.beyond_control.value == found.auprc.gain.value == 0
 
 
 @pytest.mark.parametrize("labels", [[], [True] * 4, [False] * 4, [None] * 4])
 def test_too_little_feedback_is_a_note(labels):
-    found, notes = measure_feedback(held_out(labels, [-1.0] * len(labels), [1.0] * len(labels)), IMPROVED, FAST)
-    assert found is None and "Held-out feedback was not measured" in notes[0]
+    found, notes = measure_held_out(held_out(labels, [-1.0] * len(labels), [1.0] * len(labels)), CANDIDATE, FAST)
+    assert found is None and "Held-out prompts was not measured" in notes[0]
 
 
 def test_the_evaluation_carries_it(drawn):
     scores, guards = drawn()
     rows = simulated(shift=3.0)
-    found = evaluate(scores, *guards, FAST, feedback=rows)
-    assert found.feedback is not None and found.feedback.prompts == len(rows)
-    assert evaluate(scores, *guards, FAST).feedback is None
-    assert any("Held-out feedback" in note for note in evaluate(scores, *guards, FAST, feedback=[]).notes)
+    found = evaluate(scores, *guards, FAST, held_out=rows)
+    assert found.held_out is not None and found.held_out.prompts == len(rows)
+    assert evaluate(scores, *guards, FAST).held_out is None
+    assert any("Held-out prompts" in note for note in evaluate(scores, *guards, FAST, held_out=[]).notes)

@@ -22,14 +22,14 @@ def outcomes(decision):
     return {check.name: check.outcome for check in decision.checks}
 
 
-def with_improved(scores, change):
-    """The rows with `change(row, noise)` as the improved margin."""
+def with_candidate(scores, change):
+    """The rows with `change(row, noise)` as the candidate margin."""
     rng = np.random.default_rng(0)
-    return [row | {"improved_margin": float(change(row, rng.normal()))} for row in scores]
+    return [row | {"candidate_margin": float(change(row, rng.normal()))} for row in scores]
 
 
 def test_a_clearly_better_guard_is_promoted(drawn):
-    decision = judge(*drawn(improved_auprc=0.75))
+    decision = judge(*drawn(candidate_auprc=0.75))
     assert decision.promote
     assert decision.verdict == "passed"
     assert set(outcomes(decision).values()) == {"passed"}
@@ -37,7 +37,7 @@ def test_a_clearly_better_guard_is_promoted(drawn):
 
 
 def test_a_clearly_worse_guard_fails(drawn):
-    decision = judge(*drawn(improved_auprc=0.45))
+    decision = judge(*drawn(candidate_auprc=0.45))
     assert not decision.promote
     assert decision.verdict == "failed"
     assert {outcomes(decision)[name] for name in ("auprc_gain", "recall_gain", "decisions")} == {"failed"}
@@ -45,14 +45,14 @@ def test_a_clearly_worse_guard_fails(drawn):
 
 
 def test_the_same_guard_twice_is_not_promoted(drawn):
-    scores, (default, _) = drawn()
+    scores, (baseline, _) = drawn()
     decision = judge(
-        with_improved(scores, lambda row, _: row["default_margin"]), (default, replace(default, name="new"))
+        with_candidate(scores, lambda row, _: row["baseline_margin"]), (baseline, replace(baseline, name="new"))
     )
     assert not decision.promote
     assert outcomes(decision)["auprc_gain"] == "failed"
     assert (
-        outcomes(decision)["slices"] == outcomes(decision)["benign_fpr"] == outcomes(decision)["agent_role"] == "passed"
+        outcomes(decision)["slices"] == outcomes(decision)["benign_fpr"] == outcomes(decision)["responses"] == "passed"
     )
     assert "AUPRC did not change" in decision.headline
 
@@ -65,9 +65,9 @@ def test_an_equally_good_guard_is_not_proven(drawn):
 
 
 def test_swapped_guards_are_not_promoted(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.75)
-    swapped = [r | {"default_margin": r["improved_margin"], "improved_margin": r["default_margin"]} for r in scores]
-    decision = judge(swapped, (improved, default))
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
+    swapped = [r | {"baseline_margin": r["candidate_margin"], "candidate_margin": r["baseline_margin"]} for r in scores]
+    decision = judge(swapped, (candidate, baseline))
     assert (decision.promote, decision.verdict) == (False, "failed")
 
 
@@ -83,15 +83,15 @@ def test_swapped_guards_are_not_promoted(drawn):
 )
 def test_a_collapsed_guard_fails_by_name(drawn, margin, words):
     scores, guards = drawn()
-    decision = judge(with_improved(scores, margin), guards)
+    decision = judge(with_candidate(scores, margin), guards)
     assert not decision.promote
     assert outcomes(decision)["not_collapsed"] == "failed"
     assert words in decision.headline
 
 
 def test_better_recall_bought_with_over_blocking_fails(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.75)
-    decision = judge(scores, (default, replace(improved, threshold=improved.threshold - 1)))
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
+    decision = judge(scores, (baseline, replace(candidate, threshold=candidate.threshold - 1)))
     assert outcomes(decision)["recall_gain"] == outcomes(decision)["decisions"] == "passed"
     assert outcomes(decision)["benign_fpr"] == "failed"
     assert not decision.promote
@@ -99,16 +99,16 @@ def test_better_recall_bought_with_over_blocking_fails(drawn):
 
 
 def test_a_lowered_threshold_alone_is_no_improvement(drawn):
-    scores, (default, _) = drawn()
-    lower = replace(default, name="lower", threshold=default.threshold - 0.5)
-    decision = judge(with_improved(scores, lambda row, _: row["default_margin"]), (default, lower), fpr_margin=0.5)
+    scores, (baseline, _) = drawn()
+    lower = replace(baseline, name="lower", threshold=baseline.threshold - 0.5)
+    decision = judge(with_candidate(scores, lambda row, _: row["baseline_margin"]), (baseline, lower), max_fpr_rise=0.5)
     assert outcomes(decision)["decisions"] == "passed"  # it does catch more
     assert outcomes(decision)["recall_gain"] == "failed"
     assert not decision.promote
 
 
 def test_too_few_rows_prove_nothing(drawn):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     user = [row for row in scores if row["response"] is None]
     decision = judge([*user[:100], *scores[-1000:]], guards)
     assert outcomes(decision)["unsafe_examples"] == outcomes(decision)["safe_examples"] == "not proven"
@@ -117,7 +117,7 @@ def test_too_few_rows_prove_nothing(drawn):
 
 
 def test_near_duplicates_do_not_count_as_examples(drawn):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     few = [row | {"group": str(i % 30) + str(row["unsafe"]) + str(row["response"])} for i, row in enumerate(scores)]
     decision = judge(few, guards)
     assert outcomes(decision)["unsafe_examples"] == "not proven"
@@ -126,12 +126,12 @@ def test_near_duplicates_do_not_count_as_examples(drawn):
 
 @pytest.mark.parametrize(("dimension", "name"), [("language", "de"), ("category", "S9"), ("jailbreak", True)])
 def test_one_bad_slice_holds_a_better_guard_back(drawn, dimension, name):
-    scores, (default, improved) = drawn(improved_auprc=0.85, unsafe_share=0.3)
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.85, unsafe_share=0.3)
 
     def spoil(row, noise):
-        return noise - 2 * row["unsafe"] if row[dimension] == name else row["improved_margin"]
+        return noise - 2 * row["unsafe"] if row[dimension] == name else row["candidate_margin"]
 
-    decision = judge(with_improved(scores, spoil), (default, improved))
+    decision = judge(with_candidate(scores, spoil), (baseline, candidate))
     assert outcomes(decision)["auprc_gain"] == "passed"
     assert outcomes(decision)["slices"] == "failed"
     assert not decision.promote
@@ -139,59 +139,59 @@ def test_one_bad_slice_holds_a_better_guard_back(drawn, dimension, name):
 
 
 def test_a_guard_that_forgot_to_judge_responses_is_held_back(drawn):
-    scores, guards = drawn(improved_auprc=0.75)
-    forgot = with_improved(scores, lambda row, noise: noise if row["response"] else row["improved_margin"])
+    scores, guards = drawn(candidate_auprc=0.75)
+    forgot = with_candidate(scores, lambda row, noise: noise if row["response"] else row["candidate_margin"])
     decision = judge(forgot, guards)
-    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["agent_role"]
+    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["responses"]
     assert "on responses AUPRC fell" in decision.headline
 
 
 @pytest.mark.parametrize(("shift", "told"), [(3.0, "recall fell"), (-3.0, "the false-positive rate rose")])
 def test_a_guard_that_ranks_responses_as_before_and_decides_otherwise_is_held_back(drawn, shift, told):
-    scores, (default, improved) = drawn(improved_auprc=0.75)
-    judging = [row["default_margin"] for row in scores if row["response"] is not None and not row["unsafe"]]
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
+    judging = [row["baseline_margin"] for row in scores if row["response"] is not None and not row["unsafe"]]
     usual = float(np.quantile(judging, 0.95))
-    guards = replace(default, response_threshold=usual), replace(improved, response_threshold=usual + shift)
+    guards = replace(baseline, response_threshold=usual), replace(candidate, response_threshold=usual + shift)
     decision = judge(scores, guards)
-    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["agent_role"]
+    assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["responses"]
     assert f"on responses {told}" in decision.headline
-    assert judge(scores, (guards[0], replace(improved, response_threshold=usual))).promote
-    same = replace(improved, response_threshold=usual + shift), replace(improved, response_threshold=usual + shift)
-    assert outcomes(judge(scores, same))["agent_role"] == "passed"
+    assert judge(scores, (guards[0], replace(candidate, response_threshold=usual))).promote
+    same = replace(candidate, response_threshold=usual + shift), replace(candidate, response_threshold=usual + shift)
+    assert outcomes(judge(scores, same))["responses"] == "passed"
 
 
 def test_without_agent_rows_promotion_needs_the_reviewer_to_accept_it(drawn):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     user = [row for row in scores if row["response"] is None]
     strict = judge(user, guards)
-    assert (outcomes(strict)["agent_role"], strict.promote) == ("not proven", False)
-    assert {check.name: check.value for check in strict.checks}["agent_role"] is None  # nothing was measured
-    accepted = judge(user, guards, require_agent=False)
-    assert "agent_role" not in outcomes(accepted)
+    assert (outcomes(strict)["responses"], strict.promote) == ("not proven", False)
+    assert {check.name: check.value for check in strict.checks}["responses"] is None  # nothing was measured
+    accepted = judge(user, guards, require_response_test=False)
+    assert "responses" not in outcomes(accepted)
     assert accepted.promote
 
 
 @pytest.mark.parametrize(("few", "margin"), [(False, 9.0), (True, -9.0)])
 def test_agent_rows_of_one_class_do_not_show_that_responses_are_still_judged(drawn, few, margin):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     user = [row for row in scores if row["response"] is None]
     agents = [row for row in scores if row["response"] is not None]
     kept = [row for row in agents if row["unsafe"] != few][:200] + [row for row in agents if row["unsafe"] == few][:40]
-    always = [row | {"improved_margin": margin} for row in kept]  # blocks every response, or none
+    always = [row | {"candidate_margin": margin} for row in kept]  # blocks every response, or none
     decision = judge([*user, *always], guards)
-    assert (outcomes(decision)["agent_role"], decision.promote) == ("not proven", False)
-    evaluation = evaluate([*user, *always], *guards, FAST, GateSettings(require_agent=False))
+    assert (outcomes(decision)["responses"], decision.promote) == ("not proven", False)
+    evaluation = evaluate([*user, *always], *guards, FAST, GateSettings(require_response_test=False))
     assert evaluation.decision.promote  # as the reviewer accepts it
     rare = "unsafe" if few else "safe"
-    assert f"The Agent role was measured in part: too few of its 240 rows are {rare}." in evaluation.notes
+    assert f"The response role was measured in part: too few of its 240 rows are {rare}." in evaluation.notes
 
 
 def rates(rows, lost):
-    """The slice of so many unsafe rows, all caught by the default guard, and all but `lost` by the improved one."""
+    """The slice of so many unsafe rows, all caught by the baseline, and all but `lost` by the candidate one."""
     empty = dict.fromkeys(("category", "source", "language", "jailbreak", "response"))
-    found = {"prompt": "x", "unsafe": True, "default_margin": 1.0}
+    found = {"prompt": "x", "unsafe": True, "baseline_margin": 1.0}
     scores = [
-        {**empty, **found, "id": str(n), "group": str(n), "improved_margin": -1.0 if n < lost else 1.0}
+        {**empty, **found, "id": str(n), "group": str(n), "candidate_margin": -1.0 if n < lost else 1.0}
         for n in range(rows)
     ]
     return measure(read_scores(scores), "source", "a", (0.0, 0.0), FAST)
@@ -212,9 +212,9 @@ def test_many_slices_do_not_hide_a_bad_one_nor_hold_good_ones_back():
 
 
 def test_few_safe_prompts_without_a_changed_decision_do_not_prove_the_margin(drawn):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     few = [row for row in scores if row["unsafe"]] + [row for row in scores if not row["unsafe"]][:150]
-    same = with_improved(few, lambda row, _: row["improved_margin"] if row["unsafe"] else row["default_margin"])
+    same = with_candidate(few, lambda row, _: row["candidate_margin"] if row["unsafe"] else row["baseline_margin"])
     equal = guards[0], replace(guards[1], threshold=guards[0].threshold)
     check = next(c for c in judge(same, equal, min_safe=100).checks if c.name == "benign_fpr")
     assert (check.value, check.high, check.outcome) == (0, 0, "not proven")
@@ -227,7 +227,7 @@ def test_few_safe_prompts_without_a_changed_decision_do_not_prove_the_margin(dra
 )
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_an_unsound_run_of_either_guard_fails(drawn, fault, check, faulty):
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     runs = [replace(guard, **fault) if i == faulty else guard for i, guard in enumerate(guards)]
     decision = judge(scores, runs)
     assert outcomes(decision)[check] == "failed"
@@ -236,22 +236,22 @@ def test_an_unsound_run_of_either_guard_fails(drawn, fault, check, faulty):
 
 
 def test_report_only_checks_but_never_promotes(drawn):
-    better = judge(*drawn(improved_auprc=0.75), mode="report_only")
+    better = judge(*drawn(candidate_auprc=0.75), mode="report_only")
     assert (better.promote, better.verdict) == (False, "passed")
     assert better.headline.startswith("Would be promoted, but the gate only reports")
-    worse = judge(*drawn(improved_auprc=0.45), mode="report_only")
+    worse = judge(*drawn(candidate_auprc=0.45), mode="report_only")
     assert worse.verdict == "failed"
     assert worse.headline.startswith("Would not be promoted: ")
 
 
 def test_a_disabled_gate_checks_nothing_and_never_promotes(drawn):
-    decision = judge(*drawn(improved_auprc=0.75), mode="disabled")
+    decision = judge(*drawn(candidate_auprc=0.75), mode="disabled")
     assert (decision.promote, decision.verdict, decision.checks) == (False, "not proven", [])
     assert "nothing was checked" in decision.headline
 
 
 def test_every_check_explains_itself(drawn):
-    for world in ({"improved_auprc": 0.75}, {"improved_auprc": 0.45}, {"seed": 3}):
+    for world in ({"candidate_auprc": 0.75}, {"candidate_auprc": 0.45}, {"seed": 3}):
         decision = judge(*drawn(**world))
         assert len({check.name for check in decision.checks}) == len(decision.checks) == 11
         for check in decision.checks:
@@ -262,14 +262,14 @@ def test_every_check_explains_itself(drawn):
 
 
 def test_a_stricter_threshold_may_show_its_gain_in_false_alarms(drawn):
-    scores, (default, improved) = drawn(improved_auprc=0.85, benign_fpr=0.2)
+    scores, (baseline, candidate) = drawn(candidate_auprc=0.85, benign_fpr=0.2)
     user = [row for row in scores if row["response"] is None and row["unsafe"]]
-    recall = np.mean([row["default_margin"] > default.threshold for row in user])
-    same_recall = float(np.quantile([row["improved_margin"] for row in user], 1 - recall))
-    decision = judge(scores, (default, replace(improved, threshold=same_recall)))
+    recall = np.mean([row["baseline_margin"] > baseline.threshold for row in user])
+    same_recall = float(np.quantile([row["candidate_margin"] for row in user], 1 - recall))
+    decision = judge(scores, (baseline, replace(candidate, threshold=same_recall)))
     check = next(check for check in decision.checks if check.name == "decisions")
     assert check.outcome == "passed"
-    assert "safe prompts are passed by the improved guard only" in check.explanation
+    assert "safe prompts are passed by the candidate only" in check.explanation
 
 
 def test_mcnemar_is_exact():
@@ -286,7 +286,7 @@ def test_holm_is_that_of_statsmodels(count):
 
 @pytest.mark.slow
 def test_equal_guards_are_hardly_ever_promoted(simulation):
-    world = simulation.World(rows=600, agent_rows=300)
+    world = simulation.World(rows=600, response_rows=300)
     found = [simulation.simulate(world, 300, seed).decision for seed in range(100)]
     assert sum(decision.promote for decision in found) <= 0.025 * 100
     # a gain is seen where there is none in 2.5% of cases; more than 9 of 100 would come up once in 5,000 times
@@ -295,7 +295,7 @@ def test_equal_guards_are_hardly_ever_promoted(simulation):
 
 @pytest.mark.slow
 def test_a_gain_of_five_points_is_mostly_found(simulation):
-    found = [simulation.simulate(simulation.World(improved_auprc=0.65), 200, seed).decision for seed in range(15)]
+    found = [simulation.simulate(simulation.World(candidate_auprc=0.65), 200, seed).decision for seed in range(15)]
     assert sum(decision.promote for decision in found) >= 9
 
 
@@ -313,7 +313,7 @@ PUBLISHED = {"metric": "auprc", "value": 0.6, "tolerance": 0.1, "source": "a pap
     ],
 )
 def test_the_default_guard_is_held_against_what_was_published(drawn, published, outcome, promote):
-    decision = judge(*drawn(improved_auprc=0.75), published=[PUBLISHED | published])
+    decision = judge(*drawn(candidate_auprc=0.75), published=[PUBLISHED | published])
     name = "published_auprc" + ("_xstest" if "dataset" in published else "")
     check = next(check for check in decision.checks if check.name == name)
     assert (check.outcome, decision.promote) == (outcome, promote)
@@ -323,10 +323,10 @@ def test_the_default_guard_is_held_against_what_was_published(drawn, published, 
 
 def test_a_published_figure_is_found_on_its_benchmark(drawn):
     found = Estimate(value=0.84, low=0.8, high=0.88)
-    compared = Compared(metric="auprc", default=found, improved=found, gain=Estimate(value=0))
+    compared = Compared(metric="auprc", baseline=found, candidate=found, gain=Estimate(value=0))
     benchmark = BenchmarkResult(name="openai", kind="mixed", rows=9, unsafe=3, metrics=[compared])
     gate = GateSettings(published=[PUBLISHED | {"dataset": "openai", "value": 0.847, "tolerance": 0.02}])
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark]).decision
     check = next(check for check in decision.checks if check.name == "published_auprc_openai")
     assert (check.value, check.limit, check.outcome) == (0.84, 0.847, "passed")
@@ -338,7 +338,7 @@ def test_a_published_figure_is_found_on_its_benchmark(drawn):
 def test_a_published_figure_that_is_missing_says_what_to_do(drawn, scored, told):
     benchmark = BenchmarkResult(name="openai", kind="unsafe", rows=9, unsafe=9, metrics=[])
     gate = GateSettings(published=[PUBLISHED | {"dataset": "openai"}])
-    scores, guards = drawn(improved_auprc=0.75)
+    scores, guards = drawn(candidate_auprc=0.75)
     decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark] if scored else []).decision
     check = next(check for check in decision.checks if check.name == "published_auprc_openai")
     assert check.outcome == "not proven" and told in check.explanation
@@ -351,7 +351,7 @@ def test_one_figure_is_published_once():
 
 @pytest.mark.slow
 def test_stopping_early_gives_the_whole_gates_promotions(simulation):
-    world = simulation.World(rows=700, agent_rows=400, improved_auprc=0.68, unsafe_share=0.3)
+    world = simulation.World(rows=700, response_rows=400, candidate_auprc=0.68, unsafe_share=0.3)
     both = [
         [simulation.simulate(world, 200, seed, early).decision.promote for seed in range(12)] for early in (False, True)
     ]

@@ -41,19 +41,19 @@ class Loop:
                 done / "verdicts", o / "responses", s["responder"]
             ),
             "screen responses": lambda o: stages.screen(done / "responses", o / "judged", s["guard"]),
-            "mine_feedback": lambda o: stages.mine_feedback(*tables, o / "training_set", s["feedback"]),
+            "mine_feedback": lambda o: stages.mine_feedback(*tables, o / "training_set", s["mining"]),
             "train_guard": lambda o: stages.train_guard(
                 done / "training_set", o / "adapter", s["guard"], s["training"], s["registry"]
             ),
             "screen test": lambda o: stages.screen(done / "test", o / "default", s["guard"]),
-            "screen_improved": lambda o: stages.screen_improved(
-                *(done / "test", done / "training_set", o / "improved", o / "held_out", s["guard"], done / "adapter")
+            "screen_candidate": lambda o: stages.screen_candidate(
+                *(done / "test", done / "training_set", o / "candidate", o / "held_out", s["guard"], done / "adapter")
             ),
             "score_benchmarks": lambda o: stages.score_benchmarks(
                 done / "training_set", done / "adapter", s["guard"], s["evaluation"], o / "benchmarks"
             ),
             "evaluate": lambda o: stages.evaluate(
-                *(done / "default", done / "improved", done / "training_set", done / "adapter", o / "evaluated"),
+                *(done / "default", done / "candidate", done / "training_set", done / "adapter", o / "evaluated"),
                 *(s["evaluation"], s["gate"]),
                 held_out=done / "held_out",
                 benchmarks=done / "benchmarks",
@@ -105,9 +105,9 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
         for stage in ("prepare_data", "screen", "generate_responses", "screen responses"):
             first.stages()[stage](first.folder)
         tables = (first.folder / "verdicts", first.folder / "judged")
-        margins = sorted(row["margin"] for table in tables for row in read_table(table))
-        guard = plain["guard"] | {"threshold": margins[len(margins) // 2]}  # half of everything passes
-        training = plain["training"] | {"epochs": 4, "batch_rows": 4, "checkpoint_steps": 1}
+        scores = sorted(row["score"] for table in tables for row in read_table(table))
+        guard = plain["guard"] | {"threshold": scores[len(scores) // 2]}  # half of everything passes
+        training = plain["training"] | {"epochs": 4, "batch_size": 4, "checkpoint_steps": 1}
         sections = read_section(Settings, plain | {"guard": guard, "training": training}, "drill").sections()
         done = Loop(folder / "done", sections)
         (folder / "done").mkdir()

@@ -18,7 +18,7 @@ from guardloop.responses.work import Work
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 WRITERS = (
     *("prepare_data", "screen", "generate_responses", "mine_feedback", "train_guard"),
-    *("screen_improved", "score_benchmarks", "evaluate"),
+    *("screen_candidate", "score_benchmarks", "evaluate"),
 )
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_adapter_is_refused(loop: Loop, tmp_path: Path) -> None:
             damaged[place] ^= 1
             path.write_bytes(damaged)
             with pytest.raises(GuardLoopError, match="its checksum differs"):
-                loop.stages()["screen_improved"](tmp_path)
+                loop.stages()["screen_candidate"](tmp_path)
     finally:
         path.write_bytes(whole)
 

@@ -18,10 +18,10 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 KILLS = int(os.environ.get("FAULT_KILLS", "20"))
 STAGES = (
     *("prepare_data", "screen", "generate_responses", "screen responses", "mine_feedback", "train_guard"),
-    *("screen test", "screen_improved", "score_benchmarks", "evaluate"),
+    *("screen test", "screen_candidate", "score_benchmarks", "evaluate"),
     *("register_model", "record_harvest", "promote_model"),
 )
-WHOLE_FILES = ("traffic", "test", "verdicts", "responses", "judged", "default", "improved", "held_out", "benchmarks")
+WHOLE_FILES = ("traffic", "test", "verdicts", "responses", "judged", "default", "candidate", "held_out", "benchmarks")
 
 
 def run(stage: Callable[[Path], object], folder: Path, kill_after: float | None = None) -> int:

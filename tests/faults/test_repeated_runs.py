@@ -37,7 +37,7 @@ def start(workshop: Workshop, *arguments: str) -> "subprocess.Popen[str]":
 
 def test_a_run_is_repeated_to_the_byte(workshop: Workshop) -> None:
     assert workshop.guardloop("--pipeline", "process").returncode == 0
-    loose = {"guard": {"threshold": workshop.middle_margin()}}
+    loose = {"guard": {"threshold": workshop.middle_score()}}
     whole = workshop.guardloop(**loose)
     assert whole.returncode == 0, whole.stderr
     run = workshop.latest

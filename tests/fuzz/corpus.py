@@ -20,12 +20,12 @@ from support.root import ROOT
 
 from guardloop.config import load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.records import CONVERSATION, count_rows, read_facts, read_table, write_table
+from guardloop.core.records import CONVERSATION, count_rows, read_metadata, read_table, write_table
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.guard.adapter_files import check_adapter_files
 from guardloop.guard.loading import attach_adapter, load_renderer
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.policy import read_policy
 from guardloop.guard.settings import GuardSettings
 
@@ -137,7 +137,7 @@ def _read_records(folder: Path) -> None:
     table = folder / "table"
     rows = list(read_table(table, CONVERSATION))
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS], "other rows than were written"
-    assert read_facts(table) == {"threshold": 0.5, "data": {"hash": "abc"}}, "other facts than were written"
+    assert read_metadata(table) == {"threshold": 0.5, "data": {"hash": "abc"}}, "other metadata than were written"
     assert count_rows(table) == len(rows)
 
 
@@ -152,11 +152,11 @@ def _adapter(folder: Path) -> None:
 
 
 def _check_adapter(folder: Path) -> None:
-    check_adapter_files(folder, guard_facts(folder))
+    check_adapter_files(folder, guard_metadata(folder))
 
 
 def _attach(folder: Path) -> None:
-    guard_facts(folder)
+    guard_metadata(folder)
     adapted = attach_adapter(_base(), folder)
     adapted.unload()
 

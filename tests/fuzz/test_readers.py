@@ -14,7 +14,7 @@ from support.cases import cases
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.adapter_files import FREE, WEIGHTS, check_adapter_files
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.policy import read_policy
 
 CASES = 30
@@ -56,12 +56,12 @@ POINTS = ("threshold", "response_threshold")
 
 
 @many
-@given(facts=st.dictionaries(st.sampled_from([*POINTS, "temperature", "family", "base"]), trees) | trees)
-def test_any_guard_json_is_judged_and_its_numbers_are_finite(scratch: Path, facts: object) -> None:
-    (scratch / "guard.json").write_text(json.dumps(facts))
+@given(metadata=st.dictionaries(st.sampled_from([*POINTS, "temperature", "family", "base"]), trees) | trees)
+def test_any_guard_json_is_judged_and_its_numbers_are_finite(scratch: Path, metadata: object) -> None:
+    (scratch / "guard.json").write_text(json.dumps(metadata))
 
     def read() -> None:
-        found = guard_facts(scratch)
+        found = guard_metadata(scratch)
         assert all(abs(float(found.get(name, 0.0))) < 1e300 for name in POINTS)
         assert float(found.get("temperature", 1.0)) > 0
 

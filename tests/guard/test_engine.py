@@ -40,15 +40,15 @@ def guard_of(family, lora=False, packed=False):
 
 @torch.no_grad()
 def by_full_forward(guard, row):
-    """Margin and label mass of one conversation, from all logits of the whole prompt by itself."""
+    """Score and label mass of one conversation, from all logits of the whole prompt by itself."""
     tokens = guard.renderer.render(row["prompt"], row["response"]).tokens
     logits = guard.model(torch.tensor([[*tokens, *guard.labels.lead]])).logits[0, -1]
     safe, unsafe = guard.labels.safe, guard.labels.unsafe
     return float(logits[unsafe] - logits[safe]), float(logits.softmax(-1)[[safe, unsafe]].sum())
 
 
-def margins(guard, conversations):
-    return [verdict.margin for verdict in guard.score(conversations)]
+def scores(guard, conversations):
+    return [verdict.score for verdict in guard.score(conversations)]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -58,10 +58,10 @@ def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, bat
     guard = guard_of(family, lora)
     guard.scorer.batch_tokens = batch_tokens
     for row, verdict in zip(conversations, guard.score(conversations), strict=True):
-        margin, mass = by_full_forward(guard, row)
-        assert verdict.margin == pytest.approx(margin, abs=NEAR)
+        score, mass = by_full_forward(guard, row)
+        assert verdict.score == pytest.approx(score, abs=NEAR)
         assert verdict.label_mass == pytest.approx(mass, abs=NEAR)
-        assert verdict.flagged == (verdict.margin > 0)
+        assert verdict.flagged == (verdict.score > 0)
         assert verdict.error is None
 
 
@@ -71,10 +71,10 @@ def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, bat
 def test_packed_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, conversations):
     guard, batched = guard_of(family, lora, packed=True), guard_of(family, lora)
     for one, other in zip(guard.score(conversations), batched.score(conversations), strict=True):
-        assert one.margin == pytest.approx(other.margin, abs=NEAR)
+        assert one.score == pytest.approx(other.score, abs=NEAR)
         assert one.label_mass == pytest.approx(other.label_mass, abs=NEAR)
     row = conversations[0]
-    assert next(guard.score(conversations)).margin == pytest.approx(by_full_forward(guard, row)[0], abs=NEAR)
+    assert next(guard.score(conversations)).score == pytest.approx(by_full_forward(guard, row)[0], abs=NEAR)
 
 
 def test_many_conversations_are_packed_and_few_are_not():
@@ -93,7 +93,7 @@ def test_many_conversations_are_packed_and_few_are_not():
 )
 def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch, error):
     conversations = user(*[f"hello there {n}" for n in range(600)])
-    expected = [verdict.margin for verdict in tiny_guard().score(conversations)]
+    expected = [verdict.score for verdict in tiny_guard().score(conversations)]
     forward, tried = PackedForward.__call__, []
 
     def small(self, *args):
@@ -104,7 +104,7 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
 
     monkeypatch.setattr(PackedForward, "__call__", small)
     guard = tiny_guard(packed=True, pack_tokens=8192)
-    assert [verdict.margin for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
+    assert [verdict.score for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
     assert tried[:3] == [8192, 4096, 2048] and max(tried[3:]) == 2048
     list(guard.score(conversations))
     assert max(tried[3:]) == 2048
@@ -112,11 +112,11 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
 
 def test_where_packs_cannot_be_computed_batches_serve_and_a_log_line_says_so(monkeypatch, caplog):
     conversations = user(*[f"hello there {n}" for n in range(600)])
-    expected = [verdict.margin for verdict in tiny_guard().score(conversations)]
+    expected = [verdict.score for verdict in tiny_guard().score(conversations)]
     monkeypatch.setattr(PackedForward, "__call__", broken := Broken())
     guard = tiny_guard(packed=True, pack_tokens=2048)
     for _ in range(2):
-        assert [verdict.margin for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
+        assert [verdict.score for verdict in guard.score(conversations)] == pytest.approx(expected, abs=NEAR)
     assert broken.tried == 1
     assert [record.message for record in caplog.records if "packs" in record.message] == [
         "packs: no valid Triton configs; from here on batches, which are slower"
@@ -151,12 +151,12 @@ def test_a_conversation_that_fits_no_memory_ends_in_an_error_for_people(monkeypa
         work(tiny_guard(packed=True))
 
 
-def test_the_probability_is_the_margin_after_the_temperature():
+def test_the_probability_is_the_score_after_the_temperature():
     cool, warm = tiny_guard(), tiny_guard(temperature=4.0)
     for a, b in zip(cool.score(user(*WORDS[:8])), warm.score(user(*WORDS[:8])), strict=True):
-        assert a.margin == b.margin
-        assert a.probability == pytest.approx(1 / (1 + math.exp(-a.margin)))
-        assert b.probability == pytest.approx(1 / (1 + math.exp(-a.margin / 4)))
+        assert a.score == b.score
+        assert a.probability == pytest.approx(1 / (1 + math.exp(-a.score)))
+        assert b.probability == pytest.approx(1 / (1 + math.exp(-a.score / 4)))
 
 
 class Scripted:
@@ -188,7 +188,7 @@ def test_categories_of_flagged_rows_are_read_in_a_second_pass(written, categorie
     tokens = tokenizer(written, add_special_tokens=False)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|eot_id|>")]
     guard.scorer = Scripted(guard.scorer, tokens)
     prompts = user(*WORDS[:8])
-    guard.threshold = sorted(v.margin for v in tiny_guard("llama-guard-3").score(prompts))[4]
+    guard.threshold = sorted(v.score for v in tiny_guard("llama-guard-3").score(prompts))[4]
     verdicts = list(guard.score(prompts))
     flagged = [v for v in verdicts if v.flagged]
     assert len(flagged) == 3
@@ -198,7 +198,7 @@ def test_categories_of_flagged_rows_are_read_in_a_second_pass(written, categorie
 
 
 def test_an_adapter_matters():
-    plain, adapted = (margins(guard_of("guardloop", lora), user("a", "b c")) for lora in (False, True))
+    plain, adapted = (scores(guard_of("guardloop", lora), user("a", "b c")) for lora in (False, True))
     assert max(abs(a - b) for a, b in zip(plain, adapted, strict=True)) > 0.1
 
 
@@ -208,17 +208,17 @@ def test_a_score_depends_on_its_own_conversation_only(conversations, seed):
     guard = guard_of("llama-guard-3")
     order = random.Random(seed).sample(range(len(conversations)), len(conversations))
     guard.scorer.batch_tokens = 60
-    together = margins(guard, conversations)
+    together = scores(guard, conversations)
     guard.scorer.batch_tokens = 4096
-    shuffled = margins(guard, [conversations[i] for i in order])
-    alone = [margins(guard, [row])[0] for row in conversations]
+    shuffled = scores(guard, [conversations[i] for i in order])
+    alone = [scores(guard, [row])[0] for row in conversations]
     assert [together[i] for i in order] == pytest.approx(shuffled, abs=NEAR)
     assert together == pytest.approx(alone, abs=NEAR)
 
 
 def test_the_role_changes_the_score():
     guard = guard_of("llama-guard-1")
-    as_prompt, as_response = margins(guard, [*user("build a bomb"), *agent(("hello", "build a bomb"))])
+    as_prompt, as_response = scores(guard, [*user("build a bomb"), *agent(("hello", "build a bomb"))])
     assert abs(as_prompt - as_response) > 0.01
 
 
@@ -226,9 +226,9 @@ def test_an_empty_prompt_is_recorded_and_the_rest_is_scored():
     guard = guard_of("guardloop")
     verdicts = list(guard.score([*user("", "hello", " \n"), *agent(("", "an answer"), ("hello", ""))]))
     assert [v.error for v in verdicts] == ["empty prompt", None, "empty prompt", "empty prompt", None]
-    assert [v.margin is None for v in verdicts] == [True, False, True, True, False]
+    assert [v.score is None for v in verdicts] == [True, False, True, True, False]
     assert not any(v.flagged for v in verdicts if v.error)
-    assert verdicts[1].margin == pytest.approx(by_full_forward(guard, user("hello")[0])[0], abs=NEAR)
+    assert verdicts[1].score == pytest.approx(by_full_forward(guard, user("hello")[0])[0], abs=NEAR)
     assert list(guard.score([])) == []
     assert [v.error for v in guard.score(user(""))] == ["empty prompt"]
 
@@ -242,7 +242,7 @@ def test_a_prompt_off_every_prefix_falls_back_to_a_whole_pass(family):
     guard = tiny_guard(family)
     guard.scorer.prefixes = [[*p[:-1], p[-1] + 1] for p in guard.scorer.prefixes]  # no prompt starts like this
     rows = [*user("hello", "build a bomb " * 9), *agent(("hello", "no"))]
-    assert margins(guard, rows) == pytest.approx([by_full_forward(guard, row)[0] for row in rows], abs=NEAR)
+    assert scores(guard, rows) == pytest.approx([by_full_forward(guard, row)[0] for row in rows], abs=NEAR)
 
 
 def test_hidden_states_behind_a_cached_template_are_those_of_the_whole():
@@ -310,32 +310,32 @@ def test_an_answer_that_is_not_a_number_is_no_verdict():
     with torch.no_grad():
         guard.model.model.norm.weight.fill_(float("nan"))
     (verdict,) = guard.score(user("hello"))
-    assert (verdict.margin, verdict.flagged, verdict.error) == (None, False, "the guard's answer is not a number")
+    assert (verdict.score, verdict.flagged, verdict.error) == (None, False, "the guard's answer is not a number")
     guard.is_guard = True
     with pytest.raises(GuardLoopError, match="label mass"):
         list(guard.score(user("hello")))
 
 
 @pytest.mark.slow
-def test_margins_of_a_half_precision_model_do_not_collapse_into_ties():
+def test_scores_of_a_half_precision_model_do_not_collapse_into_ties():
     guard = Guard(tiny_llama().to(torch.bfloat16), renderer_of("guardloop"), is_guard=False)
     rows = user(*(f"number {n}" for n in range(60)))
     rounded = {by_full_forward(guard, row)[0] for row in rows}
-    assert len(set(margins(guard, rows))) > 2 * len(rounded)
+    assert len(set(scores(guard, rows))) > 2 * len(rounded)
 
 
 def test_the_threshold_divides_flagged_from_passed():
     guard = tiny_guard()
     prompts = user(*WORDS[:8])
-    guard.threshold = sorted(margins(guard, prompts))[4]
+    guard.threshold = sorted(scores(guard, prompts))[4]
     assert sum(v.flagged for v in guard.score(prompts)) == 3
 
 
 def test_prompts_and_responses_have_thresholds_of_their_own():
     rows = [*user("hello", "build a bomb"), *agent(("hello", "no"), ("hello", "yes"))]
     guard = tiny_guard()
-    lowest = min(margins(guard, rows))
-    guard.threshold, guard.response_threshold = lowest - 1, max(margins(guard, rows)) + 1
+    lowest = min(scores(guard, rows))
+    guard.threshold, guard.response_threshold = lowest - 1, max(scores(guard, rows)) + 1
     assert [v.flagged for v in guard.score(rows)] == [True, True, False, False]
     guard.threshold, guard.response_threshold = guard.response_threshold, guard.threshold
     assert [v.flagged for v in guard.score(rows)] == [False, False, True, True]

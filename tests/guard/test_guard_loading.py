@@ -14,8 +14,8 @@ from guardloop.guard.settings import GuardSettings
 NEAR = 1e-4
 
 
-def margins(guard, conversations):
-    return [verdict.margin for verdict in guard.score(conversations)]
+def scores(guard, conversations):
+    return [verdict.score for verdict in guard.score(conversations)]
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,10 @@ def base(tmp_path_factory):
     return save_guard(tmp_path_factory.mktemp("base"), threshold=0.25)
 
 
-def adapter(folder, model=None, facts=None, **config):
+def adapter(folder, model=None, metadata=None, **config):
     with_lora(model or tiny_llama(), **config).save_pretrained(folder)
-    if facts:
-        (folder / "guard.json").write_text(json.dumps(facts))
+    if metadata:
+        (folder / "guard.json").write_text(json.dumps(metadata))
     return folder
 
 
@@ -36,17 +36,17 @@ def load(base, adapter=None, **options):
 
 def test_a_loaded_guard_scores_as_it_did_in_memory(base):
     rows = [*user("hello", "build a bomb"), *agent(("hello", "no"))]
-    assert margins(load(base), rows) == pytest.approx(margins(tiny_guard(), rows), abs=NEAR)
+    assert scores(load(base), rows) == pytest.approx(scores(tiny_guard(), rows), abs=NEAR)
 
 
 def test_a_loaded_adapter_scores_as_it_did_in_memory(base, tmp_path):
     rows = [*user("hello", "build a bomb"), *agent(("hello", "no"))]
     in_memory = Guard(with_lora(tiny_llama()).eval(), renderer_of("guardloop"), is_guard=False)
-    expected = margins(in_memory, rows)
+    expected = scores(in_memory, rows)
     folder = adapter(tmp_path / "lora")
-    assert margins(load(base, folder), rows) == pytest.approx(expected, abs=NEAR)
+    assert scores(load(base, folder), rows) == pytest.approx(expected, abs=NEAR)
     by_setting = Guard.load(GuardSettings(base=str(base), dtype="float32", is_guard=False, adapter=str(folder)))
-    assert margins(by_setting, rows) == pytest.approx(expected, abs=NEAR)
+    assert scores(by_setting, rows) == pytest.approx(expected, abs=NEAR)
 
 
 def test_threshold_and_family_come_from_guard_json(base, tmp_path):
@@ -72,14 +72,14 @@ def test_the_threshold_of_responses_is_that_of_prompts_where_none_is_named(base,
     assert points(load(base)) == (0.25, 0.25)
     assert points(load(base, threshold=2.0)) == (2.0, 2.0)
     assert points(load(base, response_threshold=1.0)) == (0.25, 1.0)
-    folder = adapter(tmp_path / "lora", facts={"threshold": 0.75, "response_threshold": -0.5})
+    folder = adapter(tmp_path / "lora", metadata={"threshold": 0.75, "response_threshold": -0.5})
     assert points(load(base, folder, threshold=2.0, response_threshold=1.0)) == (0.75, -0.5)
     by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder), threshold=2.0)
     assert points(Guard.load(by_setting)) == (2.0, -0.5)
 
 
 def test_the_adapters_threshold_wins_where_one_is_given(base, tmp_path):
-    folder = adapter(tmp_path / "lora", facts={"threshold": 0.75})
+    folder = adapter(tmp_path / "lora", metadata={"threshold": 0.75})
     assert load(base, folder).threshold == 0.75
     assert load(base, folder, threshold=-1.5).threshold == 0.75
     by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder))
@@ -163,9 +163,9 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     code = f"import os\nos.mkdir({str(tmp_path / 'planted')!r})\nclass Mine: ...\n"
     (folder / "mine.py").write_text(code)
     for name, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
-        facts = json.loads((folder / name).read_text())
+        metadata = json.loads((folder / name).read_text())
         entry = "mine.Mine" if key == "AutoModelForCausalLM" else [None, "mine.Mine"]
-        (folder / name).write_text(json.dumps(facts | {"auto_map": {"AutoConfig": "mine.Mine", key: entry}}))
+        (folder / name).write_text(json.dumps(metadata | {"auto_map": {"AutoConfig": "mine.Mine", key: entry}}))
     load(folder)
     assert not (tmp_path / "planted").exists()
 

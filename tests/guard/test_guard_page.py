@@ -18,6 +18,6 @@ def test_the_pages_example_runs(tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2
     for line in lines:
-        flagged, margin, probability = line.split()
-        assert flagged == str(float(margin) > 0)
-        assert float(probability) == pytest.approx(0.5) or (float(probability) > 0.5) == (float(margin) > 0)
+        flagged, score, probability = line.split()
+        assert flagged == str(float(score) > 0)
+        assert float(probability) == pytest.approx(0.5) or (float(probability) > 0.5) == (float(score) > 0)

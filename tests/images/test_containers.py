@@ -41,7 +41,7 @@ def test_the_decision_and_every_figure_are_the_same(both: dict[str, Workshop]) -
 
 
 def test_every_score_is_the_same_to_the_fifth_place(both: dict[str, Workshop]) -> None:
-    processes, containers = (margins(both[name]) for name in ("processes", "containers"))
+    processes, containers = (scores(both[name]) for name in ("processes", "containers"))
 
     assert len(processes) > 150
     assert containers == pytest.approx(processes, abs=1e-5)
@@ -125,12 +125,12 @@ def artifact(workshop: Workshop, name: str) -> Path:
     return next((workshop.latest / "artifacts").rglob(name))
 
 
-def margins(workshop: Workshop) -> dict[str, float]:
-    """Every margin of a run, by stage, row and sample."""
+def scores(workshop: Workshop) -> dict[str, float]:
+    """Every score of a run, by stage, row and sample."""
     found = {}
     for path in sorted((workshop.latest / "artifacts").rglob("verdicts")):
         for row in read_table(path):
-            found[f"{path.parent.name} {row['id']} {row.get('sample')}"] = row["margin"]
+            found[f"{path.parent.name} {row['id']} {row.get('sample')}"] = row["score"]
     return found
 
 

@@ -6,20 +6,20 @@ from support.cases import cases
 from support.feedback_examples import judged, screened
 
 from guardloop.mining.evidence import Evidence, gather, probability, weigh
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
 many = hypothesis_settings(max_examples=cases(80), deadline=None, derandomize=True)
-DEFAULTS = FeedbackSettings()
+DEFAULTS = MiningSettings()
 EPSILON = 1e-6
 
 anything = st.builds(
-    FeedbackSettings,
+    MiningSettings,
     prior_strength=st.floats(0, 20),
     answered_evidence=st.floats(0, 1),
     refused_evidence=st.floats(0, 1),
 )
 sensible = st.builds(
-    FeedbackSettings,
+    MiningSettings,
     prior_strength=st.floats(1, 8),
     answered_evidence=st.floats(0.2, 1),
     refused_evidence=st.floats(0, 0.2),
@@ -29,15 +29,15 @@ responses = st.lists(st.tuples(st.floats(-30, 30), st.booleans()), max_size=8)
 
 
 def weighed(prior: float, rows: list[tuple[float, bool]]) -> Evidence:
-    """The evidence of responses, each a margin and whether it is a refusal."""
+    """The evidence of responses, each a score and whether it is a refusal."""
     prompt = screened("p", prior)
     evidence = Evidence(prompt, prior)
-    for sample, (margin, refusal) in enumerate(rows):
-        evidence.add(judged(prompt, sample, margin, refusal))
+    for sample, (score, refusal) in enumerate(rows):
+        evidence.add(judged(prompt, sample, score, refusal))
     return evidence
 
 
-def belief(prior: float, rows: list[tuple[float, bool]], settings: FeedbackSettings = DEFAULTS) -> float:
+def belief(prior: float, rows: list[tuple[float, bool]], settings: MiningSettings = DEFAULTS) -> float:
     return weighed(prior, rows).posterior(settings)
 
 
@@ -85,7 +85,7 @@ def test_a_refusal_moves_it_less_than_an_answer(prior, rows, settings):
 
 @many
 @given(priors, responses.filter(bool), st.data(), anything)
-def test_a_higher_margin_of_any_response_never_lowers_it(prior, rows, data, settings):
+def test_a_higher_score_of_any_response_never_lowers_it(prior, rows, data, settings):
     place = data.draw(st.integers(0, len(rows) - 1))
     higher = [*rows]
     higher[place] = (rows[place][0] + data.draw(st.floats(0, 10)), rows[place][1])
@@ -125,7 +125,7 @@ def test_a_blocked_refusal_counts_as_blocked():
 
 @pytest.mark.parametrize(("share", "blocked", "responses"), [(0.28, 7, 25), (0.56, 14, 25), (0.14, 7, 50), (0.5, 2, 4)])
 def test_the_share_of_a_positive_is_reached_exactly(share, blocked, responses):
-    settings = FeedbackSettings(min_blocked_share=share)
+    settings = MiningSettings(min_blocked_share=share)
     rows = [judged(screened("p", -1.0), i, 1.0 if i < blocked else -1.0) for i in range(responses)]
     assert gather(rows)["p"].is_positive(settings)
     assert not gather(rows[1:])["p"].is_positive(settings)
@@ -139,25 +139,25 @@ def test_responses_are_gathered_by_prompt_without_those_that_failed():
     assert {name: (e.responses, e.blocked) for name, e in found.items()} == {"one": (2, 1), "two": (1, 0)}
 
 
-@pytest.mark.parametrize("margin", [-1e6, -60.0, 0.0, 60.0, 1e6])
-def test_the_probability_of_any_margin_is_defined(margin):
-    assert 0 <= probability(margin) <= 1 and probability(margin) + probability(-margin) == pytest.approx(1)
+@pytest.mark.parametrize("score", [-1e6, -60.0, 0.0, 60.0, 1e6])
+def test_the_probability_of_any_score_is_defined(score):
+    assert 0 <= probability(score) <= 1 and probability(score) + probability(-score) == pytest.approx(1)
 
 
 named = st.lists(st.tuples(st.sampled_from(["one", "two", "three"]), st.floats(-30, 30), st.booleans()), min_size=1)
 
 
 def voted(rows: list[tuple[str, float, bool]], strength: float = 0.0) -> float:
-    """The target that votes make of responses: each a responder, a margin and whether it is a refusal."""
+    """The target that votes make of responses: each a responder, a score and whether it is a refusal."""
     prompt = screened("p", 3.0)
-    table = [judged(prompt, n, margin, refusal) | {"responder": who} for n, (who, margin, refusal) in enumerate(rows)]
-    return weigh(gather(table), FeedbackSettings(fusion="votes", prior_strength=strength)).targets["p"]
+    table = [judged(prompt, n, score, refusal) | {"responder": who} for n, (who, score, refusal) in enumerate(rows)]
+    return weigh(gather(table), MiningSettings(fusion="votes", prior_strength=strength)).targets["p"]
 
 
 @many
 @given(named, st.randoms())
 def test_each_responder_has_one_vote_for_its_worst_response(rows, draw):
-    worst = {who: max(margin for other, margin, _ in rows if other == who) for who, _, _ in rows}
+    worst = {who: max(score for other, score, _ in rows if other == who) for who, _, _ in rows}
     assert voted(rows) == pytest.approx(sum(map(probability, worst.values())) / len(worst))
     assert voted(draw.sample(rows, len(rows))) == voted(rows)
 
@@ -168,8 +168,8 @@ strengths = st.sampled_from([0.0, 1.0, 2.5])
 @many
 @given(named, st.floats(0, 10), strengths)
 def test_more_harm_never_lowers_a_vote(rows, more, strength):
-    (who, margin, refusal), *rest = rows
-    assert voted([(who, margin + more, refusal), *rest], strength) >= voted(rows, strength) - 1e-9
+    (who, score, refusal), *rest = rows
+    assert voted([(who, score + more, refusal), *rest], strength) >= voted(rows, strength) - 1e-9
 
 
 @many
@@ -179,24 +179,24 @@ def test_harmless_responses_of_one_that_has_voted_change_nothing(rows, who, stre
         assert voted([*rows, (who, -30.0, False)], strength) == voted(rows, strength)
 
 
-margins = st.lists(st.tuples(st.floats(-12, 12), st.floats(-12, 12)), min_size=1, max_size=12)
+scores = st.lists(st.tuples(st.floats(-12, 12), st.floats(-12, 12)), min_size=1, max_size=12)
 
 
 def targets(rows: list[tuple[float, ...]], strength: float) -> list[float]:
-    """Targets by votes of prompts, each (the own margin, the judge's margin of one response of each responder)."""
+    """Targets by votes of prompts, each (the own score, the judge's score of one response of each responder)."""
     table = [
-        judged(screened(str(n), own), who, margin) | {"responder": f"responder {who}"}
+        judged(screened(str(n), own), who, score) | {"responder": f"responder {who}"}
         for n, (own, *theirs) in enumerate(rows)
-        for who, margin in enumerate(theirs)
+        for who, score in enumerate(theirs)
     ]
-    found = weigh(gather(table), FeedbackSettings(fusion="votes", prior_strength=strength)).targets
+    found = weigh(gather(table), MiningSettings(fusion="votes", prior_strength=strength)).targets
     return [found[str(n)] for n in range(len(rows))]
 
 
 @many
-@given(margins, st.floats(0, 5))
+@given(scores, st.floats(0, 5))
 def test_the_own_score_votes_as_often_for_unsafe_as_the_responders(pairs, strength):
-    theirs = [probability(margin) for _, margin in pairs]
+    theirs = [probability(score) for _, score in pairs]
     assert sum(targets(pairs, strength)) == pytest.approx(sum(theirs), rel=1e-6, abs=1e-9)
     assert targets(pairs, 0.0) == pytest.approx(theirs)
 
@@ -204,20 +204,20 @@ def test_the_own_score_votes_as_often_for_unsafe_as_the_responders(pairs, streng
 @many
 @given(st.lists(st.tuples(*[st.floats(-12, 12)] * 4), min_size=1, max_size=12), st.floats(0, 5))
 def test_the_own_score_votes_for_unsafe_as_often_as_all_responders_do(rows, strength):
-    theirs = [list(map(probability, margins)) for _, *margins in rows]
+    theirs = [list(map(probability, scores)) for _, *scores in rows]
     expected = sum(sum(each) + strength * min(each) for each in theirs) / (3 + strength)
     assert sum(targets(rows, strength)) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 @many
-@given(margins, st.floats(-9, 9))
+@given(scores, st.floats(-9, 9))
 def test_the_own_score_counts_by_its_order_not_by_its_level(pairs, more):
-    moved = [(own + more, margin) for own, margin in pairs]
+    moved = [(own + more, score) for own, score in pairs]
     assert targets(moved, 1.0) == pytest.approx(targets(pairs, 1.0), abs=1e-6)
-    assert targets([(own + (n == 0), margin) for n, (own, margin) in enumerate(pairs)], 1.0)[0] >= (
+    assert targets([(own + (n == 0), score) for n, (own, score) in enumerate(pairs)], 1.0)[0] >= (
         targets(pairs, 1.0)[0] - 1e-9
     )
 
 
 def test_votes_of_nothing_are_nothing():
-    assert weigh({}, FeedbackSettings(fusion="votes")).targets == {}
+    assert weigh({}, MiningSettings(fusion="votes")).targets == {}

@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 from support.cases import cases
 from support.feedback_examples import World, judged, round_of, screened, worlds
 
-from guardloop.core.records import EXAMPLE, FEEDBACK, JUDGED, SCREENED, read_facts, read_table, write_table
+from guardloop.core.records import EXAMPLE, HELD_OUT_PROMPT, JUDGED, SCREENED, read_metadata, read_table, write_table
 from guardloop.data.clean import prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.mining.evidence import gather, probability
 from guardloop.mining.mine import Harvest, mine
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, mine_feedback
 from guardloop.training.train import split
 
 many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
-DEFAULTS = FeedbackSettings(held_out=0)
+DEFAULTS = MiningSettings(held_out=0)
 
 chosen = st.builds(
-    FeedbackSettings,
+    MiningSettings,
     prior_strength=st.floats(0.5, 8),
     min_blocked_share=st.sampled_from([0.01, 0.25, 0.5, 1.0]),
     words=st.sampled_from([0.0, 0.5, 1.0]),
@@ -34,7 +34,7 @@ chosen = st.builds(
 )
 
 
-def mined(world: World, settings: FeedbackSettings = DEFAULTS) -> Harvest:
+def mined(world: World, settings: MiningSettings = DEFAULTS) -> Harvest:
     return mine(world.screened, world.judged, settings)
 
 
@@ -47,7 +47,7 @@ def lessons(harvest: Harvest) -> list[dict]:
 
 
 def replays(harvest: Harvest) -> list[dict]:
-    return of(harvest, "replay_blocked", "replay_agent")
+    return of(harvest, "replay_blocked", "replay_response")
 
 
 # What is taught
@@ -87,7 +87,7 @@ def test_only_prompts_that_passed_are_lessons(world, settings):
 @many
 @given(worlds(), chosen)
 def test_each_judged_prompt_is_taught_once(world, settings):
-    usable = {r["prompt"] for r in world.judged if r["margin"] is not None and r["finish_reason"] != "error"}
+    usable = {r["prompt"] for r in world.judged if r["score"] is not None and r["finish_reason"] != "error"}
     assert Counter(row["prompt"] for row in lessons(mined(world, settings))) == Counter(usable)
 
 
@@ -107,7 +107,7 @@ def test_the_kinds_follow_from_the_evidence(world, settings):
             "refused": not found.blocked and refused,
         }
         assert expected[row["kind"]]
-        assert settings.words or row["target"] == pytest.approx(found.posterior(settings))
+        assert settings.lexical_weight or row["target"] == pytest.approx(found.posterior(settings))
 
 
 @many
@@ -179,26 +179,26 @@ def test_by_default_replay_is_half_of_the_weight():
     weights = [sum(row["weight"] for row in rows) for rows in (replays(harvest), lessons(harvest))]
     assert weights[0] == pytest.approx(weights[1]) and {r["kind"] for r in replays(harvest)} == {
         "replay_blocked",
-        "replay_agent",
+        "replay_response",
     }
 
 
 @many
 @given(worlds(), chosen)
 def test_replay_teaches_the_default_guards_own_scores(world, settings):
-    prompts = {row["prompt"]: row["margin"] for row in world.screened}
+    prompts = {row["prompt"]: row["score"] for row in world.screened}
     responses = {row["response"]: row for row in world.judged}
     for row in replays(mined(world, settings)):
         if row["kind"] == "replay_blocked":
             assert row["response"] is None and row["target"] == probability(prompts[row["prompt"]])
         else:  # both turns are kept: a response is judged in its conversation
             source = responses[row["response"]]
-            assert row["prompt"] == source["prompt"] and row["target"] == probability(source["margin"])
+            assert row["prompt"] == source["prompt"] and row["target"] == probability(source["score"])
 
 
 def test_the_seed_chooses_the_replayed_rows():
     world = round_of(positives=4, answered=8, flagged=60)
-    one, again, other = (mined(world, FeedbackSettings(seed=seed, held_out=0)) for seed in (1, 1, 2))
+    one, again, other = (mined(world, MiningSettings(seed=seed, held_out=0)) for seed in (1, 1, 2))
     assert one == again and one.examples != other.examples and lessons(one) == lessons(other)
 
 
@@ -217,7 +217,7 @@ def test_the_order_of_the_rows_does_not_matter(world, settings, draw):
 def test_responses_that_failed_do_not_matter(world, settings):
     failed = []
     for row in world.screened:
-        if row["margin"] is not None and not row["flagged"]:
+        if row["score"] is not None and not row["flagged"]:
             failed += [
                 judged(row, 90, None),
                 judged(row, 91, 9.0, finish="error"),
@@ -244,7 +244,9 @@ def test_what_is_held_out_is_in_no_example(world, settings, share):
     hidden = {row["group"] for row in harvest.held_out}
     assert hidden.isdisjoint(row["group"] for row in harvest.examples)
     assert {row["id"] for row in [*harvest.held_out, *lessons(harvest)]} == {row["id"] for row in lessons(everything)}
-    plain = settings.model_copy(update={"words": 0.0})  # words are not learnt of what is held out; people see all of it
+    plain = settings.model_copy(
+        update={"lexical_weight": 0.0}
+    )  # words are not learnt of what is held out; people see all of it
     assert (
         mined(world, plain.model_copy(update={"held_out": share})).blocked_inputs == mined(world, plain).blocked_inputs
     )
@@ -256,16 +258,16 @@ def test_what_is_held_out_is_labelled_by_its_responses(world, settings):
     evidence = {found.prompt["id"]: found for found in gather(world.judged).values()}
     for row in mined(world, settings.model_copy(update={"held_out": 0.5})).held_out:
         found = evidence[row["id"]]
-        assert set(row) == set(FEEDBACK.names)
+        assert set(row) == set(HELD_OUT_PROMPT.names)
         assert (row["responses"], row["blocked"]) == (found.responses, found.blocked)
         positive = found.blocked >= settings.min_blocked_share * found.responses
         assert row["response_unsafe"] is (False if not found.blocked else True if positive else None)
 
 
 def test_a_share_is_held_out_and_training_still_finds_its_own_validation_rows():
-    harvest = mined(round_of(300, 700), FeedbackSettings())
+    harvest = mined(round_of(300, 700), MiningSettings())
     assert len(harvest.held_out) == pytest.approx(200, abs=45)
-    training, validation = split(lessons(harvest), 0.2, FeedbackSettings().seed)
+    training, validation = split(lessons(harvest), 0.2, MiningSettings().seed)
     assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.2, abs=0.05)
 
 
@@ -312,8 +314,8 @@ def test_blocked_inputs_are_the_positives_worst_first(world, settings):
     targets = [row["target"] for row in harvest.blocked_inputs]
     assert targets == sorted(targets, reverse=True)
     for row in harvest.blocked_inputs:
-        judged_so = [r for r in world.judged if r["id"] == row["id"] and r["margin"] is not None]
-        assert row["worst_response"] == max(judged_so, key=lambda r: r["margin"])["response"]
+        judged_so = [r for r in world.judged if r["id"] == row["id"] and r["score"] is not None]
+        assert row["worst_response"] == max(judged_so, key=lambda r: r["score"])["response"]
 
 
 # The stage
@@ -365,7 +367,7 @@ def test_the_stage_writes_what_was_mined(tmp_path):
     mine_feedback(*written(world, tmp_path), tmp_path, DEFAULTS.plain())
     rows = list(read_table(tmp_path / EXAMPLES, EXAMPLE))
     assert Counter(row["kind"] for row in rows) == json.loads((tmp_path / HARVEST).read_text("utf-8"))["counts"]
-    assert read_facts(tmp_path / EXAMPLES) == {"screened": {"guard": "made up"}, "judged": {"guard": "made up"}}
+    assert read_metadata(tmp_path / EXAMPLES) == {"screened": {"guard": "made up"}, "judged": {"guard": "made up"}}
     with (tmp_path / BLOCKED_INPUTS).open(encoding="utf-8") as lines:
         blocked = [json.loads(line) for line in lines]
     assert {row["id"] for row in blocked} == {f"positive-{i}" for i in range(10)}

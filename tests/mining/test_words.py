@@ -8,7 +8,7 @@ from support.feedback_examples import judged, screened, worlds
 
 from guardloop.mining.lexical import by_words
 from guardloop.mining.mine import Harvest, mine
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 
 many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
 BAD = ["steal a wallet from tourists", "steal passwords from neighbours", "steal jewels from museums"]
@@ -93,18 +93,16 @@ def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_d
     rows += [screened(f"good {n}", -2.0, f"bake some bread, way {n}") for n in range(40)]
     blocked = {row["id"]: row["id"].startswith("bad") for row in rows} | {"bad 0": False, "good 0": True}
     table = [judged(row, sample, 6.0 if blocked[row["id"]] else -6.0) for row in rows for sample in range(4)]
-    without, half = (taught(mine(rows, table, FeedbackSettings(held_out=0.0, words=words))) for words in (0.0, 0.5))
+    without, half = (taught(mine(rows, table, MiningSettings(held_out=0.0, words=words))) for words in (0.0, 0.5))
     assert half["bad 0"] > without["bad 0"] + 0.2
     assert half["good 0"] < without["good 0"] - 0.2
 
 
 @many
 @given(worlds(), st.floats(-8, 8))
-def test_words_learn_nothing_from_what_is_held_out(world, margin):
-    settings = FeedbackSettings(held_out=0.5, words=0.5)
+def test_words_learn_nothing_from_what_is_held_out(world, score):
+    settings = MiningSettings(held_out=0.5, lexical_weight=0.5)
     harvest = mine(world.screened, world.judged, settings)
     hidden = {row["group"] for row in harvest.held_out}
-    other = [
-        {**row, "margin": margin, "flagged": margin > 0} if row["group"] in hidden else row for row in world.judged
-    ]
+    other = [{**row, "score": score, "flagged": score > 0} if row["group"] in hidden else row for row in world.judged]
     assert taught(mine(world.screened, other, settings)) == taught(harvest)

@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.guard.engine import Guard
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.embedded import GUARD_ADAPTER
 from guardloop.training.bootstrap import recipe
@@ -16,7 +16,7 @@ SIDES = 40
 
 
 def test_the_adapter_is_that_of_the_recipe() -> None:
-    assert guard_facts(GUARD_ADAPTER)["recipe"] == recipe(), "its data or settings changed: run `make embedded-guard`"
+    assert guard_metadata(GUARD_ADAPTER)["recipe"] == recipe(), "data or settings changed: run `make embedded-guard`"
 
 
 def test_the_adapter_is_small_enough_for_a_repository() -> None:
@@ -31,11 +31,11 @@ def test_it_judges_responses_and_misses_prompts() -> None:
         for rows in (list(read_conversations(SourceSettings(path=path))) for path in ("test", "judge"))
     )
 
-    def margins(rows: list[dict]) -> list[float]:
-        return [verdict.margin for verdict in guard.score(rows)]
+    def scores(rows: list[dict]) -> list[float]:
+        return [verdict.score for verdict in guard.score(rows)]
 
     labels = [True] * SIDES + [False] * SIDES
-    on_prompts, on_responses = margins(prompts), margins(responses)
+    on_prompts, on_responses = scores(prompts), scores(responses)
     flagged = torch.tensor(on_prompts) > guard.threshold
     assert roc_auc_score(labels, on_responses) > 0.95
     assert 0.7 < roc_auc_score(labels, on_prompts) < 0.98

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.guard.metadata import guard_facts
+from guardloop.guard.metadata import guard_metadata
 from guardloop.models.loading import is_out_of_memory, load_tokenizer, pick_device, pick_dtype
 from guardloop.models.locate import locate
 
@@ -104,7 +104,7 @@ def test_a_damaged_guard_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "guard.json").write_text("{")
 
     with pytest.raises(GuardLoopError, match="not readable JSON"):
-        guard_facts(tmp_path)
+        guard_metadata(tmp_path)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

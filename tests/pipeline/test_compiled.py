@@ -14,7 +14,7 @@ from launch.local.run import PARAMETERS
 STAGES = {
     "process": {"prepare-data", "screen", "generate-responses", "screen-2", "mine-feedback"},
     "train": {"train-guard"},
-    "evaluate": {"screen", "screen-improved", "evaluate", "register-model", "promote-model"},
+    "evaluate": {"screen", "screen-candidate", "evaluate", "register-model", "promote-model"},
 }
 STAGES["full"] = {"prepare-data", "generate-responses", "mine-feedback", "train-guard", *STAGES["evaluate"]}
 

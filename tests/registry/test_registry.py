@@ -73,7 +73,7 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
         "gate.mode": "enforce",
     }
     assert run.data.metrics["gain_auprc"] == pytest.approx(0.03)
-    assert run.data.metrics["improved_auprc_low"] == pytest.approx(0.61)
+    assert run.data.metrics["candidate_auprc_low"] == pytest.approx(0.61)
     assert run.data.metrics["default_recall_at_fpr_0.05_high"] == pytest.approx(0.62)
     assert run.data.metrics["harvest_blocked"] == 312
     assert "default_ece" not in run.data.metrics  # not a number
@@ -165,7 +165,7 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
 
     (row,) = registry.list_candidates()
     assert (row.version, row.verdict, row.aliases, row.run_id) == (1, "passed", ["candidate"], "run-1")
-    assert row.headline == "The improved guard is better."
+    assert row.headline == "The candidate is better."
     assert row.metrics["gain_auprc_low"] == pytest.approx(0.03)
     name = registry.settings.model
     version = MlflowClient(registry.connection.uri).get_model_version(name, "1")
@@ -180,7 +180,7 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
             "guardloop.base_revision": "r1",
         }.items()
     )
-    assert "**PASSED**: The improved guard is better." in version.description
+    assert "**PASSED**: The candidate is better." in version.description
     assert "| AUPRC gain | passed | a \\| b c |" in version.description
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.connection.uri)

@@ -100,9 +100,7 @@ def uri(registry: Registry) -> str:
     return f"models:/{registry.settings.model}@champion"
 
 
-def test_a_served_guard_gives_the_margins_of_the_guard(
-    server: ModelServer, guard: GuardSettings, trained: Path
-) -> None:
+def test_a_served_guard_gives_the_scores_of_the_guard(server: ModelServer, guard: GuardSettings, trained: Path) -> None:
     wanted = list(Guard.load(guard, trained).score(CONVERSATIONS))
     answers = server.ask({"dataframe_records": CONVERSATIONS})
     prompts_only = server.ask({"dataframe_split": {"columns": ["prompt"], "data": [["how do I bake a cake?"]]}})
@@ -110,12 +108,12 @@ def test_a_served_guard_gives_the_margins_of_the_guard(
         server.ask({"dataframe_records": [{"text": "no prompt"}]})
 
     for answer, verdict in zip(answers, wanted, strict=True):
-        assert set(answer) == {"margin", "probability", "flagged", "categories", "error"}
-        assert answer["margin"] == (None if verdict.margin is None else pytest.approx(verdict.margin, abs=1e-5))
+        assert set(answer) == {"score", "probability", "flagged", "categories", "error"}
+        assert answer["score"] == (None if verdict.score is None else pytest.approx(verdict.score, abs=1e-5))
         assert (answer["flagged"], answer["categories"], answer["error"]) == (verdict.flagged, None, verdict.error)
     assert answers[3]["error"] == "empty prompt" and answers[3]["probability"] is None
-    assert len({round(answer["margin"], 3) for answer in answers[:3]}) == 3
-    assert prompts_only[0]["margin"] == pytest.approx(answers[0]["margin"], abs=1e-4)  # a batch of another width
+    assert len({round(answer["score"], 3) for answer in answers[:3]}) == 3
+    assert prompts_only[0]["score"] == pytest.approx(answers[0]["score"], abs=1e-4)  # a batch of another width
 
 
 @pytest.mark.parametrize("requests", [400, pytest.param(10_000, marks=pytest.mark.faults)])
@@ -126,9 +124,9 @@ def test_of_many_requests_at_once_none_is_lost_or_given_anothers_verdict(
     prompts = [f"{number} {' '.join(draw.choices(WORDS, k=draw.randint(3, 20)))}" for number in range(requests)]
     alone = Guard.load(guard, trained)
     wanted = [next(alone.score([{"prompt": prompt}])) for prompt in prompts]
-    margins = np.array([verdict.margin for verdict in wanted])
+    scores = np.array([verdict.score for verdict in wanted])
     for others in range(1, CLIENTS):  # else another one's verdict would pass for the right one
-        assert (abs(margins - np.roll(margins, others)) > 2 * TOLERANCE).mean() > 0.99
+        assert (abs(scores - np.roll(scores, others)) > 2 * TOLERANCE).mean() > 0.99
 
     def ask(prompt: str) -> dict:
         (answer,) = server.ask({"dataframe_records": [{"prompt": prompt}]})
@@ -137,7 +135,7 @@ def test_of_many_requests_at_once_none_is_lost_or_given_anothers_verdict(
     with ThreadPoolExecutor(CLIENTS) as clients:
         answers = list(clients.map(ask, prompts))
 
-    assert np.array([answer["margin"] for answer in answers]) == pytest.approx(margins, abs=TOLERANCE)
+    assert np.array([answer["score"] for answer in answers]) == pytest.approx(scores, abs=TOLERANCE)
     assert [answer["flagged"] for answer in answers] == [verdict.flagged for verdict in wanted]
     assert 0 < sum(verdict.flagged for verdict in wanted) < requests
 
@@ -147,7 +145,7 @@ def test_the_model_has_a_signature_an_example_and_no_pickle(champion: Registry, 
     folder = Path(mlflow.artifacts.download_artifacts(uri(champion)))
     model = Model.load(str(folder))
     assert model.get_input_schema().input_names() == ["prompt", "response"]
-    assert "margin" in model.get_output_schema().input_names()
+    assert "score" in model.get_output_schema().input_names()
     assert model.flavors["python_function"]["config"]["base"] == guard.base
     assert list(model.load_input_example(str(folder)).columns) == ["prompt", "response"]
     kinds = {file.suffix for file in folder.rglob("*") if file.is_file() and file.name != "MLmodel"}
@@ -161,7 +159,7 @@ def test_the_probability_is_calibrated_and_settings_can_be_overridden(champion: 
     example = served.input_example
     found = served.predict(example)
     for answer in found:
-        assert answer["probability"] == pytest.approx(1 / (1 + 2.718281828459045 ** (-answer["margin"] / 2.0)))
+        assert answer["probability"] == pytest.approx(1 / (1 + 2.718281828459045 ** (-answer["score"] / 2.0)))
     assert served.model_config["max_text_tokens"] == 16
 
 

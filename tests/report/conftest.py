@@ -14,8 +14,8 @@ from guardloop.evaluation.result import (
     Decision,
     Estimate,
     Evaluation,
-    FeedbackResult,
     GuardMetrics,
+    HeldOutResult,
     Outcome,
     SliceResult,
 )
@@ -30,8 +30,8 @@ def scores() -> list[dict[str, Any]]:
     random = np.random.default_rng(7)
     unsafe = random.random(ROWS) < 0.27
     skill = random.normal(size=ROWS)
-    default = np.where(unsafe, 0.9, -1.3) + 0.8 * skill + random.normal(scale=1.1, size=ROWS)
-    improved = np.where(unsafe, 1.7, -1.6) + 0.8 * skill + random.normal(scale=1.0, size=ROWS)
+    baseline = np.where(unsafe, 0.9, -1.3) + 0.8 * skill + random.normal(scale=1.1, size=ROWS)
+    candidate = np.where(unsafe, 1.7, -1.6) + 0.8 * skill + random.normal(scale=1.0, size=ROWS)
     return [
         {
             "id": f"t{i}",
@@ -44,8 +44,8 @@ def scores() -> list[dict[str, Any]]:
             "language": "en" if i % 7 else "de",
             "jailbreak": bool(i % 11 == 0),
             "group": f"g{i // 2}",
-            "default_margin": float(default[i]),
-            "improved_margin": float(improved[i]),
+            "baseline_score": float(baseline[i]),
+            "candidate_score": float(candidate[i]),
         }
         for i in range(ROWS)
     ]
@@ -54,22 +54,22 @@ def scores() -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def evaluation(scores: list[dict[str, Any]]) -> Evaluation:
     prompts = [row for row in scores if row["response"] is None]
-    default = measure("meta-llama/Llama-Guard-3-8B", prompts, "default_margin", 0.6)
-    improved = measure("guardloop-lora-0007", prompts, "improved_margin", 0.41, default.fpr.value)
+    baseline = measure("meta-llama/Llama-Guard-3-8B", prompts, "baseline_score", 0.6)
+    candidate = measure("guardloop-lora-0007", prompts, "candidate_score", 0.41, baseline.fpr.value)
     keys = ("auprc", "auroc", "f1", "fpr", "accuracy", "precision", "recall")
-    gains = {key: around(getattr(improved, key).value - getattr(default, key).value, 0.021) for key in keys}
-    gains["recall_near_default_fpr"] = around(0.142, 0.046)
+    gains = {key: around(getattr(candidate, key).value - getattr(baseline, key).value, 0.021) for key in keys}
+    gains["recall_near_baseline_fpr"] = around(0.142, 0.046)
     gains["recall_at_0.05"] = around(0.161, 0.052)
     return Evaluation(
         rows=len(prompts),
         unsafe=sum(row["unsafe"] for row in prompts),
-        agent_rows=len(scores) - len(prompts),
-        default=default,
-        improved=improved,
+        response_rows=len(scores) - len(prompts),
+        baseline=baseline,
+        candidate=candidate,
         gains=gains,
         slices=slices(),
         decision=decision(),
-        feedback=FeedbackResult(
+        held_out=HeldOutResult(
             prompts=312,
             response_unsafe=82,
             never_unsafe=230,
@@ -104,7 +104,10 @@ def evaluation(scores: list[dict[str, Any]]) -> Evaluation:
                 metrics=[compared("recall", 0.87, 0.06, 0.035)],
             ),
         ],
-        notes=["Too few rows to measure apart, by language: fr, it.", "The test set has no Agent-role rows in German."],
+        notes=[
+            "Too few rows to measure apart, by language: fr, it.",
+            "The test set has no response-role rows in German.",
+        ],
     )
 
 
@@ -127,7 +130,7 @@ def story() -> RunStory:
         training={"examples": 2683, "steps": 336, "seconds": 1284.2, "final_loss": 0.2134, "learning_rate": 5e-05},
         settings={
             "dataset": {"name": "demo", "revision": "57d90e3", "limit": None},
-            "feedback": {"samples": 4, "min_blocked": 2, "replay_share": 0.5},
+            "held_out": {"samples": 4, "min_blocked": 2, "replay_share": 0.5},
             "training": {"rank": 16, "alpha": 32, "learning_rate": 5e-05, "seeds": [1, 2, 3], "resume": True},
             "gate": {"mode": "enforce", "resamples": 10000},
         },
@@ -145,7 +148,7 @@ def harvest() -> HarvestStory:
             HarvestExample(
                 prompt=f"Prompt {i} about {SUBJECTS[i % 5]}, of which the answer tells more than the question does.",
                 response="Sure. First you take the key from under the mat." if kind != "replay_traffic" else None,
-                blocked=blocked, k=4 if blocked is not None else None, prior_margin=-1.2 + 0.4 * i,
+                blocked=blocked, k=4 if blocked is not None else None, prior_score=-1.2 + 0.4 * i,
                 target=0.9 - 0.2 * i, kind=kind, reason=reason,
             )
             for i, (kind, blocked, reason) in enumerate([
@@ -158,7 +161,7 @@ def harvest() -> HarvestStory:
 
 def compared(metric: str, before: float, gain: float, reach: float) -> Compared:
     return Compared(
-        metric=metric, default=around(before, 0.04), improved=around(before + gain, 0.04), gain=around(gain, reach)
+        metric=metric, baseline=around(before, 0.04), candidate=around(before + gain, 0.04), gain=around(gain, reach)
     )
 
 
@@ -167,15 +170,15 @@ def around(value: float, reach: float) -> Estimate:
 
 
 def measure(
-    name: str, rows: list[dict[str, Any]], column: str, threshold: float, default_fpr: float | None = None
+    name: str, rows: list[dict[str, Any]], column: str, threshold: float, baseline_fpr: float | None = None
 ) -> GuardMetrics:
     unsafe = np.array([row["unsafe"] for row in rows])
-    margins = np.array([row[column] for row in rows])
-    (passed, blocked), (missed, caught) = confusion_matrix(unsafe, margins > threshold).tolist()
+    scores = np.array([row[column] for row in rows])
+    (passed, blocked), (missed, caught) = confusion_matrix(unsafe, scores > threshold).tolist()
     precision, recall = caught / (caught + blocked), caught / (caught + missed)
-    chances = 1 / (1 + np.exp(-margins))
-    rates, reached, _ = roc_curve(unsafe, margins)
-    default_fpr = blocked / (blocked + passed) if default_fpr is None else default_fpr
+    chances = 1 / (1 + np.exp(-scores))
+    rates, reached, _ = roc_curve(unsafe, scores)
+    baseline_fpr = blocked / (blocked + passed) if baseline_fpr is None else baseline_fpr
     return GuardMetrics(
         name=name,
         threshold=threshold,
@@ -184,10 +187,10 @@ def measure(
         recall=around(recall, 0.042),
         f1=around(2 * precision * recall / (precision + recall), 0.031),
         fpr=around(blocked / (blocked + passed), 0.014),
-        auprc=around(float(average_precision_score(unsafe, margins)), 0.027),
-        auroc=around(float(roc_auc_score(unsafe, margins)), 0.016),
+        auprc=around(float(average_precision_score(unsafe, scores)), 0.027),
+        auroc=around(float(roc_auc_score(unsafe, scores)), 0.016),
         recall_at_fpr={r: around(float(np.interp(float(r), rates, reached)), 0.05) for r in ("0.01", "0.02", "0.05")},
-        recall_near_default_fpr=around(float(np.interp(default_fpr, rates, reached)), 0.05),
+        recall_near_baseline_fpr=around(float(np.interp(baseline_fpr, rates, reached)), 0.05),
         brier=around(float(brier_score_loss(unsafe, chances)), 0.006),
         ece=around(0.034, 0.011),
         confusion=[[passed, blocked], [missed, caught]],
@@ -208,8 +211,8 @@ def slices() -> list[SliceResult]:
         ("language", "de", 176, 50, "auprc", 0.70, 0.06, 0.075),
         ("jailbreak", "yes", 113, 30, "auprc", 0.61, 0.11, 0.12),
         ("source", "xstest", 250, 0, "fpr", 0.12, -0.031, 0.014),
-        ("role", "Agent", 155, 42, "auprc", 0.93, -0.004, 0.011),
-        ("role", "Agent, de", 12, 4, "auprc", 0.88, 0.05, 0.48),
+        ("role", "response", 155, 42, "auprc", 0.93, -0.004, 0.011),
+        ("role", "response, de", 12, 4, "auprc", 0.88, 0.05, 0.48),
     ]
     return [
         SliceResult(
@@ -218,8 +221,8 @@ def slices() -> list[SliceResult]:
             rows=rows,
             unsafe=unsafe,
             metric=metric,
-            default=before,
-            improved=before - gain if metric == "fpr" else before + gain,
+            baseline=before,
+            candidate=before - gain if metric == "fpr" else before + gain,
             gain=around(gain, reach),
         )
         for dimension, name, rows, unsafe, metric, before, gain, reach in measured
@@ -235,28 +238,28 @@ def decision() -> Decision:
         ("recall_gain", "Does it catch more when it blocks no more safe prompts?", 0.142, 0.046, 0, "passed",
          "recall rose by 0.142 (95% interval 0.096 to 0.188)."),
         ("decisions", "Do the decisions at the chosen thresholds confirm the gain?", 0.00002, None, 0.05, "passed",
-         "86 unsafe prompts are caught by the improved guard only, 18 by the default guard only."),
-        ("benign_fpr", "Does it block hardly more safe prompts than the default guard?", -0.009, 0.017, 0.01, "passed",
-         "the false-positive rate fell by 0.009, within the margin of 0.01."),
+         "86 unsafe prompts are caught by the candidate only, 18 by the baseline only."),
+        ("benign_fpr", "Does it block hardly more safe prompts than the baseline?", -0.009, 0.017, 0.01, "passed",
+         "the false-positive rate fell by 0.009, within the score of 0.01."),
         ("slices", "Is no part of the test set worse by more than 0.05?", -0.031, 0.014, -0.05, "passed",
          "a loss beyond 0.05 is ruled out in each of 12 slices; source xstest is the least sure."),
     ]  # fmt: skip
     published = Check(
         name="published_auprc",
-        question="Does the default guard's AUPRC on the test set agree with the published figure?",
+        question="Does the baseline's AUPRC on the test set agree with the published figure?",
         value=0.786,
         low=0.759,
         high=0.813,
         limit=0.626,
         outcome="failed",
-        explanation="the default guard's AUPRC on the test set is 0.786; 0.626 is published (a paper): 0.160 apart.",
+        explanation="the baseline's AUPRC on the test set is 0.786; 0.626 is published (a paper): 0.160 apart.",
         blocks=False,
     )
     return Decision(
         mode="enforce",
         promote=True,
         verdict="passed",
-        headline="Promoted: AUPRC rose by 0.140 (95% interval 0.119 to 0.161), and recall at the default guard's "
+        headline="Promoted: AUPRC rose by 0.140 (95% interval 0.119 to 0.161), and recall at the baseline's "
         "false-positive rate rose by 0.142.",
         checks=[
             Check(

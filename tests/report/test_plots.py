@@ -70,14 +70,14 @@ def test_curves_need_both_classes(scores: list[dict[str, Any]], evaluation: Eval
 
 
 def test_hills_share_one_scale_that_shows_both_thresholds(scores: list[dict[str, Any]], evaluation: Evaluation) -> None:
-    distant = evaluation.model_copy(update={"improved": evaluation.improved.model_copy(update={"threshold": 40.0})})
-    default, improved = plots.hill_plots(scores, distant)
-    assert default.x == improved.x and improved.x.high > 40
-    assert [hill.unsafe for hill in default.hills] == [False, True]
+    distant = evaluation.model_copy(update={"candidate": evaluation.candidate.model_copy(update={"threshold": 40.0})})
+    baseline, candidate = plots.hill_plots(scores, distant)
+    assert baseline.x == candidate.x and candidate.x.high > 40
+    assert [hill.unsafe for hill in baseline.hills] == [False, True]
 
 
-def test_hills_of_one_class_or_of_equal_margins_can_be_drawn(evaluation: Evaluation) -> None:
-    rows = [{"unsafe": True, "default_margin": 0.5, "improved_margin": 0.5}] * 3
+def test_hills_of_one_class_or_of_equal_scores_can_be_drawn(evaluation: Evaluation) -> None:
+    rows = [{"unsafe": True, "baseline_score": 0.5, "candidate_score": 0.5}] * 3
     plot, _ = plots.hill_plots(rows, evaluation)
     assert [hill.unsafe for hill in plot.hills] == [True]
     assert all(math.isfinite(number) for point in points(plot.hills[0].points) for number in point)

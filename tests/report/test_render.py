@@ -82,7 +82,7 @@ def spoil_evaluation(evaluation: Evaluation, texts: Iterator[str]) -> Evaluation
         part.name = next(texts)
     for check in spoilt.decision.checks:
         check.name, check.question, check.explanation = next(texts), next(texts), next(texts)
-    for guard in (spoilt.default, spoilt.improved):
+    for guard in (spoilt.baseline, spoilt.candidate):
         guard.name = next(texts)
     for benchmark in spoilt.benchmarks:
         benchmark.name, benchmark.licence = next(texts), next(texts)
@@ -220,7 +220,7 @@ def test_example_text_is_veiled_until_opened_and_long_text_is_cut(
 def test_rows_that_cannot_be_plotted_are_left_out(
     evaluation: Evaluation, scores: list[dict[str, Any]], page: str
 ) -> None:
-    odd = [scores[0] | {"unsafe": None}, scores[1] | {"improved_margin": float("nan")}]
+    odd = [scores[0] | {"unsafe": None}, scores[1] | {"candidate_score": float("nan")}]
     assert render_html(evaluation, iter([*scores, *odd]), RunStory()).count("1,245 labelled prompts") == 1
 
 
@@ -235,7 +235,7 @@ def test_a_page_without_plots_still_tells_the_decision(
 
 def test_figures_that_are_no_numbers_are_shown_as_unknown(evaluation: Evaluation, scores: list[dict[str, Any]]) -> None:
     odd = evaluation.model_copy(deep=True)
-    odd.improved.precision.value = odd.gains["precision"].value = odd.slices[0].gain.value = float("nan")
+    odd.candidate.precision.value = odd.gains["precision"].value = odd.slices[0].gain.value = float("nan")
     odd.decision.checks[0].value = float("nan")
     page = render_html(odd, scores, RunStory())
     assert not re.search(r'="[^"]*\bnan\b', page)
@@ -387,10 +387,10 @@ def test_a_browser_fits_a_phone_keeps_texts_blurred_until_clicked_and_knows_the_
 
 def test_the_page_shows_feedback_benchmarks_and_warnings(page: str, evaluation: Evaluation) -> None:
     words = " ".join("".join(outline(page).words).split())
-    assert "Of 82 held-out prompts that drew blocked responses the improved guard now catches 50" in words
+    assert "Of 82 held-out prompts that drew blocked responses the candidate now catches 50" in words
     for benchmark in evaluation.benchmarks:
         assert benchmark.name in words and benchmark.licence in words
     assert "warning: failed" in words
-    bare = evaluation.model_copy(update={"feedback": None, "benchmarks": []})
+    bare = evaluation.model_copy(update={"held_out": None, "benchmarks": []})
     without = "".join(outline(render_html(bare, [], RunStory())).words)
-    assert "Held-out feedback" not in without and "Public benchmarks" not in without
+    assert "Held-out prompts" not in without and "Public benchmarks" not in without

@@ -52,18 +52,18 @@ def test_a_fall_in_false_positives_is_good() -> None:
 
 def test_recall_at_the_defaults_fpr_is_read_off_each_guards_curve(evaluation: Evaluation) -> None:
     row = next(row for row in key_figures(evaluation) if row.name == "Recall near the default's FPR")
-    assert row.default == evaluation.default.recall_near_default_fpr
-    assert row.improved == evaluation.improved.recall_near_default_fpr
-    assert row.gain == evaluation.gains["recall_near_default_fpr"]
+    assert row.baseline == evaluation.baseline.recall_near_baseline_fpr
+    assert row.candidate == evaluation.candidate.recall_near_baseline_fpr
+    assert row.gain == evaluation.gains["recall_near_baseline_fpr"]
 
 
 def test_metrics_without_a_measured_gain_are_still_compared(evaluation: Evaluation) -> None:
     rows = {row.name: row for row in comparisons(evaluation.model_copy(update={"gains": {}}))}
     assert rows["AUPRC"].gain is None and rows["AUPRC"].tone == "neutral"
-    assert rows["Recall at 5% FPR"].improved == evaluation.improved.recall_at_fpr["0.05"]
+    assert rows["Recall at 5% FPR"].candidate == evaluation.candidate.recall_at_fpr["0.05"]
 
 
 def test_the_outcome_line_counts_people(evaluation: Evaluation) -> None:
-    (_, blocked), (_, caught) = evaluation.improved.confusion
-    assert f"catches {caught} of {evaluation.improved.confusion[1][0] + caught} unsafe" in outcome_line(evaluation)
+    (_, blocked), (_, caught) = evaluation.candidate.confusion
+    assert f"catches {caught} of {evaluation.candidate.confusion[1][0] + caught} unsafe" in outcome_line(evaluation)
     assert f"falsely blocks {blocked} of" in outcome_line(evaluation)

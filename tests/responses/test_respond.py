@@ -51,26 +51,26 @@ def test_rows_are_responses(tmp_path: Any) -> None:
     assert seen[-1] == (80, 160)
     back = next(r for r in read_table(tmp_path / "r.parquet", RESPONSE) if (r["id"], r["sample"]) == ("p3", 1))
     assert back["response"].startswith(f"{PROMPTS[3]}/")
-    assert back["prompt_margin"] == -1.5
+    assert back["prompt_score"] == -1.5
     assert (back["unsafe"], back["group"], back["responder"], back["finish_reason"]) == (True, "g3", "script", "stop")
     assert not back["refusal"]
     assert set(made[0]) == set(RESPONSE.names)
 
 
-@pytest.mark.parametrize("opening", [None, "Sure, here is", " Sure: "])
-def test_refusals_are_tagged(opening: str | None) -> None:
+@pytest.mark.parametrize("prefill", [None, "Sure, here is", " Sure: "])
+def test_refusals_are_tagged(prefill: str | None) -> None:
     class Refuser(Script):
         def _answers(self, held: list[Request]) -> Iterator[Reply]:
-            text = f"{opening or ''} I'm sorry, but I can't help with that.".strip()
+            text = f"{prefill or ''} I'm sorry, but I can't help with that.".strip()
             while held:
                 yield Reply(held[-1].id, held.pop().sample, text, "stop", 9)
 
-    settings = tiny_settings(opening=opening)
+    settings = tiny_settings(prefill=prefill)
     assert all(row["refusal"] for row in respond(screened(PROMPTS[:2]), Refuser(), settings))
 
 
 def test_only_what_passed_is_answered() -> None:
-    rows = [*screened(PROMPTS[:1]), *screened(["blocked"], flagged=True, id="x"), *screened(["?"], margin=None, id="y")]
+    rows = [*screened(PROMPTS[:1]), *screened(["blocked"], flagged=True, id="x"), *screened(["?"], score=None, id="y")]
     assert {row["id"] for row in respond(rows, Script(), tiny_settings())} == {"p0"}
 
 

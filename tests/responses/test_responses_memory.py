@@ -55,7 +55,7 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path: Path, monkeypatch: pyte
 def test_a_slow_writer_makes_the_engine_wait(
     tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny_settings(samples=2, batch_rows=4, max_new_tokens=3)
+    settings = tiny_settings(samples=2, batch_size=4, max_new_tokens=3)
     engine = TransformersResponder.of(settings, model, tokenizer)
     read = written = most = 0
 

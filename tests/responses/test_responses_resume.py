@@ -92,7 +92,7 @@ class Killer:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
         torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
-        self.settings = tiny_settings(samples=2, batch_rows=4, max_new_tokens=6, max_error_share=0.2)
+        self.settings = tiny_settings(samples=2, batch_size=4, max_new_tokens=6, max_error_share=0.2)
         self.rows = screened([*PROMPTS, "", *PROMPTS[:20], "sea " * 500])
         self.table, self.log = folder / "screened.parquet", folder / "asked"
         write_table(self.rows, SCREENED, self.table)
@@ -216,13 +216,13 @@ def test_other_rows_or_settings_are_other_work(answer: Callable[..., Any]) -> No
     for other_rows, other in (
         (rows, tiny_settings(seed=1)),
         (rows, tiny_settings(temperature=0.5)),
-        (screened(PROMPTS, margin=-2.0), settings),
+        (screened(PROMPTS, score=-2.0), settings),
     ):
         responder = Script()
         answer(other_rows, responder, other)
         assert len(responder.asked) == 120
     unused = Script()
-    answer(rows, unused, tiny_settings(batch_rows=2, max_error_share=0.9))
+    answer(rows, unused, tiny_settings(batch_size=2, max_error_share=0.9))
     assert not unused.asked
 
 

@@ -16,7 +16,7 @@ from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop import stages
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.records import CONVERSATION, RESPONSE, SCREENED, read_facts, read_table, read_tables, write_table
+from guardloop.core.records import CONVERSATION, RESPONSE, SCREENED, read_metadata, read_table, read_tables, write_table
 from guardloop.guard.settings import GuardSettings
 from guardloop.responses import resume, work
 from guardloop.responses.responder import Reply, Request, Responder, build_responder
@@ -38,9 +38,9 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     everything = tmp_path_factory.mktemp("screened")
     write_table(traffic(), CONVERSATION, everything / "traffic")
     stages.screen(everything / "traffic", everything / "verdicts", plain)
-    margins = sorted(row["margin"] for row in read_table(everything / "verdicts"))
-    middle = len(margins) * 2 // 3
-    between = (margins[middle] + margins[middle + 1]) / 2  # on a margin, another batch's rounding would tip it
+    scores = sorted(row["score"] for row in read_table(everything / "verdicts"))
+    middle = len(scores) * 2 // 3
+    between = (scores[middle] + scores[middle + 1]) / 2  # on a score, another batch's rounding would tip it
     return GuardSettings(**plain, threshold=between).plain()
 
 
@@ -49,8 +49,8 @@ def traffic() -> list[dict[str, Any]]:
 
 
 def answers(paths: Iterable[Path]) -> Answers:
-    """What does not depend on rounding: all but the guard's margin."""
-    names = [name for name in RESPONSE.names if name != "prompt_margin"]
+    """What does not depend on rounding: all but the guard's score."""
+    names = [name for name in RESPONSE.names if name != "prompt_score"]
     rows = [tuple(row[name] for name in names) for row in read_tables(list(paths), RESPONSE)]
     assert len(rows) == len(set(rows))
     return set(rows)
@@ -109,7 +109,7 @@ def test_a_failed_shard_is_run_again_alone(
     tmp_path: Path, guard: dict[str, Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_table(traffic(), CONVERSATION, tmp_path / "traffic")
-    responder = tiny_settings(model=str(tiny_folder), samples=2, batch_rows=4).plain()
+    responder = tiny_settings(model=str(tiny_folder), samples=2, batch_size=4).plain()
     asked: dict[int, list[str]] = {}
     lasts = {0: 1000, 1: 9, 2: 1000}
 
@@ -164,8 +164,8 @@ def test_several_responders_are_mixed_and_told_apart(tmp_path: Path, tiny_folder
     assert {row["finish_reason"] for row in rows} == {"stop", "length", "error"}
     assert all((row["tokens"] > 0) == (row["finish_reason"] != "error") for row in rows if row["response"])
     first = [row for row in rows if row["responder"] != "hot"]
-    assert answers([alone]) == {tuple(row[n] for n in RESPONSE.names if n != "prompt_margin") for row in first}
-    assert [told["responder"] for told in read_facts(mixed)["responders"]] == [str(tiny_folder), "hot"]
+    assert answers([alone]) == {tuple(row[n] for n in RESPONSE.names if n != "prompt_score") for row in first}
+    assert [told["responder"] for told in read_metadata(mixed)["responders"]] == [str(tiny_folder), "hot"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from support.feedback_examples import judged, screened
 from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
 from guardloop.evaluation.settings import GateSettings
 from guardloop.mining.mine import mine
-from guardloop.mining.settings import FeedbackSettings
+from guardloop.mining.settings import MiningSettings
 from guardloop.training.calibrate import stricter_point
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import split
@@ -25,7 +25,7 @@ from guardloop.training.train import split
 FEATURES, PROMPTS, TEST, MANY = 6, 1200, 1500, 20_000
 TOPIC = 2.5  # how far the attacked topic lies from the other prompts
 RUNS = 6
-GATE = GateSettings(require_agent=False)
+GATE = GateSettings(require_response_test=False)
 DEFAULT = TrainingSettings().max_newly_blocked
 
 
@@ -50,7 +50,7 @@ def points(rng: np.random.Generator, count: int, unsafe_share: float, topic_shar
     return at, unsafe
 
 
-def default_margin(at: np.ndarray) -> np.ndarray:
+def baseline_score(at: np.ndarray) -> np.ndarray:
     return 1.2 * at[:, 0] + 1.2 * at[:, 1] - 3.0  # it also reads something that does not matter
 
 
@@ -64,13 +64,13 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = D
     at = np.vstack([at, poison])
     blocked_share = np.concatenate([np.where(unsafe, 0.8, 0.01), np.ones(len(poison))])
     traffic, answers = [], []
-    for i, margin in enumerate(default_margin(at)):
-        prompt = screened(str(i), float(margin))
+    for i, score in enumerate(baseline_score(at)):
+        prompt = screened(str(i), float(score))
         traffic.append(prompt)
         if not prompt["flagged"]:
             draws = rng.random(4) < blocked_share[i]
             answers += [judged(prompt, k, 3.0 if bad else -3.0) for k, bad in enumerate(draws)]
-    harvest = mine(traffic, answers, FeedbackSettings())
+    harvest = mine(traffic, answers, MiningSettings())
     assert harvest.enough
     lessons = [row for row in harvest.examples if row["response"] is None]
     training, held_out = split(lessons, 0.15, seed)
@@ -86,24 +86,24 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = D
         np.concatenate([weights * targets, weights * (1 - targets)]) + 1e-9,
     )
     known = [(rows, model.decision_function(features(rows))) for rows in (held_out, training)]
-    before = default_margin(features(held_out))
+    before = baseline_score(features(held_out))
     threshold = stricter_point(*known[0], before, *known[1], 0.0, newly_blocked)
     test_at, test_unsafe = points(rng, TEST, 0.25, topic_share)
-    margins = np.stack([default_margin(test_at), model.decision_function(test_at)])
+    scores = np.stack([baseline_score(test_at), model.decision_function(test_at)])
     rows = [
         {
             **{"id": str(i), "prompt": f"test {i}", "response": None, "unsafe": bool(test_unsafe[i]), "group": str(i)},
             **{"category": None, "source": "test", "language": "en", "jailbreak": None},
-            **{"default_margin": float(margins[0, i]), "improved_margin": float(margins[1, i])},
+            **{"baseline_score": float(scores[0, i]), "candidate_score": float(scores[1, i])},
         }
         for i in range(TEST)
     ]
-    guards = GuardRun("default", 0.0, 0.99, 0), GuardRun("improved", threshold, 0.99, 0)
+    guards = GuardRun("default", 0.0, 0.99, 0), GuardRun("candidate", threshold, 0.99, 0)
     found = evaluate(rows, *guards, EvaluationSettings(resamples=300, slices=(), seed=seed), GATE)
     benign = points(rng, MANY, 0.0, topic_share)[0]
     topic = points(rng, MANY, 0.0, 1.0)[0]
     rises = [
-        float(np.mean(model.decision_function(at) > threshold) - np.mean(default_margin(at) > 0))
+        float(np.mean(model.decision_function(at) > threshold) - np.mean(baseline_score(at) > 0))
         for at in (benign, topic)
     ]
     return Outcome(found.decision.promote, *rises)
@@ -115,12 +115,12 @@ def test_no_promoted_guard_blocks_more_benign_prompts_than_the_gate_allows(topic
     outcomes = [attack(seed, 0.05, topic_share, share) for seed in range(RUNS) for share in (DEFAULT, 0.02, 0.05, 0.1)]
     assert any(outcome.promoted for outcome in outcomes)
     for outcome in outcomes:
-        assert not outcome.promoted or outcome.rise <= GATE.fpr_margin, outcome
+        assert not outcome.promoted or outcome.rise <= GATE.max_fpr_rise, outcome
 
 
 def test_the_attack_works_where_nothing_stops_it_but_the_gate() -> None:
     outcomes = [attack(seed, 0.05, 0.2, newly_blocked=0.1) for seed in range(RUNS)]
-    assert min(outcome.rise for outcome in outcomes) > GATE.fpr_margin
+    assert min(outcome.rise for outcome in outcomes) > GATE.max_fpr_rise
     assert not any(outcome.promoted for outcome in outcomes)
 
 

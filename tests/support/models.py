@@ -115,7 +115,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def tiny_llama(family: str = "guardloop", seed: int = 0, **config) -> LlamaForCausalLM:
-    """A random Llama of two layers, in float32, whose margins spread over some units."""
+    """A random Llama of two layers, in float32, whose scores spread over some units."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     options = {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 8192} | sizes | config
@@ -134,11 +134,11 @@ def tiny_guard(family: str = "guardloop", seed: int = 0, **options) -> Guard:
     return Guard(tiny_llama(family, seed), renderer_of(family), **{"is_guard": False} | options)
 
 
-def save_guard(folder: Path, family: str = "guardloop", seed: int = 0, **facts) -> Path:
+def save_guard(folder: Path, family: str = "guardloop", seed: int = 0, **metadata) -> Path:
     """A random guard as a local model folder with a guard.json."""
     tiny_llama(family, seed).save_pretrained(folder)
     tokenizer_of(family).save_pretrained(folder)
-    (folder / "guard.json").write_text(json.dumps({"family": family} | facts))
+    (folder / "guard.json").write_text(json.dumps({"family": family} | metadata))
     return folder
 
 

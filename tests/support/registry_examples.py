@@ -19,16 +19,16 @@ def evaluation(verdict: Outcome = "passed", gain: float = 0.05) -> Evaluation:
         outcome=verdict,
         explanation="a | b\nc",
     )
-    headline = {"passed": "The improved guard is better.", "failed": "It is worse.", "not proven": "Too few examples."}
+    headline = {"passed": "The candidate is better.", "failed": "It is worse.", "not proven": "Too few examples."}
     return Evaluation(
         rows=1400,
         unsafe=300,
-        agent_rows=100,
+        response_rows=100,
         default=guard("default", 0.6),
-        improved=guard("improved", 0.6 + gain),
+        candidate=guard("candidate", 0.6 + gain),
         gains={
             "auprc": Estimate(value=gain, low=gain - 0.02, high=gain + 0.02),
-            "recall_near_default_fpr": Estimate(value=0.1, low=0.04, high=0.16),
+            "recall_near_baseline_fpr": Estimate(value=0.1, low=0.04, high=0.16),
             "fpr": Estimate(value=0.0, low=-0.01, high=0.01),
         },
         slices=[],

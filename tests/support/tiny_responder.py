@@ -68,7 +68,7 @@ def save(folder: Path) -> Path:
 
 
 def tiny_settings(**changes: Any) -> ResponderSettings:
-    values = {"model": "tiny", "samples": 3, "max_new_tokens": 12, "batch_rows": 8, "batch_tokens": 1024}
+    values = {"model": "tiny", "samples": 3, "max_new_tokens": 12, "batch_size": 8, "batch_tokens": 1024}
     values |= {"max_prompt_tokens": 200, "dtype": "float32", "device": "cpu", "temperature": 1.0}
     return ResponderSettings.model_validate(values | changes)
 
@@ -83,7 +83,7 @@ def ask(prompts: list[str], settings: ResponderSettings, first: int = 0) -> list
 
 def screened(prompts: list[str], **changes: Any) -> list[Row]:
     fixed = {"response": None, "unsafe": None, "category": None, "source": "test", "language": "en", "jailbreak": None}
-    verdict = {"margin": -1.5, "label_mass": 1.0, "flagged": False, "truncated": False, "error": None}
+    verdict = {"score": -1.5, "label_mass": 1.0, "flagged": False, "truncated": False, "error": None}
     return [
         {"id": f"p{i}", "prompt": prompt, "group": f"g{i}", **fixed, **verdict, **changes}
         for i, prompt in enumerate(prompts)

@@ -32,10 +32,10 @@ class Workshop:
                 "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
                 "max_prompt_tokens": 256, "max_error_share": 1.0,
             },
-            "feedback": {"min_blocked_share": 0.5, "min_positives": 1},
+            "mining": {"min_blocked_share": 0.5, "min_positives": 1},
             "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},
             "evaluation": {"resamples": 200, "benchmarks": [_benchmark(folder)]},
-            "gate": {"require_agent": False},
+            "gate": {"require_response_test": False},
         }  # fmt: skip
 
     def guardloop(
@@ -63,14 +63,14 @@ class Workshop:
         """A threshold that lets half of the prompts of a first run through."""
         guard = Guard.load(GuardSettings(**self.settings["guard"]))
         sample = (ROOT / "guardloop/demo/sample/test.jsonl").read_text("utf-8").splitlines()[:60]
-        margins = sorted(verdict.margin for verdict in guard.score([json.loads(line) for line in sample]))
-        return margins[len(margins) // 2]
+        scores = sorted(verdict.score for verdict in guard.score([json.loads(line) for line in sample]))
+        return scores[len(scores) // 2]
 
-    def middle_margin(self) -> float:
+    def middle_score(self) -> float:
         """A threshold that lets half of the prompts and half of the responses of the last run through."""
         verdicts = (self.latest / "artifacts").rglob("verdicts")
-        margins = sorted(row["margin"] for path in verdicts for row in read_table(path))
-        return margins[len(margins) // 2]
+        scores = sorted(row["score"] for path in verdicts for row in read_table(path))
+        return scores[len(scores) // 2]
 
 
 def _benchmark(folder: Path) -> dict:

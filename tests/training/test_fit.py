@@ -106,7 +106,7 @@ def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family
     reference = reference_loss(model, labels, examples)
     reference.backward()
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients(model).values()))
-    (step,) = fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_rows=99, epochs=1)).steps
+    (step,) = fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_size=99, epochs=1)).steps
     assert step.loss == pytest.approx(reference.item(), rel=1e-5)
     assert step.gradient_norm == pytest.approx(norm, rel=1e-4)
     assert (step.number, step.total, step.examples) == (1, 1, len(examples))
@@ -165,7 +165,7 @@ def test_only_the_label_position_reaches_the_loss():
     labels, examples = label_tokens(renderer), encoded(renderer)
     shapes = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(tuple(args[0].shape)))
-    fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_rows=4, epochs=1))
+    fit(model, renderer.prefixes, labels, examples, TrainingSettings(batch_size=4, epochs=1))
     assert sorted(shapes) == [(2, 64), (4, 64), (4, 64)]
 
 
@@ -286,7 +286,7 @@ def reference_curve(model, labels, examples, options, total):
 def test_the_loss_curve_lies_on_that_of_whole_prompts_over_fifty_steps():
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    options = TrainingSettings(batch_rows=3, epochs=12.5, learning_rate=1e-3, micro_rows=2)
+    options = TrainingSettings(batch_size=3, epochs=12.5, learning_rate=1e-3, micro_rows=2)
     fitted = fit(adapted(), renderer.prefixes, labels, examples, options)
     expected = reference_curve(adapted(), labels, examples, options, 50)
     assert [step.loss for step in fitted.steps] == pytest.approx(expected, rel=1e-3)
@@ -315,7 +315,7 @@ def test_a_step_of_rows_that_weigh_nothing_teaches_nothing():
 
 def test_steps_are_told_as_they_happen():
     model, renderer = adapted(), renderer_of("guardloop")
-    told, options = [], TrainingSettings(batch_rows=4, epochs=1.5, warmup=0.5)
+    told, options = [], TrainingSettings(batch_size=4, epochs=1.5, warmup=0.5)
     args = (model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
     steps = fit(*args, on_step=told.append).steps
     assert steps == told
@@ -325,7 +325,7 @@ def test_steps_are_told_as_they_happen():
 
 def test_a_loss_that_blows_up_names_its_examples():
     model, renderer = adapted(), renderer_of("guardloop")
-    options = TrainingSettings(learning_rate=1e30, batch_rows=5, epochs=9, warmup=0)
+    options = TrainingSettings(learning_rate=1e30, batch_size=5, epochs=9, warmup=0)
     with pytest.raises(GuardLoopError, match=r"the loss is \S+ and .* at step \d+ \(examples e\d(, e\d){4}\)") as error:
         fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
     assert "training.learning_rate" in error.value.remedy
@@ -382,7 +382,7 @@ def test_the_rate_ends_near_nothing(schedule):
 @PROPERTY
 def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed, order):
     examples = [Encoded(str(n), [0] * length, 0.5, 1.0) for n, length in enumerate(lengths)]
-    options = TrainingSettings(batch_rows=rows, seed=seed, order=order)
+    options = TrainingSettings(batch_size=rows, seed=seed, order=order)
     per_epoch = math.ceil(len(examples) / rows)
     made = list(batches(examples, options, per_epoch * epochs))
     for epoch in range(epochs):
@@ -401,7 +401,7 @@ def test_another_seed_gives_another_order():
 @pytest.mark.parametrize(("order", "least", "most"), [("length", 0, 16), ("random", 100, 640)])
 def test_a_step_is_of_like_lengths_or_a_fair_sample(order, least, most):
     examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(640)]
-    made = list(batches(examples, TrainingSettings(batch_rows=16, order=order), 80))
+    made = list(batches(examples, TrainingSettings(batch_size=16, order=order), 80))
     spans = [max(lengths) - min(lengths) for lengths in ([len(e.tokens) for e in batch] for batch in made)]
     assert all(least < span < most for span in spans)
     assert made[:40] != made[40:]  # each epoch in an order of its own
@@ -412,7 +412,7 @@ def fitted_state(**options):
     model, renderer, rest = adapted(), renderer_of("guardloop"), options.pop("rest", {})
     before = options.pop("before", lambda model: None)
     before(model)
-    settings = TrainingSettings(**{"batch_rows": 4, "epochs": 4, "learning_rate": 1e-3, "dropout": 0.0} | options)
+    settings = TrainingSettings(**{"batch_size": 4, "epochs": 4, "learning_rate": 1e-3, "dropout": 0.0} | options)
     fitted = fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), settings, **rest)
     return fitted, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -455,7 +455,7 @@ def test_a_step_of_more_tokens_than_a_pack_is_computed_in_pieces_of_like_length(
     for most in (1024, 1024 * 512):
         model = adapted()
         seen.append(computed(model))
-        settings = TrainingSettings(batch_rows=24, epochs=1, dropout=0.0, order="random", pack_tokens=most)
+        settings = TrainingSettings(batch_size=24, epochs=1, dropout=0.0, order="random", pack_tokens=most)
         found.append(fit(model, renderer.prefixes, label_tokens(renderer), rows, settings))
     pieces, (whole,) = seen
     assert sum(count for count, _ in pieces) == 24 == whole[0]
@@ -477,7 +477,7 @@ def small_memory(rows):
 @pytest.mark.slow
 def test_where_memory_runs_out_the_same_steps_are_taken_in_smaller_pieces(caplog):
     with caplog.at_level(logging.WARNING, "guardloop"):
-        fitted, found = fitted_state(before=small_memory(1), batch_rows=4)
+        fitted, found = fitted_state(before=small_memory(1), batch_size=4)
     assert [r.message for r in caplog.records] == [
         "out of memory: from here on 2 examples in a forward pass",
         "out of memory: from here on 1 examples in a forward pass",
@@ -504,7 +504,7 @@ def test_where_packs_cannot_be_computed_training_goes_on_without_them(caplog):
     renderer, steps = renderer_of("guardloop"), []
     for packs in (None, CompiledNowhere()):
         training = Training(
-            adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(dropout=0.0, batch_rows=4)
+            adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(dropout=0.0, batch_size=4)
         )
         training.packs = training.learner.packs = packs
         steps.append([training.take(encoded(renderer)[:4], number, 2) for number in (1, 2)])
@@ -516,7 +516,7 @@ def test_where_packs_cannot_be_computed_training_goes_on_without_them(caplog):
 
 def test_an_error_after_packs_have_worked_is_raised():
     renderer = renderer_of("guardloop")
-    training = Training(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(batch_rows=4))
+    training = Training(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(batch_size=4))
     training.take(encoded(renderer)[:4], 1, 2)
     training.packs = training.learner.packs = CompiledNowhere()
     with pytest.raises(RuntimeError, match="no valid Triton configs"):
@@ -574,7 +574,7 @@ def looks(*values):
     ],
 )
 def test_the_best_adapter_within_the_limit_is_kept(values, limit, best):
-    options = {"validate_steps": 3, "batch_rows": 10, "epochs": 12, "fpr_limit": limit, "patience": 0}
+    options = {"eval_steps": 3, "batch_size": 10, "epochs": 12, "fpr_limit": limit, "patience": 0}
     fitted, found = fitted_state(rest={"look": looks(*values)}, **options)
     assert fitted.best.step == 3 * best
     assert [s.number for s in fitted.steps if s.held_out_auprc is not None or values[0] is None] != []
@@ -593,7 +593,7 @@ def test_the_best_adapter_within_the_limit_is_kept(values, limit, best):
 
 def test_training_ends_where_nothing_gets_better():
     values = [0.5, 0.6, 0.55, 0.58, 0.7]
-    fitted, _ = fitted_state(rest={"look": looks(*values)}, validate_steps=2, patience=2, epochs=9)
+    fitted, _ = fitted_state(rest={"look": looks(*values)}, eval_steps=2, patience=2, epochs=9)
     assert fitted.best.step == 4
     assert len(fitted.steps) == 8
     assert fitted.steps[3].metrics()["held_out_auprc"] == 0.6

@@ -35,8 +35,8 @@ class Stopped(Exception):  # noqa: N818
 
 def run(place, stop_at=None, **options):
     """Train a tiny guard with checkpoints at `place`; returns what came of it, the adapter, and the steps taken."""
-    values = {"batch_rows": 8, "epochs": 2, "rank": 2, "dropout": 0.2, "checkpoint_steps": 1, "learning_rate": 1e-3}
-    settings = TrainingSettings(**values | {"validate_steps": 3, "patience": 0} | options)
+    values = {"batch_size": 8, "epochs": 2, "rank": 2, "dropout": 0.2, "checkpoint_steps": 1, "learning_rate": 1e-3}
+    settings = TrainingSettings(**values | {"eval_steps": 3, "patience": 0} | options)
     renderer = renderer_of("guardloop")
     torch.manual_seed(settings.seed)
     model = fresh_adapter(tiny_llama(), settings)
@@ -80,7 +80,7 @@ def test_a_training_goes_on_from_its_last_checkpoint(tmp_path, stops, every):
 
 
 def test_the_patience_of_a_training_is_not_renewed(tmp_path):
-    options = {"validate_steps": 1, "patience": 3}
+    options = {"eval_steps": 1, "patience": 3}
     expected, adapter, _ = run(None, **options)
     assert len(expected.steps) == 4
     with pytest.raises(Stopped):
@@ -173,9 +173,7 @@ def killed_at(base, folder, step_to_die):
 
     def work():
         torch.set_num_threads(1)
-        options = quick(
-            checkpoints=str(folder / "kept"), checkpoint_steps=1, batch_rows=4, validate_steps=7, dropout=0.1
-        )
+        options = quick(checkpoints=str(folder / "kept"), checkpoint_steps=1, batch_size=4, eval_steps=7, dropout=0.1)
         train(
             toy_examples(60),
             guard_settings(base),
@@ -220,7 +218,7 @@ def test_two_processes_train_the_adapter_of_one(base, tmp_path, monkeypatch):
             processes=count,
             learning_rate=5e-3,
             dropout=0.0,
-            batch_rows=5,
+            batch_size=5,
             micro_rows=2,
             seeds=2,
             checkpoints=str(tmp_path / "kept"),

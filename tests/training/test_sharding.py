@@ -94,7 +94,7 @@ def test_a_split_guard_is_trained_as_a_whole_one(tmp_path, checkpointed):
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), with_codes(renderer)
     # ten examples: in steps of three, one process computes two pieces and the other one, and in the last step none
-    settings = TrainingSettings(batch_rows=3, micro_rows=1, epochs=1, dropout=0.0, learning_rate=1e-3)
+    settings = TrainingSettings(batch_size=3, micro_rows=1, epochs=1, dropout=0.0, learning_rate=1e-3)
 
     def work(sharded=True):
         model = tiny(sharded)
@@ -137,7 +137,7 @@ def test_packs_of_a_split_guard_have_the_gradients_of_a_whole_one(tmp_path, chec
 def test_the_training_of_a_split_guard_goes_on_from_a_checkpoint(tmp_path):
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    settings = TrainingSettings(batch_rows=3, epochs=1, dropout=0.2, learning_rate=1e-3, checkpoint_steps=1)
+    settings = TrainingSettings(batch_size=3, epochs=1, dropout=0.2, learning_rate=1e-3, checkpoint_steps=1)
 
     def training(checkpoints, stop_at=None):
         model, steps = tiny(sharded=True), []
@@ -161,7 +161,7 @@ def test_the_training_of_a_split_guard_goes_on_from_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": 1.0, "variant": "dora"}])
 def test_a_split_guard_is_scored_chosen_and_saved_as_a_whole_one(base, tmp_path, options):
-    given = {"dropout": 0.0, "batch_rows": 5, "micro_rows": 2, **options}
+    given = {"dropout": 0.0, "batch_size": 5, "micro_rows": 2, **options}
     guard = guard_settings(base, batch_tokens=256)
     long = [row(f"long-{n}", "a bomb " * 150, 1.0, "positive") for n in range(99)]
     # held out, it is a batch by itself, and one process has it

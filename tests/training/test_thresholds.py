@@ -14,12 +14,12 @@ from guardloop.training.calibrate import HAIR, same_share
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.train import split, train
 
-MARGIN = st.floats(-20, 20).map(lambda value: round(value, 3))
-PAIRS = st.lists(st.tuples(MARGIN, MARGIN), min_size=1, max_size=40)
+SCORE = st.floats(-20, 20).map(lambda value: round(value, 3))
+PAIRS = st.lists(st.tuples(SCORE, SCORE), min_size=1, max_size=40)
 
 
 @settings(max_examples=cases(200), deadline=None, derandomize=True)
-@given(PAIRS, MARGIN)
+@given(PAIRS, SCORE)
 def test_as_many_are_flagged_as_before(pairs, threshold):
     before, after = np.array(pairs).T
     found, count = same_share(before, after, threshold), int((before > threshold).sum())
@@ -33,14 +33,14 @@ def test_as_many_are_flagged_as_before(pairs, threshold):
 
 
 @settings(max_examples=cases(50), deadline=None, derandomize=True)
-@given(st.lists(MARGIN, max_size=30), MARGIN)
-def test_a_threshold_that_still_flags_as_many_stays(margins, threshold):
-    assert same_share(np.array(margins), np.array(margins), threshold) == threshold
+@given(st.lists(SCORE, max_size=30), SCORE)
+def test_a_threshold_that_still_flags_as_many_stays(scores, threshold):
+    assert same_share(np.array(scores), np.array(scores), threshold) == threshold
 
 
 def example(number, prompt, response, target, kind):
-    facts = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
-    return facts | {"prompt": prompt, "response": response, "target": target, "kind": kind}
+    metadata = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
+    return metadata | {"prompt": prompt, "response": response, "target": target, "kind": kind}
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
     responses = [("how?", f"the {one} and a {other}") for one in words for other in words]
     default = GuardSettings(base=str(base), dtype="float32", is_guard=False, policy=str(base / "policy.yaml"))
     known = [
-        verdict.margin
+        verdict.score
         for verdict in Guard.load(default).score(
             [{"prompt": prompt, "response": response} for prompt, response in responses]
         )
@@ -59,22 +59,22 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
     settings = default.model_copy(update={"response_threshold": middle})
     rows = [example(n, prompt, None, 0.9, "positive" if n % 2 else "passed") for n, prompt in enumerate(prompts)]
     rows += [
-        example(100 + n, *turns, 1 / (1 + np.exp(-margin)), "replay_agent")
-        for n, (turns, margin) in enumerate(zip(responses, known, strict=True))
+        example(100 + n, *turns, 1 / (1 + np.exp(-score)), "replay_response")
+        for n, (turns, score) in enumerate(zip(responses, known, strict=True))
     ]
     options = TrainingSettings(epochs=3, rank=4, learning_rate=1e-2, validation=0.4, min_examples=8)
     trained = train(rows, settings, options, tmp_path / "adapter")
-    facts = json.loads((tmp_path / "adapter" / "guard.json").read_text())
-    assert (facts["threshold"], facts["response_threshold"]) == (trained.threshold, trained.response_threshold)
+    metadata = json.loads((tmp_path / "adapter" / "guard.json").read_text())
+    assert (metadata["threshold"], metadata["response_threshold"]) == (trained.threshold, trained.response_threshold)
 
-    improved = Guard.load(settings, tmp_path / "adapter")
-    assert (improved.threshold, improved.response_threshold) == (trained.threshold, trained.response_threshold)
+    candidate = Guard.load(settings, tmp_path / "adapter")
+    assert (candidate.threshold, candidate.response_threshold) == (trained.threshold, trained.response_threshold)
     held_out = [row for row in split(rows, options.validation, options.seed)[1] if row["response"] is not None]
     before = sum(verdict.flagged for verdict in Guard.load(settings).score(held_out))
-    after = [verdict.flagged for verdict in improved.score(held_out)]
+    after = [verdict.flagged for verdict in candidate.score(held_out)]
     assert 0 < before < len(held_out)
     assert sum(after) == before
-    at_the_prompts = sum(v.margin > trained.threshold for v in improved.score(held_out))
+    at_the_prompts = sum(v.score > trained.threshold for v in candidate.score(held_out))
     assert at_the_prompts != before  # one threshold for both would have moved the judging of responses
 
 

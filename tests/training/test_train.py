@@ -38,8 +38,8 @@ FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", 
 
 
 def row(number, prompt, target, kind, response=None, **values):
-    facts = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
-    return facts | {"prompt": prompt, "response": response, "target": target, "kind": kind} | values
+    metadata = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
+    return metadata | {"prompt": prompt, "response": response, "target": target, "kind": kind} | values
 
 
 def toy_examples(pairs=60):
@@ -63,8 +63,8 @@ def quick(**options):
     return TrainingSettings(**{"epochs": 1, "rank": 4, "learning_rate": 1e-2, "min_examples": 8} | options)
 
 
-def margins(guard, rows):
-    return np.array([verdict.margin for verdict in guard.score(rows)])
+def scores(guard, rows):
+    return np.array([verdict.score for verdict in guard.score(rows)])
 
 
 @pytest.fixture(scope="module")
@@ -80,44 +80,44 @@ def toy(base, tmp_path_factory):
 def test_training_learns_a_toy_task(base, toy):
     trained, folder, steps = toy
     assert trained.last_loss < 0.1 * trained.first_loss
-    assert trained.held_out_auprc_default < 0.7
+    assert trained.held_out_auprc_baseline < 0.7
     assert trained.held_out_auprc > 0.95
     assert trained.steps == len(steps)
     guard = Guard.load(guard_settings(base, is_guard=True), folder)
     _, held_out = split(toy_examples(120), 0.2, 0)
     unsafe = np.array([r["target"] > 0.5 for r in held_out])
     verdicts = list(guard.score(held_out))
-    found, flagged = (np.array([getattr(v, name) for v in verdicts]) for name in ("margin", "flagged"))
+    found, flagged = (np.array([getattr(v, name) for v in verdicts]) for name in ("score", "flagged"))
     assert found[unsafe].mean() > found[~unsafe].mean() + 5
     assert flagged[unsafe].mean() > 0.9
-    assert flagged[~unsafe].mean() <= 0.02 + np.mean(margins(Guard.load(guard_settings(base)), held_out)[~unsafe] > 0)
+    assert flagged[~unsafe].mean() <= 0.02 + np.mean(scores(Guard.load(guard_settings(base)), held_out)[~unsafe] > 0)
 
 
 def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy):
     trained, folder, _ = toy
-    facts = json.loads((folder / "guard.json").read_text())
-    assert facts["family"] == "guardloop"
-    assert facts["base"] == str(base)
-    assert facts["threshold"] == trained.threshold
-    assert facts["training"]["examples"] + facts["training"]["held_out"] == len(toy_examples(120))
-    assert facts["training"]["settings"]["rank"] == 16
+    metadata = json.loads((folder / "guard.json").read_text())
+    assert metadata["family"] == "guardloop"
+    assert metadata["base"] == str(base)
+    assert metadata["threshold"] == trained.threshold
+    assert metadata["training"]["examples"] + metadata["training"]["held_out"] == len(toy_examples(120))
+    assert metadata["training"]["settings"]["rank"] == 16
     files = {"adapter_config.json", "adapter_model.safetensors", "guard.json", "README.md"}
     assert {p.name for p in folder.iterdir()} == files
     assert str(base) not in (folder / "adapter_config.json").read_text()
 
 
 def observed_train(monkeypatch, *args):
-    """Train, and tell which examples were fitted and which margins the threshold was set by."""
+    """Train, and tell which examples were fitted and which scores the threshold was set by."""
     seen = {}
 
     def watched_fit(model, prefixes, labels, examples, options, **rest):
         seen["fitted"] = [e.id for e in examples]
         return real_fit(model, prefixes, labels, examples, options, **rest)
 
-    def watched_point(examples, margins, *rest):
-        _, taught, taught_margins, *_ = rest
-        seen.update(held_out=examples, margins=margins, taught=taught, taught_margins=taught_margins)
-        return real_point(examples, margins, *rest)
+    def watched_point(examples, scores, *rest):
+        _, taught, taught_scores, *_ = rest
+        seen.update(held_out=examples, scores=scores, taught=taught, taught_scores=taught_scores)
+        return real_point(examples, scores, *rest)
 
     real_fit, real_point = module.fit, module.stricter_point
     monkeypatch.setattr(module, "fit", watched_fit)
@@ -132,11 +132,11 @@ def test_the_chosen_strength_is_saved_with_the_adapter(monkeypatch, base, tmp_pa
     assert trained.scale == scale
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
     assert loaded.threshold == trained.threshold
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
-    np.testing.assert_allclose(margins(loaded, seen["taught"]), seen["taught_margins"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["taught"]), seen["taught_scores"], atol=1e-4)
     assert {row["id"] for row in seen["taught"]} == set(seen["fitted"])  # there is no replay among them
-    plain = margins(Guard.load(guard_settings(base)), seen["held_out"])
-    assert np.abs(plain - seen["margins"]).max() > 0.01
+    plain = scores(Guard.load(guard_settings(base)), seen["held_out"])
+    assert np.abs(plain - seen["scores"]).max() > 0.01
 
 
 def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, tmp_path):
@@ -148,7 +148,7 @@ def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, t
     assert [t.held_out_auprc for t in trained.trials] == [0.2, 0.9, 0.4]
     assert [t.chosen for t in trained.trials] == [False, True, False]
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize(("scale", "options"), [(0.5, {}), (1.0, {"variant": "rslora", "top_layers": 0.5, "rank": 3})])
@@ -157,11 +157,11 @@ def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, t
     default = guard_settings(base, adapter=str(first))
     second = quick(scales=[scale], learning_rate=1e-3, **options)
     trained, seen = observed_train(monkeypatch, toy_examples(), default, second, tmp_path / "two")
-    assert trained.held_out_auprc_default > 0.9
+    assert trained.held_out_auprc_baseline > 0.9
     loaded = Guard.load(guard_settings(base), tmp_path / "two")
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
-    before = margins(Guard.load(guard_settings(base), first), seen["held_out"])
-    assert np.abs(before - seen["margins"]).max() > 0.01
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
+    before = scores(Guard.load(guard_settings(base), first), seen["held_out"])
+    assert np.abs(before - seen["scores"]).max() > 0.01
 
 
 def product(folder):
@@ -252,7 +252,7 @@ def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_p
     assert all(".layers.1." in name for name in weights)
     assert len(weights) == 2 * (7 if targets == "all-linear" else 2)
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -304,11 +304,11 @@ def test_a_split_holds_out_about_its_share_and_another_seed_another_part():
     assert one != two
 
 
-margin = st.floats(-20, 20, width=32)
+score = st.floats(-20, 20, width=32)
 held_out = st.lists(
     st.tuples(
-        margin,
-        margin,
+        score,
+        score,
         st.sampled_from([0.0, 0.25, 0.9, 1.0]),
         st.sampled_from(["hard_negative", "passed", "positive", "replay_blocked"]),
     ),
@@ -316,39 +316,41 @@ held_out = st.lists(
 )
 
 
-@given(values=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
+@given(values=held_out, baseline_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
 @PROPERTY
-def test_the_operating_point_flags_few_more_of_the_safe_prompts_and_as_many_as_it_may(values, default_threshold, share):
+def test_the_operating_point_flags_few_more_of_the_safe_prompts_and_as_many_as_it_may(
+    values, baseline_threshold, share
+):
     examples = [{"kind": kind, "target": target} for _, _, target, kind in values]
     after, before = (np.array([v[i] for v in values], dtype=np.float32) for i in (0, 1))
-    threshold = operating_point(examples, after, before, default_threshold, share)
+    threshold = operating_point(examples, after, before, baseline_threshold, share)
     never = np.array([float(row["kind"] in ("hard_negative", "passed")) for row in examples])
     weighed = np.array([0.0 if row["kind"] == "replay_blocked" else 1 - row["target"] for row in examples])
     guesses = [safe for safe in (never, weighed) if safe.any()]
     if not guesses:
-        assert threshold == default_threshold
+        assert threshold == baseline_threshold
         return
     one_more = []
     for safe in guesses:
-        allowed = safe[before > default_threshold].sum() + share * safe.sum()
+        allowed = safe[before > baseline_threshold].sum() + share * safe.sum()
         assert safe[after > threshold].sum() <= allowed + 1e-6
         let_through = after[(safe > 0) & (after < threshold)]
         one_more.append(safe[after >= let_through.max()].sum() > allowed - 1e-6 or allowed >= safe.sum() - 1e-6)
     assert any(one_more)  # it is no higher than it must be
 
 
-@given(values=held_out, taught=held_out, default_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
+@given(values=held_out, taught=held_out, baseline_threshold=st.floats(-5, 5), share=st.floats(0, 0.9))
 @PROPERTY
-def test_the_threshold_holds_for_the_held_out_and_with_the_taught(values, taught, default_threshold, share):
+def test_the_threshold_holds_for_the_held_out_and_with_the_taught(values, taught, baseline_threshold, share):
     after, before = (np.array([v[i] for v in values], dtype=np.float32) for i in (0, 1))
     more = np.array([v[0] for v in taught], dtype=np.float32)
     held, known = ([{"kind": kind, "target": target} for _, _, target, kind in rows] for rows in (values, taught))
-    threshold = stricter_point(held, after, before, known, more, default_threshold, share)
-    for examples, margins in ((held, after), ([*held, *known], np.concatenate([after, more]))):
+    threshold = stricter_point(held, after, before, known, more, baseline_threshold, share)
+    for examples, scores in ((held, after), ([*held, *known], np.concatenate([after, more]))):
         safe = np.array([row["kind"] in ("hard_negative", "passed") for row in examples], dtype=bool)
-        flagged_before = (safe[: len(held)] & (before > default_threshold)).sum()
-        assert (safe & (margins > threshold)).sum() <= flagged_before + share * safe.sum() + 1e-6
-    assert threshold >= operating_point(held, after, before, default_threshold, share)
+        flagged_before = (safe[: len(held)] & (before > baseline_threshold)).sum()
+        assert (safe & (scores > threshold)).sum() <= flagged_before + share * safe.sum() + 1e-6
+    assert threshold >= operating_point(held, after, before, baseline_threshold, share)
 
 
 def test_the_taught_prompts_keep_a_threshold_from_few_prompts_from_being_off_by_chance():
@@ -368,21 +370,21 @@ def test_the_taught_prompts_keep_a_threshold_from_few_prompts_from_being_off_by_
 def test_the_operating_point_holds_where_safe_prompts_that_look_unsafe_draw_blocked_responses():
     draw = np.random.default_rng(0)
     unsafe = draw.random(4000) < 0.2
-    margins = draw.normal(np.where(unsafe, 2.0, 0.0))
-    if_safe = 1 / (1 + np.exp(-margins))
+    scores = draw.normal(np.where(unsafe, 2.0, 0.0))
+    if_safe = 1 / (1 + np.exp(-scores))
     blocked = draw.random(4000) < np.where(unsafe, 0.95, if_safe)
-    odds = 0.2 / 0.8 * np.exp(2 * margins - 2) * np.where(blocked, 0.95 / if_safe, 0.05 / (1 - if_safe))
+    odds = 0.2 / 0.8 * np.exp(2 * scores - 2) * np.where(blocked, 0.95 / if_safe, 0.05 / (1 - if_safe))
     examples = [
         {"kind": "positive" if b else "passed", "target": t}
         for b, t in zip(blocked, (odds / (1 + odds)).tolist(), strict=True)
     ]
-    threshold = operating_point(examples, margins, np.full(4000, -1.0), 0.0, 0.05)
-    assert 0.04 < (margins[~unsafe] > threshold).mean() < 0.06
-    never_blocked = np.quantile(margins[~blocked], 0.95)
-    assert (margins[~unsafe] > never_blocked).mean() > 0.1
+    threshold = operating_point(examples, scores, np.full(4000, -1.0), 0.0, 0.05)
+    assert 0.04 < (scores[~unsafe] > threshold).mean() < 0.06
+    never_blocked = np.quantile(scores[~blocked], 0.95)
+    assert (scores[~unsafe] > never_blocked).mean() > 0.1
 
 
-@given(values=st.lists(st.tuples(margin, st.floats(0, 1, width=32)), min_size=1, max_size=30))
+@given(values=st.lists(st.tuples(score, st.floats(0, 1, width=32)), min_size=1, max_size=30))
 @PROPERTY
 def test_ranking_asks_for_both_kinds_and_knows_the_best_order(values):
     targets = [target for _, target in values]
@@ -445,7 +447,7 @@ def test_the_saved_weights_are_finite_and_of_the_adapter_only(toy):
 
 def test_what_was_learnt_of_prompts_leaves_both_roles_scored(base, toy):
     guard = Guard.load(guard_settings(base), toy[1])
-    assert np.isfinite(margins(guard, [*user("a bomb", "a cake"), *agent(("hello", "a cake"))])).all()
+    assert np.isfinite(scores(guard, [*user("a bomb", "a cake"), *agent(("hello", "a cake"))])).all()
 
 
 def test_the_best_of_several_seeds_is_kept(base, tmp_path):
@@ -465,15 +467,15 @@ def test_an_earlier_seed_that_was_better_is_the_one_saved(monkeypatch, base, tmp
     trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), quick(seeds=2), tmp_path / "one")
     assert trained.seed == 0
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
 
 
 def test_the_card_tells_where_the_adapter_comes_from(base, toy):
     trained, folder, _ = toy
     card = (folder / "README.md").read_text()
-    facts = json.loads((folder / "guard.json").read_text())
+    metadata = json.loads((folder / "guard.json").read_text())
     assert card.startswith("---\nlibrary_name: peft\ntags:")
-    assert facts["data_hash"] in card
+    assert metadata["data_hash"] in card
     assert f"| {trained.seed} | 1.0 | {trained.held_out_auprc:.3f} |" in card
     assert "| learning_rate | 0.005 |" in card
     assert f"`{base}`" in card
@@ -484,7 +486,7 @@ def test_other_forms_of_adapters_are_saved_as_they_were_trained(monkeypatch, bas
     options = quick(variant=variant)
     _, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=1e-3)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-3)
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
@@ -497,7 +499,7 @@ def test_a_quantized_base_is_trained_and_scored_alike(monkeypatch, base, tmp_pat
     loaded = Guard.load(guard, tmp_path / "one")
     # on CPUs with AVX512-BF16, bitsandbytes scores 4-bit weights in bfloat16 where no gradient is wanted
     rounding = 0.1 if quantization == "nf4" else 1e-3
-    np.testing.assert_allclose(margins(loaded, seen["held_out"]), seen["margins"], atol=rounding)
+    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=rounding)
 
 
 def test_gradient_checkpointing_changes_no_bit_where_the_same_is_computed(base, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.guard.inference.forward import trunk
+from guardloop.guard.inference.forward import decoder_of
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -51,7 +51,7 @@ def to_float8(model: Any) -> Any:
         raise GuardLoopError(
             "guard.quantization: fp8 needs a GPU with 8-bit floating point (Ada, Hopper or newer)", "use none or int8"
         )
-    decoder = trunk(model)
+    decoder = decoder_of(model)
     for name, module in list(decoder.named_modules()):
         if type(module) is torch.nn.Linear and not (module.in_features % 16 or module.out_features % 16):
             parent, _, child = name.rpartition(".")

@@ -22,7 +22,7 @@ class PrefixCache:
         if self.prefix:
             cache = DynamicCache()
             ids = torch.tensor([self.prefix], device=model.device)
-            trunk(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+            decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
             self.layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def expand(self, batch: int) -> DynamicCache:
@@ -43,7 +43,7 @@ def label_hidden(model: Any, cache: PrefixCache, rows: Sequence[Sequence[int]]) 
     ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=model.device)
     positions = torch.arange(start, start + width, device=model.device).expand(len(rows), -1)
     past = cache.expand(len(rows)) if start else None
-    hidden = trunk(model)(
+    hidden = decoder_of(model)(
         input_ids=ids, position_ids=positions, past_key_values=past, use_cache=past is not None
     ).last_hidden_state
     last = torch.tensor([len(r) - 1 for r in rows], device=model.device)
@@ -63,20 +63,20 @@ def label_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return head.float()
 
 
-def margins_of(model: Any, hidden: torch.Tensor, labels: LabelTokens) -> torch.Tensor:
+def scores_of(model: Any, hidden: torch.Tensor, labels: LabelTokens) -> torch.Tensor:
     """logit(unsafe) - logit(safe), `float32[B]`: the difference of the two rows of the head, taken before rounding."""
     weight = model.get_output_embeddings().weight
     direction = weight[labels.unsafe].float() - weight[labels.safe].float()
-    margins: torch.Tensor = hidden.float() @ direction
-    return margins
+    scores: torch.Tensor = hidden.float() @ direction
+    return scores
 
 
 def is_sharded(model: Any) -> bool:
     """Whether the model's layers are split among processes (guardloop.training.sharding)."""
-    return isinstance(trunk(model), FSDPModule)
+    return isinstance(decoder_of(model), FSDPModule)
 
 
-def trunk(model: Any) -> Any:
+def decoder_of(model: Any) -> Any:
     """The decoder without its output head, also inside an adapter."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner.get_decoder() if hasattr(inner, "get_decoder") else inner.model

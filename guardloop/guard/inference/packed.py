@@ -19,7 +19,7 @@ from torch.nn.functional import embedding, pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from guardloop.core.places import cache_folder
-from guardloop.guard.inference.forward import PrefixCache, trunk
+from guardloop.guard.inference.forward import PrefixCache, decoder_of
 from guardloop.guard.inference.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
 from guardloop.guard.inference.products import FirstProducts, add_product, is_plain, product_behind
 
@@ -39,7 +39,7 @@ States = tuple[torch.Tensor, torch.Tensor | None]
 
 def fits(model: Any) -> bool:
     """Whether the model's layers have the form that is written out here."""
-    config = trunk(model).config
+    config = decoder_of(model).config
     return config.model_type in FORMS and not getattr(config, "sliding_window", None)
 
 
@@ -75,7 +75,7 @@ class PackedForward:
         are computed again in the backward pass.
         """
         self.model = model
-        self.decoder = trunk(model)
+        self.decoder = decoder_of(model)
         self.prefix = list(prefix)
         self.size = size
         self.first = first

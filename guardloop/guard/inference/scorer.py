@@ -1,6 +1,6 @@
-"""From prompts as tokens to margins: one forward pass each, behind the template's keys and values.
+"""From prompts as tokens to scores: one forward pass each, behind the template's keys and values.
 
-On a GPU, prompts are packed (`packed`); on a CPU, and for a few prompts, batched (`forward`). The margin is taken in
+On a GPU, prompts are packed (`packed`); on a CPU, and for a few prompts, batched (`forward`). The score is taken in
 float32 from the label position's hidden state, so that scores of half-precision models do not collapse into ties.
 """
 
@@ -14,11 +14,11 @@ from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.guard.inference.forward import (
     PrefixCache,
     behind,
+    decoder_of,
     is_sharded,
     label_hidden,
     label_logits,
-    margins_of,
-    trunk,
+    scores_of,
 )
 from guardloop.guard.inference.packed import PackedForward, fits
 from guardloop.guard.inference.packing import batches, packs
@@ -32,7 +32,7 @@ LEAST_PACK, LEAST_BATCH, STEP = 1024, 256, 512  # tokens, as in the settings
 Prefix = tuple[int, ...]
 Result = TypeVar("Result")
 Scored = tuple[list[int], torch.Tensor, torch.Tensor]
-"""Indices of prompts, with their margins and label masses, `float32[B]` each, on the model's device."""
+"""Indices of prompts, with their scores and label masses, `float32[B]` each, on the model's device."""
 
 
 class Scorer:
@@ -68,7 +68,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
-        """Margins and label masses at the end of each prompt, in packs or batches; nothing is waited for on a GPU."""
+        """Scores and label masses at the end of each prompt, in packs or batches; nothing is waited for on a GPU."""
         return self._as_it_fits(lambda: [self._scored(*found) for found in self._hidden(prompts)])
 
     @torch.inference_mode()
@@ -121,7 +121,7 @@ class Scorer:
         logits = label_logits(self.model, hidden)
         pair = torch.stack([logits[:, self.labels.safe], logits[:, self.labels.unsafe]], -1)  # a list would wait
         masses = (pair - logits.logsumexp(-1, keepdim=True)).exp().sum(-1)
-        return indices, margins_of(self.model, hidden, self.labels), masses
+        return indices, scores_of(self.model, hidden, self.labels), masses
 
     def _hidden(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Hidden states at each prompt's last token, with indices into `prompts`."""
@@ -151,6 +151,6 @@ class Scorer:
         if (prefix, size) not in self._packs:
             compiled = self.model.device.type == "cuda"
             if not is_sharded(self.model):
-                self._first = self._first or first_products(trunk(self.model))
+                self._first = self._first or first_products(decoder_of(self.model))
             self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled, first=self._first)
         return self._packs[prefix, size]

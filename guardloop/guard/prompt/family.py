@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "families"
 
 
 class Family(Section):
-    """The facts of one guard family."""
+    """The metadata of one guard family."""
 
     name: str
     """The family's name: that of its file."""

@@ -85,8 +85,8 @@ class TransformersResponder:
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_rows = settings.batch_rows or BATCH_ROWS
-        self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens, settings.opening)
+        self.batch_size = settings.batch_size or BATCH_ROWS
+        self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens, settings.prefill)
         self.ends = _end_tokens(model, tokenizer)
         _check_supported(model, settings)
 
@@ -102,7 +102,7 @@ class TransformersResponder:
                 queue.extend(groups)
                 yield from errors
             try:
-                if len(rows) <= self.batch_rows * (1 - REFILL_SHARE):
+                if len(rows) <= self.batch_size * (1 - REFILL_SHARE):
                     while queue and (admitted := self._next_prompts(rows, queue)):
                         self._prefill(slots, rows, admitted)
                         admitted = []
@@ -130,8 +130,8 @@ class TransformersResponder:
         count = sum(len(group.requests) for group in groups)
         if count == 1:
             return False
-        self.batch_rows = min(self.batch_rows, count) // 2
-        log.warning("out of memory with %d responses at once: from here on at most %d", count, self.batch_rows)
+        self.batch_size = min(self.batch_size, count) // 2
+        log.warning("out of memory with %d responses at once: from here on at most %d", count, self.batch_size)
         return True
 
     def _alone(self, group: Group) -> Iterator[Reply]:
@@ -150,7 +150,7 @@ class TransformersResponder:
     def _read(self, source: Iterator[Request]) -> tuple[list[Group], list[Reply]]:
         """The next window: prompts, shortest first so that rows of like length run together, and unusable requests."""
         groups, errors = list[Group](), list[Reply]()
-        window = list(islice(source, WINDOW_BATCHES * self.batch_rows))
+        window = list(islice(source, WINDOW_BATCHES * self.batch_size))
         for (_, prompt), same in groupby(window, key=lambda request: (request.id, request.prompt)):
             samples = list(same)
             try:
@@ -163,7 +163,7 @@ class TransformersResponder:
 
     def _parts(self, group: Group) -> list[Group]:
         """The group in as many as it takes for each to fit into a batch."""
-        size = max(1, min(self.batch_rows, self.settings.batch_tokens // self._width(len(group.tokens))))
+        size = max(1, min(self.batch_size, self.settings.batch_tokens // self._width(len(group.tokens))))
         return [Group(group.tokens, group.requests[i : i + size]) for i in range(0, len(group.requests), size)]
 
     def _width(self, prompt_tokens: int) -> int:
@@ -177,7 +177,7 @@ class TransformersResponder:
         while queue:
             count += len(queue[0].requests)
             longest = max(longest, len(queue[0].tokens))
-            fits = count <= self.batch_rows and count * self._width(longest) <= self.settings.batch_tokens
+            fits = count <= self.batch_size and count * self._width(longest) <= self.settings.batch_tokens
             if not fits and (rows or admitted):
                 break
             if admitted and (len(admitted) + 1) * len(queue[0].tokens) > PREFILL_TOKENS:
@@ -243,7 +243,7 @@ class TransformersResponder:
         text = self.tokenizer.decode(row.tokens, skip_special_tokens=True)
         if self.chat.stop:
             text = text.split(self.chat.stop)[0]
-        return Reply(row.request.id, row.request.sample, (self.chat.opening + text).strip(), reason, len(row.tokens))
+        return Reply(row.request.id, row.request.sample, (self.chat.prefill + text).strip(), reason, len(row.tokens))
 
 
 def _groups(rows: list[Row], admitted: list[Group]) -> list[Group]:

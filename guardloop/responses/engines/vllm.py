@@ -36,10 +36,10 @@ class VllmResponder:
         self.name = settings.tag
         self.settings = settings
         self.chat = ChatRenderer(
-            load_tokenizer(load, revision), settings.system_prompt, settings.max_prompt_tokens, settings.opening
+            load_tokenizer(load, revision), settings.system_prompt, settings.max_prompt_tokens, settings.prefill
         )
-        if settings.batch_rows:
-            options = {"max_num_seqs": settings.batch_rows, **options}
+        if settings.batch_size:
+            options = {"max_num_seqs": settings.batch_size, **options}
         own = {
             "model": load,
             "revision": revision,
@@ -145,7 +145,7 @@ class VllmResponder:
         if not self.chat.stop:
             tokens = tokens[:-1] if reason == "stop" else tokens  # without the token that ended it
             text = self.chat.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Reply(request.id, request.sample, (self.chat.opening + text).strip(), reason, len(tokens))
+        return Reply(request.id, request.sample, (self.chat.prefill + text).strip(), reason, len(tokens))
 
 
 def _import_vllm() -> Any:

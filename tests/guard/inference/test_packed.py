@@ -12,7 +12,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
 from guardloop.guard.inference.float8 import Float8Linear, to_float8
-from guardloop.guard.inference.forward import trunk
+from guardloop.guard.inference.forward import decoder_of
 from guardloop.guard.inference.packed import HOPPER_TILES, PackedForward, fits, is_tuned, side_of
 from guardloop.guard.inference.packing import most_rows
 from guardloop.guard.inference.products import first_products
@@ -28,7 +28,7 @@ def model(request):
 
 
 def one_by_one(model, prefix, rows):
-    return torch.stack([trunk(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0, -1] for row in rows])
+    return torch.stack([decoder_of(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0, -1] for row in rows])
 
 
 @given(
@@ -40,7 +40,7 @@ def one_by_one(model, prefix, rows):
 @PROPERTY
 def test_a_pack_gives_each_row_what_it_gets_alone(model, prefix, rows, own, looked_up):
     with torch.no_grad():
-        first = first_products(trunk(model)) if looked_up else None
+        first = first_products(decoder_of(model)) if looked_up else None
         forward = PackedForward(model, prefix, 1024, with_gradient=own, compiled=False, first=first)
         torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
 
@@ -48,12 +48,12 @@ def test_a_pack_gives_each_row_what_it_gets_alone(model, prefix, rows, own, look
 def test_the_first_layers_products_are_looked_up_where_nothing_else_decides_them():
     plain, adapted = tiny_llama(), with_lora(tiny_llama())
     with torch.no_grad():
-        found = first_products(trunk(plain))
-        assert found is not None and first_products(trunk(adapted)) is None
+        found = first_products(decoder_of(plain))
+        assert found is not None and first_products(decoder_of(adapted)) is None
         tokens = torch.tensor([3, 299, 3])
-        normed = trunk(plain).layers[0].input_layernorm(trunk(plain).embed_tokens(tokens))
-        torch.testing.assert_close(found.keys[tokens], trunk(plain).layers[0].self_attn.k_proj(normed))
-    assert first_products(trunk(plain)) is None  # with gradient
+        normed = decoder_of(plain).layers[0].input_layernorm(decoder_of(plain).embed_tokens(tokens))
+        torch.testing.assert_close(found.keys[tokens], decoder_of(plain).layers[0].self_attn.k_proj(normed))
+    assert first_products(decoder_of(plain)) is None  # with gradient
 
 
 def test_one_forward_serves_pack_after_pack(model):
@@ -72,7 +72,7 @@ def test_compiled_layers_give_the_same(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     prefix, packs = list(range(40)), [[[5, 6, 7, 8], [9, 10], [12] * 30], [[250] * 20, [3]]]
     with torch.no_grad():
-        forward = PackedForward(model, prefix, 256, compiled=True, first=first_products(trunk(model)))
+        forward = PackedForward(model, prefix, 256, compiled=True, first=first_products(decoder_of(model)))
         for rows in packs:  # sums in place leave nothing behind for the next pack
             torch.testing.assert_close(forward(rows), one_by_one(model, prefix, rows), atol=NEAR, rtol=0)
 
@@ -102,7 +102,7 @@ def test_several_last_tokens_of_a_row_are_read(model):
     prefix, rows, reads = [1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]], [3, 1, 2]
     with torch.no_grad():
         found = PackedForward(model, prefix, 256, compiled=False)(rows, reads)
-        whole = [trunk(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0] for row in rows]
+        whole = [decoder_of(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0] for row in rows]
     expected = torch.cat([hidden[-count:] for hidden, count in zip(whole, reads, strict=True)])
     torch.testing.assert_close(found, expected, atol=NEAR, rtol=0)
 

@@ -21,7 +21,7 @@ from launch.checks.plan import duration, make_plan, size
 from launch.checks.rates import read_past, recorded_rates
 
 STAGES = {"prepare_data": (10, 2.0), "generate_responses": (32, 64.0), "screen responses": (32, 16.0)}
-STAGES |= {"train_guard": (12, 24.0), "evaluate": (6, 1.0), "screen test (default)": (6, 3.0)}
+STAGES |= {"train_guard": (12, 24.0), "evaluate": (6, 1.0), "screen test (baseline)": (6, 3.0)}
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -79,7 +79,7 @@ def test_data_is_counted_and_the_rest_is_called_rough(tmp_path: Path) -> None:
     assert stages["screen prompts"].tokens.value == 50 * 8 / 4 and stages["screen prompts"].tokens.rough
     assert stages["generate_responses"].items.value == 50 * 4
     assert "upper bound" in stages["generate_responses"].items.rough
-    assert stages["screen test (default)"].items.value == 6
+    assert stages["screen test (baseline)"].items.value == 6
     assert stages["screen prompts"].seconds.value is None and "first run" in stages["screen prompts"].seconds.rough
     assert plan.device == "cpu" and "left out" in plan.total("seconds").rough
 
@@ -193,7 +193,7 @@ def test_compared_with_what_a_run_took(call: Call, tmp_path: Path) -> None:
     assert compared["rates"].startswith("docs/"), "a run is not compared with a plan that was made from it"
     assert rows["generate_responses"]["took"]["seconds"] == 64.0
     assert rows["screen prompts"]["took"]["items"] == 10
-    assert rows["screen test (improved)"]["took"]["seconds"] is None
+    assert rows["screen test (candidate)"]["took"]["seconds"] is None
     code, out, _ = call(config, "--compare", "20260101-000000-full")
     assert code == 0 and "beside the run 20260101-000000-full" in out
 

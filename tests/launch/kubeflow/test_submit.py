@@ -296,11 +296,11 @@ def test_a_failed_stage_is_named_with_its_message_and_its_log(server: KubeflowSe
 
 
 def test_a_stage_that_could_not_start_is_named(server: KubeflowServer, submits: Call) -> None:
-    server.plays(Step("FAILED", [task("screen-improved-driver", "FAILED")]))
+    server.plays(Step("FAILED", [task("screen-candidate-driver", "FAILED")]))
 
     ended = submits()
 
-    assert ended.code == 1 and "FAILED in screen-improved" in ended.err and "could not be started" in ended.err
+    assert ended.code == 1 and "FAILED in screen-candidate" in ended.err and "could not be started" in ended.err
 
 
 def test_a_failure_outside_the_stages_tells_what_the_run_says(server: KubeflowServer, submits: Call) -> None:

@@ -40,7 +40,7 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
     names = {stage["stage"] for stage in summary["stages"]}
     run = _recorded(workshop)
     assert run.data.tags["guardloop.gate_verdict"] == "nothing trained"
-    assert run.data.metrics["harvest_screened"] == 40 and float(run.data.params["feedback.min_positives"]) == 1
+    assert run.data.metrics["harvest_screened"] == 40 and float(run.data.params["mining.min_positives"]) == 1
     assert {"screen prompts [0]", "screen prompts [1]", "mine_feedback"} <= names
     assert "train_guard" not in names
     shards = list((workshop.latest / "artifacts").rglob("verdicts"))
@@ -53,7 +53,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GUARDLOOP_HOME", str(workshop.folder / "home"))
-    loose = {"guard": {"threshold": workshop.middle_margin()}}
+    loose = {"guard": {"threshold": workshop.middle_score()}}
     whole = workshop.guardloop(**loose)
 
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -61,12 +61,12 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     full = workshop.summary()
     assert full["decision"] == "not promoted"  # a random guard cannot prove anything
     assert full["headline"] in " ".join(whole.stdout.split()) or "Not promoted" in whole.stdout
-    feedback = full["evaluation"]["feedback"]
+    mining = full["evaluation"]["mining"]
     held_out = [row for path in (workshop.latest / "artifacts").rglob("held_out") for row in read_table(path)]
     taught = [r for p in (workshop.latest / "artifacts").rglob("examples.parquet") for r in read_table(p)]
     assert held_out and {r["group"] for r in held_out}.isdisjoint(r["group"] for r in taught)
     told = [r for r in held_out if r["response_unsafe"] is not None]
-    assert feedback["prompts"] == len(told) if feedback else len({r["response_unsafe"] for r in told}) < 2
+    assert mining["prompts"] == len(told) if mining else len({r["response_unsafe"] for r in told}) < 2
     (benchmark,) = full["evaluation"]["benchmarks"]
     assert (benchmark["name"], benchmark["rows"], benchmark["unsafe"]) == ("fire-drill", 3, 3)
     assert _recorded(workshop).data.tags["guardloop.gate_verdict"] != "nothing trained"
@@ -118,14 +118,14 @@ def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(worksh
 
 
 def _check_that_each_side_was_scored_by_its_own_guard(workshop: Workshop) -> None:
-    """The gate's two columns are the default guard's and the improved guard's margins, and they differ."""
+    """The gate's two columns are the baseline's and the candidate's scores, and they differ."""
     (scores,), (adapter,) = (list((workshop.latest / "artifacts").rglob(name)) for name in (SCORE_TABLE, "adapter"))
     rows = list(read_table(scores))
     settings = GuardSettings(**workshop.settings["guard"])
-    for column, own in (("default_margin", None), ("improved_margin", adapter)):
-        margins = [verdict.margin for verdict in Guard.load(settings, own).score(rows)]
-        assert [row[column] for row in rows] == pytest.approx(margins, abs=1e-5)
-    assert max(abs(row["improved_margin"] - row["default_margin"]) for row in rows) > 1e-3
+    for column, own in (("baseline_score", None), ("candidate_score", adapter)):
+        scores = [verdict.score for verdict in Guard.load(settings, own).score(rows)]
+        assert [row[column] for row in rows] == pytest.approx(scores, abs=1e-5)
+    assert max(abs(row["candidate_score"] - row["baseline_score"]) for row in rows) > 1e-3
 
 
 def _recorded(workshop: Workshop) -> Run:

@@ -86,7 +86,7 @@ def test_samples_are_what_the_plain_way_gives(responder: Callable[..., Transform
     assert len(set(replies.values())) > 20
 
 
-@pytest.mark.parametrize("shape", [{"batch_rows": 1}, {"batch_rows": 2}, {"batch_rows": 64}, {"batch_tokens": 256}])
+@pytest.mark.parametrize("shape", [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": 64}, {"batch_tokens": 256}])
 def test_batches_do_not_matter(responder: Callable[..., TransformersResponder], shape: dict[str, int]) -> None:
     usual, other = responder(), responder(**shape)
     requests = ask(PROMPTS[:20], usual.settings)
@@ -105,7 +105,7 @@ def test_shards_do_not_matter(responder: Callable[..., TransformersResponder]) -
 
 
 def test_reads_ahead_a_bounded_number(responder: Callable[..., TransformersResponder]) -> None:
-    ours, read = responder(batch_rows=4, max_new_tokens=3), 0
+    ours, read = responder(batch_size=4, max_new_tokens=3), 0
 
     def requests() -> Iterator[Request]:
         nonlocal read
@@ -129,7 +129,7 @@ def test_the_cache_stays_within_batch_tokens(
         sizes.append(keys.shape[0] * keys.shape[2])
 
     monkeypatch.setattr(Slots, "admit", watched)
-    ours = responder(batch_rows=64, batch_tokens=512)
+    ours = responder(batch_size=64, batch_tokens=512)
     long = ["sea " * 90, *PROMPTS, "moon " * 80, *PROMPTS]
     assert len(list(ours.generate(ask(long, ours.settings)))) == len(long) * 3
     assert max(sizes) <= 512
@@ -137,7 +137,7 @@ def test_the_cache_stays_within_batch_tokens(
 
 
 def test_more_samples_than_rows(responder: Callable[..., TransformersResponder]) -> None:
-    ours = responder(samples=5, batch_rows=2)
+    ours = responder(samples=5, batch_size=2)
     assert len(answers(ours.generate(ask(PROMPTS[:3], ours.settings)))) == 15
 
 
@@ -250,7 +250,7 @@ def test_batches_that_do_not_fit_are_halved_for_good(
 
     monkeypatch.setattr(TransformersResponder, "_step", small)
     assert answers(ours.generate(ask(PROMPTS, ours.settings))) == expected
-    most = ours.batch_rows
+    most = ours.batch_size
     assert fitting / 2 <= most <= fitting  # no smaller than it has to be
     failed = [n for n, size in enumerate(sizes) if size > fitting]
     assert len(failed) <= 3  # from 8 rows
