@@ -60,7 +60,7 @@ compile: ready ## Compile the pipelines to YAML for Kubeflow (PLATFORM=minikube 
 	@$(BIN)/guardloop compile --platform $(PLATFORM) --config $(CONFIG)
 
 golden: ready ## Write the golden pipelines of tests/pipeline anew, after a change that is meant
-	@UPDATE_GOLDEN=1 $(BIN)/pytest tests/pipeline/test_platform.py -k golden
+	@UPDATE_GOLDEN=1 $(BIN)/pytest tests/launch/kubeflow/test_platform.py -k golden
 	@git diff --stat tests/pipeline/golden
 
 minikube-up: ## Start minikube with Kubeflow Pipelines, MLflow and an object store (ARGS=--dry-run prints the commands)

@@ -17,38 +17,55 @@ class Processed(NamedTuple):
     training_set: Dataset
     test_set: Dataset
     Output: bool
-    """Whether the harvest is enough to train on; kfp.local's conditions know an output of this name only."""
+    """Whether there are enough examples to train on; kfp.local's conditions know an output of this name only."""
 
 
-@dsl.pipeline(name="guardloop-process", description="Screen traffic, answer it, judge the answers, mine the lessons.")
-def process(dataset: dict, guard: dict, responder: dict, mining: dict, shards: int = 1) -> Processed:
+@dsl.pipeline(name="guardloop-process", description="Screen prompts, answer them, judge the responses, mine.")
+def process(
+    dataset: dict,
+    guard: dict,
+    responders: list,
+    mining: dict,
+    seed: int = 0,
+    max_error_share: float = 0.05,
+    shards: int = 1,
+) -> Processed:
     """From raw prompts to a training set."""
-    prepared = stage.prepare_data(dataset=dataset, shards=shards)
+    prepared = stage.prepare_data(dataset=dataset, seed=seed, shards=shards)
     with dsl.ParallelFor(prepared.outputs["Output"]) as shard:
         screened = stage.screen(
             conversations=prepared.outputs["traffic"], guard=guard, what="screen prompts", shard=shard, shards=shards
         )
-        answered = stage.generate_responses(screened=screened.outputs["verdicts"], responder=responder, shard=shard)
+        answered = stage.generate_responses(
+            screened=screened.outputs["verdicts"],
+            responders=responders,
+            seed=seed,
+            max_error_share=max_error_share,
+            shard=shard,
+        )
         judged = stage.screen(conversations=answered.outputs["responses"], guard=guard, what="screen responses")
     mined = stage.mine_feedback(
         screened=dsl.Collected(screened.outputs["verdicts"]),
         judged=dsl.Collected(judged.outputs["verdicts"]),
         traffic=prepared.outputs["traffic"],
         mining=mining,
+        seed=seed,
     )
     return Processed(mined.outputs["training_set"], prepared.outputs["test_set"], mined.outputs["Output"])
 
 
 @dsl.pipeline(name="guardloop-train", description="Train the candidate on a mined training set.")
-def train(training_set_uri: str, guard: dict, training: dict, registry: dict) -> Model:
+def train(training_set_uri: str, guard: dict, training: dict, registry: dict, seed: int = 0) -> Model:
     """From the training set of an earlier run to an adapter."""
     training_set = dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset)
-    trained = stage.train_guard(training_set=training_set.output, guard=guard, training=training, registry=registry)
+    trained = stage.train_guard(
+        training_set=training_set.output, guard=guard, training=training, registry=registry, seed=seed
+    )
     return trained.outputs["adapter"]
 
 
-@dsl.pipeline(name="guardloop-compare", description="Score the test set with both guards, compare them, and decide.")
-def compare(
+@dsl.pipeline(name="guardloop-evaluate-guards", description="Score the test set with both guards, and decide.")
+def evaluate_guards(
     test_set: Input[Dataset],
     training_set: Input[Dataset],
     adapter: Input[Model],
@@ -56,13 +73,14 @@ def compare(
     evaluation: dict,
     gate: dict,
     registry: dict,
+    seed: int = 0,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
-    responder: dict = {},  # noqa: B006
+    responders: list = [],  # noqa: B006
     mining: dict = {},  # noqa: B006
     training: dict = {},  # noqa: B006
 ):
     """From an adapter to a decision: the part that `evaluate` and `full` share."""
-    default = stage.screen(conversations=test_set, guard=guard, what="screen test (baseline)")
+    baseline = stage.screen(conversations=test_set, guard=guard, what="screen test (baseline)")
     candidate = stage.screen_candidate(
         conversations=test_set,
         training_set=training_set,
@@ -72,7 +90,7 @@ def compare(
     )
     benchmarked = stage.score_benchmarks(training_set=training_set, adapter=adapter, guard=guard, evaluation=evaluation)
     compared = stage.evaluate(
-        baseline_scores=default.outputs["verdicts"],
+        baseline_scores=baseline.outputs["verdicts"],
         candidate_scores=candidate.outputs["verdicts"],
         held_out=candidate.outputs["held_out"],
         benchmarks=benchmarked.outputs["scores"],
@@ -80,6 +98,7 @@ def compare(
         adapter=adapter,
         evaluation=evaluation,
         gate=gate,
+        seed=seed,
     )
     registered = stage.register_model(
         adapter=adapter,
@@ -91,9 +110,10 @@ def compare(
         evaluation=evaluation,
         gate=gate,
         dataset=dataset,
-        responder=responder,
+        responders=responders,
         mining=mining,
         training=training,
+        seed=seed,
     )
     with dsl.If(compared.outputs["Output"] == True, name="promote"):  # noqa: E712  (a KFP expression)
         promoted = stage.promote_model(version=registered.outputs["Output"], registry=registry)
@@ -109,9 +129,10 @@ def evaluate(
     evaluation: dict,
     gate: dict,
     registry: dict,
+    seed: int = 0,
 ):
     """From the adapter of an earlier run to a decision."""
-    compare(
+    evaluate_guards(
         test_set=dsl.importer(artifact_uri=test_set_uri, artifact_class=Dataset).output,
         training_set=dsl.importer(artifact_uri=training_set_uri, artifact_class=Dataset).output,
         adapter=dsl.importer(artifact_uri=adapter_uri, artifact_class=Model).output,
@@ -119,6 +140,7 @@ def evaluate(
         evaluation=evaluation,
         gate=gate,
         registry=registry,
+        seed=seed,
     )
 
 
@@ -126,21 +148,31 @@ def evaluate(
 def full(
     dataset: dict,
     guard: dict,
-    responder: dict,
+    responders: list,
     mining: dict,
     training: dict,
     evaluation: dict,
     gate: dict,
     registry: dict,
+    seed: int = 0,
+    max_error_share: float = 0.05,
     shards: int = 1,
 ):
-    """The whole loop. A harvest too small to train on ends it early, with a report that says so."""
-    processed = process(dataset=dataset, guard=guard, responder=responder, mining=mining, shards=shards)
+    """The whole loop. Too few examples to train on end it early, with a report that says so."""
+    processed = process(
+        dataset=dataset,
+        guard=guard,
+        responders=responders,
+        mining=mining,
+        seed=seed,
+        max_error_share=max_error_share,
+        shards=shards,
+    )
     with dsl.If(processed.outputs["Output"] == True, name="harvest is enough"):  # noqa: E712
         trained = stage.train_guard(
-            training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry
+            training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry, seed=seed
         )
-        compare(
+        evaluate_guards(
             test_set=processed.outputs["test_set"],
             training_set=processed.outputs["training_set"],
             adapter=trained.outputs["adapter"],
@@ -148,8 +180,9 @@ def full(
             evaluation=evaluation,
             gate=gate,
             registry=registry,
+            seed=seed,
             dataset=dataset,
-            responder=responder,
+            responders=responders,
             mining=mining,
             training=training,
         )
@@ -160,8 +193,9 @@ def full(
             registry=registry,
             guard=guard,
             dataset=dataset,
-            responder=responder,
+            responders=responders,
             mining=mining,
+            seed=seed,
         )
 
 

@@ -34,8 +34,8 @@ from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_ta
 from guardloop.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.models.locate import locate
 from guardloop.responses.chat import ChatRenderer
+from guardloop.responses.engine import TOP_P, Request, sample_seed
 from guardloop.responses.engines.transformers import TransformersResponder
-from guardloop.responses.responder import Request, sample_seed
 from guardloop.responses.settings import ResponderSettings
 
 SHARES = (*np.linspace(0, 0.95, 20), 0.99, 1)
@@ -44,14 +44,14 @@ TOXIC_CHAT_TOKENS = (4, 6, 7, 8, 9, 10, 10, 12, 13, 14, 16, 18, 21, 25, 31, 40, 
 LONGEST = 512
 GPU_PROMPTS, GPU_NEW_TOKENS = 1024, 256
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}<s>assistant:"
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING = {"temperature": 0.7, "top_p": TOP_P}
 Result = dict[str, Any]
 """One row: the way, its tokens and responses per second, and what it took."""
 
 
 def cpu(prompts: int, samples: int, new_tokens: int, rounds: int) -> list[Result]:
     """The embedded responder on this machine's CPU: both ways in turn, `rounds` times; medians."""
-    settings = ResponderSettings(samples=samples, max_new_tokens=new_tokens, device="cpu")
+    settings = ResponderSettings(samples=samples, max_new_tokens=new_tokens, prefill="")
     device = pick_device("cpu")
     folder = locate(settings.model)
     model, tokenizer = load_causal_lm(folder, None, pick_dtype("auto", device), device), load_tokenizer(folder)
@@ -158,7 +158,9 @@ def gpu_stage(folder: Path) -> list[Result]:
             write_table(screened(plain_texts(GPU_PROMPTS, round_)), SCREENED, table)
             with patch.object(resume, "build_responder", lambda _: engine), patch.object(engine, "close", lambda: None):
                 started = time.perf_counter()
-                write_table(resume.answered(table, settings, Stage("bench")), RESPONSE, Path(place, "responses"))
+                write_table(
+                    resume.answered(table, [settings], 0, 0.05, Stage("bench")), RESPONSE, Path(place, "responses")
+                )
                 seconds.append(time.perf_counter() - started)
             rows_made = list(read_table(Path(place, "responses")))
         good = [row["tokens"] for row in rows_made if row["finish_reason"] != "error"]
@@ -203,7 +205,7 @@ def gpu(folder: Path) -> Iterator[list[Result]]:
 def gpu_settings(folder: Path) -> ResponderSettings:
     """The stage's settings on the GPU."""
     return ResponderSettings(
-        kind="vllm", model=str(folder), samples=1, max_new_tokens=GPU_NEW_TOKENS, max_prompt_tokens=768, **SAMPLING
+        kind="vllm", model=str(folder), samples=1, max_new_tokens=GPU_NEW_TOKENS, max_prompt_tokens=768, prefill=""
     )
 
 

@@ -17,12 +17,12 @@ def stage(name: str) -> Any:
 
 @stage("prepare-data")
 def prepare_data(
-    dataset: dict, shards: int, traffic: Output[Dataset], test_set: Output[Dataset], metrics: Output[Metrics]
+    dataset: dict, seed: int, shards: int, traffic: Output[Dataset], test_set: Output[Dataset], metrics: Output[Metrics]
 ) -> list[int]:
     """Read, clean and deduplicate the traffic; keep it apart from the test set. Returns the numbers of the shards."""
     from guardloop.stages import prepare_data
 
-    for name, value in prepare_data(dataset, traffic.path, test_set.path).items():
+    for name, value in prepare_data(dataset, traffic.path, test_set.path, int(seed)).items():
         metrics.log_metric(name, value)
     return list(range(int(shards)))
 
@@ -56,7 +56,7 @@ def screen_candidate(
     metrics: Output[Metrics],
     what: str = "screen",
 ):
-    """Score the test set and the held-out prompts with the candidate: the adapter on the default one."""
+    """Score the test set and the held-out prompts with the candidate: the adapter on the baseline."""
     from guardloop.stages import screen_candidate
 
     tables = conversations.path, training_set.path, verdicts.path, held_out.path
@@ -82,12 +82,19 @@ def score_benchmarks(
 
 @stage("generate-responses")
 def generate_responses(
-    screened: Input[Dataset], responder: dict, responses: Output[Dataset], metrics: Output[Metrics], shard: int = 0
+    screened: Input[Dataset],
+    responders: list,
+    seed: int,
+    max_error_share: float,
+    responses: Output[Dataset],
+    metrics: Output[Metrics],
+    shard: int = 0,
 ):
     """Sample responses to the prompts that passed."""
     from guardloop.stages import generate_responses
 
-    for name, value in generate_responses(screened.path, responses.path, responder, int(shard)).items():
+    settings = responders, int(seed), float(max_error_share)
+    for name, value in generate_responses(screened.path, responses.path, *settings, shard=int(shard)).items():
         metrics.log_metric(name, value)
 
 
@@ -97,19 +104,21 @@ def mine_feedback(
     judged: Input[list[Dataset]],
     traffic: Input[Dataset],
     mining: dict,
+    seed: int,
     training_set: Output[Dataset],
     report: Output[HTML],
     metrics: Output[Metrics],
 ) -> bool:
     """Turn blocked responses into training examples. Returns whether there are enough to train on.
 
-    `traffic` is not read. A shard can only come from Kubeflow's cache if the traffic does, too; and its launcher opens
-    the folders of earlier runs for an artifact by itself, but not for those of a list behind its first.
+    `traffic` is not read, but must stay an input. KFP's launcher opens the storage of an earlier run only for single
+    artifacts and for the first of a list; cached shards come from the run that cached `traffic`, and naming it opens
+    that storage for all of them.
     """
     from guardloop.stages import HARVEST_PAGE, copy_file, mine_feedback
 
     figures, enough = mine_feedback(
-        [table.path for table in screened], [table.path for table in judged], training_set.path, mining
+        [table.path for table in screened], [table.path for table in judged], training_set.path, mining, int(seed)
     )
     copy_file(f"{training_set.path}/{HARVEST_PAGE}", report.path)
     for name, value in figures.items():
@@ -123,13 +132,14 @@ def train_guard(
     guard: dict,
     training: dict,
     registry: dict,
+    seed: int,
     adapter: Output[Model],
     metrics: Output[Metrics],
 ):
     """Train the LoRA adapter of the candidate."""
     from guardloop.stages import train_guard
 
-    for name, value in train_guard(training_set.path, adapter.path, guard, training, registry).items():
+    for name, value in train_guard(training_set.path, adapter.path, guard, training, registry, int(seed)).items():
         metrics.log_metric(name, value)
 
 
@@ -143,6 +153,7 @@ def evaluate(
     adapter: Input[Model],
     evaluation: dict,
     gate: dict,
+    seed: int,
     evaluated: Output[Artifact],
     report: Output[HTML],
     summary: Output[Markdown],
@@ -154,12 +165,12 @@ def evaluate(
     from guardloop.stages import REPORT, SCORE_TABLE, SUMMARY, copy_file, curves_of, evaluate
 
     tables = baseline_scores.path, candidate_scores.path, training_set.path, adapter.path, evaluated.path
-    found = evaluate(*tables, evaluation, gate, held_out=held_out.path, benchmarks=benchmarks.path)
+    found = evaluate(*tables, evaluation, gate, int(seed), held_out=held_out.path, benchmarks=benchmarks.path)
     copy_file(f"{evaluated.path}/{REPORT}", report.path)
     copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
     for name, gain in found.gains.items():
         metrics.log_metric(f"gain_{name}", gain.value)
-    for guard, curves in ((found.default, baseline_curves), (found.candidate, candidate_curves)):
+    for guard, curves in ((found.baseline, baseline_curves), (found.candidate, candidate_curves)):
         metrics.log_metric(f"{guard.name}_auprc", guard.auprc.value)
         curves.log_confusion_matrix(["safe", "unsafe"], guard.confusion)
         curves.log_roc_curve(*curves_of(f"{evaluated.path}/{SCORE_TABLE}", guard.name))
@@ -177,9 +188,10 @@ def register_model(
     evaluation: dict,
     gate: dict,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
-    responder: dict = {},  # noqa: B006
+    responders: list = [],  # noqa: B006
     mining: dict = {},  # noqa: B006
     training: dict = {},  # noqa: B006
+    seed: int = 0,
 ) -> int:
     """Record the run in MLflow and register the adapter as the candidate. Returns its version."""
     import os
@@ -187,9 +199,10 @@ def register_model(
     from guardloop.stages import register_model
 
     sections = {
+        "seed": int(seed),
         "dataset": dataset,
         "guard": guard,
-        "responder": responder,
+        "responders": responders,
         "mining": mining,
         "training": training,
         "evaluation": evaluation,
@@ -207,15 +220,17 @@ def record_harvest(
     registry: dict,
     guard: dict,
     dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
-    responder: dict = {},  # noqa: B006
+    responders: list = [],  # noqa: B006
     mining: dict = {},  # noqa: B006
+    seed: int = 0,
 ):
-    """Record in MLflow a run whose harvest is too small to train on."""
+    """Record in MLflow a run that found too few examples to train on."""
     import os
 
     from guardloop.stages import record_harvest
 
-    sections = {"dataset": dataset, "guard": guard, "responder": responder, "mining": mining, "registry": registry}
+    sections = {"dataset": dataset, "guard": guard, "responders": responders, "mining": mining, "registry": registry}
+    sections["seed"] = int(seed)
     run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
     record_harvest(training_set.path, run_id, sections)
 

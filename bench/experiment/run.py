@@ -156,15 +156,17 @@ class Experiment:
 
     def answered(self, shard: int) -> Path:
         """Responses to one shard of all traffic."""
-        data, responder, shards = self.data(), self.settings.responder.plain(), self.settings.shards
+        data, shards = self.data(), self.settings.shards
+        responders = [one.plain() for one in self.settings.responders]
 
         def build(folder: Path) -> None:
             everyone = list(read_table(data / "traffic.parquet"))[shard::shards]
             let_through = {"score": 0.0, "flagged": False, "truncated": False}
             write_table(({**row, **let_through} for row in everyone), SCREENED, folder / "traffic.parquet")
-            stages.generate_responses(folder / "traffic.parquet", folder / "responses.parquet", responder)
+            tables = folder / "traffic.parquet", folder / "responses.parquet"
+            stages.generate_responses(*tables, responders, max_error_share=self.settings.max_error_share)
 
-        return self.kept.make(f"responses-{shard}-of-{shards}", [data.name, responder], build)
+        return self.kept.make(f"responses-{shard}-of-{shards}", [data.name, responders], build)
 
     def judged(self, pair: tuple[Path, Path]) -> Path:
         """The table of one shard's responses, judged by a baseline."""

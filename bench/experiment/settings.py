@@ -11,7 +11,7 @@ from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.guard.settings import GuardSettings
 from guardloop.mining.settings import MiningSettings
-from guardloop.responses.settings import ResponderSettings
+from guardloop.responses.settings import RECIPE, ResponderSettings
 from guardloop.training.settings import TrainingSettings
 
 
@@ -73,7 +73,9 @@ class ExperimentSettings(Section):
     """Baselines to start from; the arms are run on each."""
     dataset: DatasetSettings
     guard: GuardSettings = GuardSettings()
-    responder: ResponderSettings = ResponderSettings()
+    responders: list[ResponderSettings] = RECIPE
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    """The experiment stops when a larger share of one responder's responses could not be generated."""
     mining: MiningSettings = MiningSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

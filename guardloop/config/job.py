@@ -1,10 +1,10 @@
-"""One configuration: eight sections, read from a YAML file and validated before anything runs."""
+"""One configuration: its sections, read from a YAML file and validated before anything runs."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from guardloop.config.files import read_yaml
 from guardloop.core.settings import Section, read_section
@@ -13,21 +13,31 @@ from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.guard.settings import GuardSettings
 from guardloop.mining.settings import MiningSettings
 from guardloop.registry.settings import RegistrySettings
-from guardloop.responses.settings import ResponderSettings
+from guardloop.responses.settings import RECIPE, ResponderSettings, distinct
 from guardloop.training.settings import TrainingSettings
 
 
 class Settings(Section):
     """Everything that decides a run's result. Where it runs is the platform's business."""
 
+    seed: int = Field(default=0, ge=0)
+    """Seed of all that is drawn: rows, responses, what is held out, the training and the bootstrap."""
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when a larger share of one responder's responses could not be generated."""
     dataset: DatasetSettings = DatasetSettings()
     guard: GuardSettings = GuardSettings()
-    responder: ResponderSettings = ResponderSettings()
+    responders: list[ResponderSettings] = Field(default=RECIPE, min_length=1)
+    """The models that answer the passed prompts, each with settings of its own; every one answers every prompt."""
     mining: MiningSettings = MiningSettings()
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gate: GateSettings = GateSettings()
     registry: RegistrySettings = RegistrySettings()
+
+    @field_validator("responders")
+    @classmethod
+    def _names_differ(cls, responders: list[ResponderSettings]) -> list[ResponderSettings]:
+        return distinct(responders)
 
     @model_validator(mode="after")
     def _one_registry(self) -> "Settings":
@@ -46,8 +56,8 @@ class Settings(Section):
             )
         return self
 
-    def sections(self) -> dict[str, dict[str, Any]]:
-        """Each section as JSON-ready values: the pipeline's parameters.
+    def sections(self) -> dict[str, Any]:
+        """Every setting of the top level as JSON-ready values: the pipeline's parameters.
 
         Settings that are None are left out, since KFP has no such value; None is the default of every one of them.
         """

@@ -27,12 +27,12 @@ class ChatRenderer:
         tokenizer: Any,
         system_prompt: str | None = None,
         max_prompt_tokens: int = 2048,
-        prefill: str | None = None,
+        prefill: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
-        self.prefill = prefill or ""
+        self.prefill = prefill
         self._templated = bool(getattr(tokenizer, "chat_template", None))
         self.stop = None if self._templated else PLAIN_STOP
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {
@@ -44,7 +44,7 @@ class ChatRenderer:
         except TEMPLATE_ERRORS as error:
             raise GuardLoopError(
                 f"responder: the chat template refused a prompt: {error}",
-                "leave responder.system_prompt out, or choose another model",
+                "leave the responder's system_prompt out, or choose another model",
             ) from error
         # Some templates change the prompt, some tokenizers treat the start of a text differently: then the exact way
         # does not give the tokens that the model knows, and special tokens are taken out of the prompt instead.

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import CONVERSATION, Row
+from guardloop.responses.engine import Reply, Request, Responder, sample_seed
 from guardloop.responses.refusal import is_refusal
-from guardloop.responses.responder import Reply, Request, Responder, sample_seed
 from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
@@ -25,6 +25,8 @@ def respond(
     rows: Iterable[Row],
     responder: Responder,
     settings: ResponderSettings,
+    seed: int = 0,
+    max_error_share: float = 0.05,
     *,
     progress: Progress = lambda responses, tokens: None,
     answered: int = 0,
@@ -33,7 +35,7 @@ def respond(
 
     `settings.samples` rows per prompt, in the order in which they are done. What cannot be answered gets an empty
     response with finish_reason error. `answered` is the number of good responses of an earlier, broken run. Raises
-    GuardLoopError when more than `settings.max_error_share` of all responses are errors, or an id occurs twice.
+    GuardLoopError when more than `max_error_share` of all responses are errors, or an id occurs twice.
     """
     waiting: dict[str, tuple[Row, int]] = {}  # by id: the screened row, and the samples still to come
     errors: Counter[str] = Counter()
@@ -52,11 +54,11 @@ def respond(
             waiting[id] = (row, settings.samples)
             for sample in range(settings.samples):
                 asked += 1
-                yield Request(id, row["prompt"], sample, sample_seed(settings.seed, id, sample))
+                yield Request(id, row["prompt"], sample, sample_seed(seed, id, sample))
 
     def check(total: int) -> None:
-        if errors.total() > settings.max_error_share * (answered + total):
-            raise _too_many(errors, answered + total, settings)
+        if errors.total() > max_error_share * (answered + total):
+            raise _too_many(errors, answered + total, max_error_share)
 
     for reply in responder.generate(requests()):
         row, left = waiting.pop(reply.id)
@@ -68,7 +70,7 @@ def respond(
                 check(asked)
         made, tokens = made + 1, tokens + reply.tokens
         progress(made, tokens)
-        yield _response(row, reply, responder.name, settings.prefill or "")
+        yield _response(row, reply, responder.name, settings.prefill)
     check(made)
     if errors:
         log.warning("%d of %d responses could not be generated: %s", errors.total(), made, _reasons(errors))
@@ -94,10 +96,10 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _too_many(errors: Counter[str], total: int, settings: ResponderSettings) -> GuardLoopError:
+def _too_many(errors: Counter[str], total: int, max_error_share: float) -> GuardLoopError:
     return GuardLoopError(
         f"{errors.total()} of {total} responses could not be generated: {_reasons(errors)}",
-        f"mend the cause, or raise responder.max_error_share, which is {settings.max_error_share:g}; "
+        f"mend the cause, or raise max_error_share, which is {max_error_share:g}; "
         "what was generated is kept, and a new run goes on from there",
     )
 

@@ -7,7 +7,7 @@ parts of their own, which the next run throws away, so that what failed is tried
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from hashlib import blake2b
@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.progress import Stage
 from guardloop.core.records import RESPONSE, Row, count_rows, read_table, read_tables, write_table
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import Responder
 from guardloop.responses.respond import Progress, passed, respond
-from guardloop.responses.responder import Responder, build_responder
 from guardloop.responses.settings import ResponderSettings
 from guardloop.responses.work import Work, key_of
 
@@ -31,7 +32,9 @@ PART_SECONDS = 20.0  # a kill costs at most this much work
 PART_ROWS = 4096
 
 
-def answered(table: str | Path, settings: ResponderSettings, stage: Stage) -> Iterator[Row]:
+def answered(
+    table: str | Path, responders: Sequence[ResponderSettings], seed: int, max_error_share: float, stage: Stage
+) -> Iterator[Row]:
     """Responses (records.RESPONSE) of every responder to the prompts of the screened `table` that passed.
 
     First all that is missing is generated, then all is read back: also what earlier runs on the same table with the
@@ -42,8 +45,8 @@ def answered(table: str | Path, settings: ResponderSettings, stage: Stage) -> It
         return
     with ExitStack() as stack:
         everyone = []
-        for one in settings.each():
-            work = stack.enter_context(Work(key_of(table, one)))
+        for one in responders:
+            work = stack.enter_context(Work(key_of(table, one, seed)))
             everyone.append((one, Parts(work.folder, one.samples, work.keep)))
         there = sum(parts.answered for _, parts in everyone)
         if there:
@@ -57,7 +60,7 @@ def answered(table: str | Path, settings: ResponderSettings, stage: Stage) -> It
             stage.report("generating", done, total, started)
 
         for one, parts in everyone:
-            parts.fill(read_table(table), partial(_load, one, stage), one, progress)
+            parts.fill(read_table(table), partial(_load, one, stage), one, seed, max_error_share, progress)
         for _, parts in everyone:
             yield from parts.rows()
 
@@ -83,6 +86,8 @@ class Parts:
         rows: Iterable[Row],
         load: Callable[[], Responder],
         settings: ResponderSettings,
+        seed: int = 0,
+        max_error_share: float = 0.05,
         progress: Progress = lambda responses, tokens: None,
     ) -> None:
         """Answer those of the screened `rows` that passed and are not finished; `load` is called if there are any."""
@@ -91,7 +96,15 @@ class Parts:
         if first is not None:
             with closing(load()) as responder:
                 self.write(
-                    respond(chain([first], missing), responder, settings, progress=progress, answered=self.answered)
+                    respond(
+                        chain([first], missing),
+                        responder,
+                        settings,
+                        seed,
+                        max_error_share,
+                        progress=progress,
+                        answered=self.answered,
+                    )
                 )
 
     def write(self, responses: Iterable[Row]) -> None:

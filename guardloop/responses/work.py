@@ -32,23 +32,18 @@ KEY = re.compile(r"[0-9a-f]{32}")
 KEEP_DAYS = 7.0
 LOCK_SECONDS = 10.0  # a process that was killed a moment ago may not be gone yet
 MOST_UNSENT = 2  # files on their way to the store; more make the engine wait
-NEUTRAL = frozenset(
-    {
-        *("others", "max_error_share", "batch_size", "batch_tokens", "device"),
-        *("api_key_env", "concurrency", "timeout_seconds", "requests_per_minute"),
-    }
-)
+NEUTRAL = {"api_key_env", "concurrency", "timeout_seconds"}
 """Settings that do not change a response: with others, the same work goes on."""
 
 
-def key_of(table: str | Path, settings: ResponderSettings) -> str:
+def key_of(table: str | Path, settings: ResponderSettings, seed: int) -> str:
     """The name of the work of answering `table` with one responder: a hash of all that decides its result."""
     digest = blake2b(digest_size=16)
     with Path(table).open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    plain = settings.model_dump(mode="json", exclude=set(NEUTRAL))
-    digest.update(json.dumps([__version__, plain, _weights(settings.model)], sort_keys=True).encode())
+    plain = settings.model_dump(mode="json", exclude=NEUTRAL)
+    digest.update(json.dumps([__version__, plain, seed, _weights(settings.model)], sort_keys=True).encode())
     return digest.hexdigest()
 
 

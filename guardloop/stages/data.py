@@ -9,11 +9,11 @@ from guardloop.data.settings import DatasetSettings
 from guardloop.stages.files import Sections
 
 
-def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path) -> dict[str, float]:
+def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path, seed: int = 0) -> dict[str, float]:
     """Write the cleaned traffic and the locked test set. Returns the counts of what was kept and dropped."""
     from guardloop.data.clean import fingerprint, prepare
 
-    settings = read_section(DatasetSettings, dataset, "dataset")
+    settings = read_section(DatasetSettings, dataset, "dataset").model_copy(update={"seed": seed})
     with Stage("prepare_data") as stage:
         stage.say(f"reading {settings.name}")
         rows, test_rows, report = prepare(settings)

@@ -25,6 +25,7 @@ def evaluate(
     folder: str | Path,
     evaluation: Sections,
     gate: Sections,
+    seed: int = 0,
     *,
     held_out: str | Path | None = None,
     benchmarks: str | Path | None = None,
@@ -37,7 +38,7 @@ def evaluate(
     from guardloop.evaluation.paired import GuardRun
     from guardloop.report import render_html, render_markdown
 
-    settings = read_section(EvaluationSettings, evaluation, "evaluation")
+    settings = read_section(EvaluationSettings, evaluation, "evaluation").model_copy(update={"seed": seed})
     gates = read_section(GateSettings, gate, "gate")
     folder = Path(folder)
     with Stage("evaluate") as stage:

@@ -12,7 +12,11 @@ from guardloop.stages.files import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PA
 
 
 def mine_feedback(
-    screened: Sequence[str | Path], judged: Sequence[str | Path], training_set: str | Path, mining: Sections
+    screened: Sequence[str | Path],
+    judged: Sequence[str | Path],
+    training_set: str | Path,
+    mining: Sections,
+    seed: int = 0,
 ) -> tuple[dict[str, float], bool]:
     """Write the training set (a folder: examples, blocked_inputs.jsonl, harvest.json and its page).
 
@@ -20,7 +24,7 @@ def mine_feedback(
     """
     from guardloop.mining.mine import mine
 
-    settings = read_section(MiningSettings, mining, "mining")
+    settings = read_section(MiningSettings, mining, "mining").model_copy(update={"seed": seed})
     folder = Path(training_set)
     with Stage("mine_feedback") as stage:
         stage.say("weighing the evidence")

@@ -17,17 +17,22 @@ from guardloop.training.settings import TrainingSettings
 
 
 def train_guard(
-    training_set: str | Path, adapter: str | Path, guard: Sections, training: Sections, registry: Sections
+    training_set: str | Path,
+    adapter: str | Path,
+    guard: Sections,
+    training: Sections,
+    registry: Sections,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Train the candidate: a LoRA adapter folder with its own guard.json. Returns figures.
 
     Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
     """
-    settings = read_section(TrainingSettings, training, "training")
+    settings = read_section(TrainingSettings, training, "training").model_copy(update={"seed": seed})
     if settings.processes > 1 and not is_child():
         arguments = {"training_set": str(training_set), "adapter": str(adapter)}
         sections = {"guard": guard, "training": training, "registry": registry}
-        return train_in_processes(settings.processes, "guardloop.stages", arguments | sections)
+        return train_in_processes(settings.processes, "guardloop.stages", {**arguments, **sections, "seed": seed})
     from guardloop.registry.training_log import TrainingLog
     from guardloop.training.train import train
 

@@ -91,7 +91,7 @@ def hub_models(settings: Settings) -> list[Check]:
 
 def hub_repositories(settings: Settings) -> Iterator[tuple[str, str]]:
     """(model or dataset, id) of everything of the hub that the settings name."""
-    models = [settings.guard.base, *(one.model for one in settings.responder.each() if one.kind != "openai")]
+    models = [settings.guard.base, *(one.model for one in settings.responders if one.kind != "openai")]
     for model in models:
         if not model.startswith(("embedded:", ".", "/", "~")) and model.count("/") == 1:
             yield "model", model

@@ -198,7 +198,7 @@ def _data(settings: Settings) -> list[Check]:
     paths += [("guard.policy", settings.guard.policy)] if settings.guard.policy else []
     paths += [("guard.adapter", settings.guard.adapter)] if settings.guard.adapter else []
     models = [("guard.base", settings.guard.base)]
-    models += [("responder.model", one.model) for one in settings.responder.each() if one.kind != "openai"]
+    models += [(f"responders: {one.tag}", one.model) for one in settings.responders if one.kind != "openai"]
     paths += [(where, model) for where, model in models if model.startswith((".", "/", "~"))]
     for where, path in paths:
         if path.startswith("models:/"):
@@ -220,12 +220,12 @@ def _endpoints(settings: Settings, package: Package) -> list[Check]:
     if not package.runs(stage):
         return []
     checks = []
-    for one in settings.responder.each():
+    for one in settings.responders:
         if one.kind != "openai":
             continue
         name, key = f"responder {one.tag}", one.api_key_env
         if _is_pod_itself(urlsplit(str(one.base_url)).hostname or ""):
-            remedy = "name the endpoint in responder.base_url as the cluster's pods reach it"
+            remedy = "name the endpoint in the responder's base_url as the cluster's pods reach it"
             checks.append(Check(name, "failed", f"{one.base_url}: that is the pod itself", remedy))
         elif key and not package.gives(stage, key):
             remedy = f"map the key of a secret to {key} for {stage}, in cluster.secrets of the platform"

@@ -77,11 +77,11 @@ def _packages(settings: Settings) -> Check:
     wanted = {re.split(r"[\s;<>=\[]", line)[0] for line in declared if "extra ==" not in line}
     if settings.guard.quantization in ("int8", "nf4"):
         wanted.add("bitsandbytes")
-    if any(one.kind == "vllm" for one in settings.responder.each()):
+    if any(one.kind == "vllm" for one in settings.responders):
         wanted.add("vllm")
     versions = {package: _version(package) for package in wanted}
     if missing := sorted(package for package, version in versions.items() if version is None):
-        remedy = "serve the model and set responder.kind: openai, or: .venv/bin/pip install vllm"
+        remedy = "serve the model and set kind: openai, or: .venv/bin/pip install vllm"
         remedy = remedy if missing == ["vllm"] else SETUP
         return Check(name, "failed", f"not installed: {', '.join(missing)}", remedy)
     locked = dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", LOCK.read_text("utf-8"), re.M)) if LOCK.is_file() else {}
@@ -165,9 +165,8 @@ def needs_gpu(settings: Settings) -> list[str]:
     """The settings that cannot be met without a GPU."""
     needs = ["guard.device: cuda"] * (settings.guard.device == "cuda")
     needs += ["guard.quantization: fp8"] * (settings.guard.quantization == "fp8")
-    for one in settings.responder.each():
-        needs += ["responder.kind: vllm"] * (one.kind == "vllm")
-        needs += ["responder.device: cuda"] * (one.kind == "transformers" and one.device == "cuda")
+    for one in settings.responders:
+        needs += ["kind: vllm"] * (one.kind == "vllm")
     return list(dict.fromkeys(needs))
 
 

@@ -159,7 +159,7 @@ class _Estimator:
         share, why = self._passed_share()
         passed = prompts.times(share, why)
         length, why_length = self._response_tokens()
-        responses = passed.times(sum(one.samples for one in settings.responder.each()))
+        responses = passed.times(sum(one.samples for one in settings.responders))
         written = responses.times(length, why_length)
         read = responses.times(traffic.tokens_per_row, ROUGH_TOKENS)
         held_out = settings.mining.held_out
@@ -229,8 +229,8 @@ class _Estimator:
     def _rate(self, stage: str) -> Rate | None:
         kind = "screen" if stage.startswith("screen") or stage == "score_benchmarks" else stage
         guard = self.settings.guard
-        model = self.settings.responder.model if kind == "generate_responses" else guard.base
-        several = kind == "generate_responses" and self.settings.responder.others
+        model = self.settings.responders[0].model if kind == "generate_responses" else guard.base
+        several = kind == "generate_responses" and len(self.settings.responders) > 1
         quantization = "none" if kind == "generate_responses" else guard.quantization
         key = (kind, model, self.device, quantization)
         found = [rate for rate in self.rates if (rate.stage, rate.model, rate.device, rate.quantization) == key]
@@ -247,7 +247,7 @@ class _Estimator:
     def _response_tokens(self) -> tuple[float, str]:
         if self.past and self.past.tokens_per_response is not None:
             return self.past.tokens_per_response, f"responses as long as in the run {self.past.run}"
-        responders = self.settings.responder.each()
+        responders = self.settings.responders
         mean = sum(one.samples * one.max_new_tokens for one in responders) / sum(one.samples for one in responders)
         return mean, "as if every response took its max_new_tokens: an upper bound"
 

@@ -25,10 +25,10 @@ def check(settings: Settings, home: Path) -> None:
         family_of("auto", settings.guard.base)
     if settings.guard.policy:
         read_policy(settings.guard.policy)
-    for one in settings.responder.each():
+    for one in settings.responders:
         key = one.api_key_env
         if key and not os.environ.get(key):
-            raise GuardLoopError(f"responder.api_key_env: {key} is not set", f"export {key} with the endpoint's key")
+            raise GuardLoopError(f"{one.tag}: api_key_env: {key} is not set", f"export {key} with the endpoint's key")
     check_disk(home)
 
 

@@ -127,7 +127,7 @@ def find_alike(settings: Settings, but: str = "") -> Past | None:
 def _kind(settings: Settings) -> tuple[Any, ...]:
     """What decides how fast stages are; the amount of data does not."""
     guard, training = settings.guard, settings.training
-    responders = tuple((one.kind, one.model, one.max_new_tokens, one.device) for one in settings.responder.each())
+    responders = tuple((one.kind, one.model, one.max_new_tokens) for one in settings.responders)
     return (guard.base, guard.quantization, guard.device, responders, training.rank, training.top_layers)
 
 

@@ -144,7 +144,7 @@ class Watch:
 
 
 def _environment(arguments: Mapping[str, Any]) -> dict[str, str]:
-    keys = {one.get("api_key_env") for one in _responders(arguments)}
+    keys = {one.get("api_key_env") for one in arguments.get("responders") or []}
     names = {name for name in os.environ if PASSED_ON.fullmatch(name) or name in FILES_NAMED_BY or name in keys}
     return {**{name: os.environ[name] for name in names}, "HOME": str(Path.home())}  # ~ means the same, too
 
@@ -172,12 +172,7 @@ def _readable(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> I
     tables += [one["source"] for one in (arguments.get("evaluation") or {}).get("benchmarks") or []]
     yield from _existing(table["path"] for table in tables if table.get("kind") == "file")
     yield from _existing(guard.get(name) for name in ("base", "adapter", "policy"))
-    yield from _existing(one.get(name) for one in _responders(arguments) for name in ("model", "tokenizer"))
-
-
-def _responders(arguments: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    first = arguments.get("responder") or {}
-    return [first, *first.get("others", [])]
+    yield from _existing(one.get("model") for one in arguments.get("responders") or [])
 
 
 def _existing(names: Iterable[str | None]) -> Iterator[Path]:

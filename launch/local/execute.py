@@ -26,8 +26,7 @@ def execute(folder: Path) -> None:
     logging.getLogger().setLevel(logging.INFO)
     run = json.loads((folder / "run.json").read_text("utf-8"))
     names = [part["base"] for part in (run["arguments"].get("guard"),) if part]
-    responder = run["arguments"].get("responder")
-    names += [one["model"] for one in (responder, *responder["others"])] if responder else []
+    names += [one["model"] for one in run["arguments"].get("responders", [])]
     if embedded := sorted({name for name in names if name.startswith("embedded:")}):
         # in a process of its own, which gives its memory back
         subprocess.run([sys.executable, "-m", "guardloop.models.embedded", *embedded], check=True)

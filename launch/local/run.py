@@ -34,11 +34,11 @@ STOP_SECONDS = 30.0
 DECISIVE = ("torch", "transformers", "peft", "tokenizers", "numpy", "scikit-learn", "pyarrow")
 KFP_WORKERS = 2  # kfp.local runs at most this many loop iterations side by side
 PARAMETERS = {
-    "process": ("dataset", "guard", "responder", "mining", "shards"),
-    "train": ("guard", "training", "registry"),
-    "evaluate": ("guard", "evaluation", "gate", "registry"),
-    "full": ("dataset", "guard", "responder", "mining", "training", "evaluation", "gate", "registry", "shards"),
+    "process": ("dataset", "guard", "responders", "mining", "seed", "max_error_share", "shards"),
+    "train": ("guard", "training", "registry", "seed"),
+    "evaluate": ("guard", "evaluation", "gate", "registry", "seed"),
 }
+PARAMETERS["full"] = (*PARAMETERS["process"], "training", "evaluation", "gate", "registry")
 NEEDS = {"train": ("training_set",), "evaluate": ("training_set", "test_set", "adapter")}
 
 

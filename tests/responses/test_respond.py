@@ -6,9 +6,9 @@ from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import RESPONSE, read_table, write_table
+from guardloop.responses.engine import Reply, Request, failure
 from guardloop.responses.engines.transformers import TransformersResponder
 from guardloop.responses.respond import respond
-from guardloop.responses.responder import Reply, Request, failure
 
 
 class Script:

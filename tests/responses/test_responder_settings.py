@@ -3,7 +3,8 @@ from support.tiny_responder import tiny_settings
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import read_section
-from guardloop.responses.responder import build_responder, sample_seed
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import sample_seed
 from guardloop.responses.settings import ResponderSettings
 
 ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://localhost:1/v1"}

@@ -12,8 +12,8 @@ from support.tiny_responder import PROMPTS, screened, tiny_settings
 from guardloop import stages
 from guardloop.core.records import RESPONSE, SCREENED, Row, count_rows, write_table
 from guardloop.responses import resume, work
+from guardloop.responses.engine import Reply, Request
 from guardloop.responses.engines.transformers import WINDOW_BATCHES, TransformersResponder
-from guardloop.responses.responder import Reply, Request
 from guardloop.responses.resume import Parts
 
 MANY = 200_000

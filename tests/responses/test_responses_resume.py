@@ -21,9 +21,9 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.core.progress import Stage
 from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_table
 from guardloop.responses import resume, work
+from guardloop.responses.engine import Reply, Request, Responder
 from guardloop.responses.engines.transformers import TransformersResponder
 from guardloop.responses.respond import respond
-from guardloop.responses.responder import Reply, Request, Responder
 from guardloop.responses.resume import Parts, answered
 from guardloop.responses.settings import ResponderSettings
 from guardloop.responses.work import Work, key_of

@@ -19,7 +19,8 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import CONVERSATION, RESPONSE, SCREENED, read_metadata, read_table, read_tables, write_table
 from guardloop.guard.settings import GuardSettings
 from guardloop.responses import resume, work
-from guardloop.responses.responder import Reply, Request, Responder, build_responder
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import Reply, Request, Responder
 
 Answers = set[tuple[Any, ...]]
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from guardloop.core.records import Row
-from guardloop.responses.responder import Request, sample_seed
+from guardloop.responses.engine import Request, sample_seed
 from guardloop.responses.settings import ResponderSettings
 
 START, END = "<|start|>", "<|end|>"

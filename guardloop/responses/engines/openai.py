@@ -1,7 +1,7 @@
 """The openai engine: any endpoint that speaks the chat completions of the OpenAI API.
 
-The endpoint renders and tokenises the prompt itself, so a prompt's tokens are counted with another tokenizer, or
-estimated; what the endpoint refuses becomes a row's error. Whether it honours the seed is up to it.
+The endpoint renders and tokenises the prompt itself, so a prompt's tokens are estimated here; what the endpoint refuses
+becomes a row's error. Whether it honours the seed is up to it.
 """
 
 import math
@@ -18,8 +18,8 @@ import httpx2 as httpx
 import tenacity
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.responses.chat import ChatRenderer, PromptError
-from guardloop.responses.responder import FinishReason, Reply, Request, failure
+from guardloop.responses.chat import PromptError
+from guardloop.responses.engine import TOP_P, FinishReason, Reply, Request, failure
 from guardloop.responses.settings import ResponderSettings
 
 ATTEMPTS = 6
@@ -73,8 +73,7 @@ class OpenAIResponder:
             timeout=httpx.Timeout(settings.timeout_seconds, connect=min(CONNECT_SECONDS, settings.timeout_seconds)),
             limits=httpx.Limits(max_connections=settings.concurrency),
         )
-        self._chat = _counter(settings)
-        self._pace = Pace(settings.requests_per_minute)
+        self._pace = Pace()
         self._stop = threading.Event()
         self._reached = False
 
@@ -139,9 +138,7 @@ class OpenAIResponder:
         except UnicodeEncodeError:
             raise PromptError("the prompt is not valid Unicode") from None
         most = self.settings.max_prompt_tokens
-        if self._chat:
-            self._chat.encode(prompt)
-        elif size > most * BYTES_PER_TOKEN:
+        if size > most * BYTES_PER_TOKEN:
             raise PromptError(f"the prompt has {size} bytes, likely more than max_prompt_tokens={most} tokens")
 
     def _ask(self, request: Request) -> Reply:
@@ -153,7 +150,7 @@ class OpenAIResponder:
             "messages": [*messages, {"role": "user", "content": request.prompt}],
             "max_tokens": settings.max_new_tokens,
             "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            "top_p": TOP_P,
             "seed": request.seed,
         }
         self._pace.wait(self._stop)
@@ -218,39 +215,21 @@ class OpenAIResponder:
 
 
 class Pace:
-    """Spreads requests evenly, so that no minute has more than allowed, and holds all of them where asked to."""
+    """Holds all requests where the endpoint asked for it."""
 
-    def __init__(self, per_minute: float | None) -> None:
-        self._interval = 60 / per_minute if per_minute else 0.0
+    def __init__(self) -> None:
         self._next = 0.0
-        self._line = threading.Lock()
         self._lock = threading.Lock()
 
     def wait(self, stop: threading.Event) -> None:
-        """Wait for the caller's turn, or until `stop` is set."""
-        with self._line:  # only the first in line has a turn, so that a hold is for all behind it, too
-            while not stop.is_set() and (seconds := self._next - time.monotonic()) > 0:
-                stop.wait(seconds)
-            self._later(self._interval)
+        """Wait until requests may go on, or until `stop` is set."""
+        while not stop.is_set() and (seconds := self._next - time.monotonic()) > 0:
+            stop.wait(seconds)
 
     def hold(self, seconds: float) -> None:
         """Let nobody go on for `seconds`."""
-        self._later(seconds)
-
-    def _later(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
-
-
-def _counter(settings: ResponderSettings) -> ChatRenderer | None:
-    """What counts a prompt's tokens, where the settings name a tokenizer."""
-    if not settings.tokenizer:
-        return None
-    from guardloop.models.loading import load_tokenizer  # noqa: PLC0415  (transformers, which is not needed without)
-    from guardloop.models.locate import locate  # noqa: PLC0415
-
-    tokenizer = load_tokenizer(locate(settings.tokenizer))
-    return ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens)
 
 
 def _read_answer(request: Request, content: bytes) -> Reply:

@@ -24,13 +24,14 @@ from transformers import DynamicCache
 from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.models.loading import is_out_of_memory, load_causal_lm, load_tokenizer, pick_device, pick_dtype
 from guardloop.responses.chat import ChatRenderer, PromptError
+from guardloop.responses.engine import TOP_P, FinishReason, Reply, Request, failure
 from guardloop.responses.engines.slots import Slots, width_for
-from guardloop.responses.responder import FinishReason, Reply, Request, failure
 from guardloop.responses.sampling import choose_tokens, uniforms
 from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
-BATCH_ROWS = 64
+BATCH_ROWS = 64  # responses made at the same time
+BATCH_TOKENS = 16384  # kept in the cache at the same time, prompts included
 WINDOW_BATCHES = 8  # batches of requests that are read ahead and sorted by length
 REFILL_SHARE = 0.25  # share of places that must be free before new prompts are read in, so that they come in batches
 PREFILL_TOKENS = 4096
@@ -67,25 +68,33 @@ class TransformersResponder:
     """Generates with a transformers model on this machine. Raises GuardLoopError if the model cannot be used so."""
 
     def __init__(self, settings: ResponderSettings, load: str) -> None:
-        device = pick_device(settings.device)
+        device = pick_device("auto")
         revision = None if load != settings.model else settings.revision
         tokenizer = load_tokenizer(load, revision)
-        model = load_causal_lm(load, revision, pick_dtype(settings.dtype, device), device)
+        model = load_causal_lm(load, revision, pick_dtype("auto", device), device)
         self._setup(settings, model, tokenizer)
 
     @classmethod
-    def of(cls, settings: ResponderSettings, model: Any, tokenizer: Any) -> "TransformersResponder":
-        """A responder of a model that is loaded already."""
+    def of(cls, settings: ResponderSettings, model: Any, tokenizer: Any, **limits: int) -> "TransformersResponder":
+        """A responder of a model that is loaded already; `limits` are batch_size and batch_tokens, as in `_setup`."""
         self = cls.__new__(cls)
-        self._setup(settings, model.eval(), tokenizer)
+        self._setup(settings, model.eval(), tokenizer, **limits)
         return self
 
-    def _setup(self, settings: ResponderSettings, model: Any, tokenizer: Any) -> None:
+    def _setup(
+        self,
+        settings: ResponderSettings,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int = BATCH_ROWS,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
         self.name = settings.tag
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_size = settings.batch_size or BATCH_ROWS
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
         self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens, settings.prefill)
         self.ends = _end_tokens(model, tokenizer)
         _check_supported(model, settings)
@@ -163,7 +172,7 @@ class TransformersResponder:
 
     def _parts(self, group: Group) -> list[Group]:
         """The group in as many as it takes for each to fit into a batch."""
-        size = max(1, min(self.batch_size, self.settings.batch_tokens // self._width(len(group.tokens))))
+        size = max(1, min(self.batch_size, self.batch_tokens // self._width(len(group.tokens))))
         return [Group(group.tokens, group.requests[i : i + size]) for i in range(0, len(group.requests), size)]
 
     def _width(self, prompt_tokens: int) -> int:
@@ -177,7 +186,7 @@ class TransformersResponder:
         while queue:
             count += len(queue[0].requests)
             longest = max(longest, len(queue[0].tokens))
-            fits = count <= self.batch_size and count * self._width(longest) <= self.settings.batch_tokens
+            fits = count <= self.batch_size and count * self._width(longest) <= self.batch_tokens
             if not fits and (rows or admitted):
                 break
             if admitted and (len(admitted) + 1) * len(queue[0].tokens) > PREFILL_TOKENS:
@@ -217,7 +226,7 @@ class TransformersResponder:
             logits_to_keep=1,
         ).logits[:, -1]
         uniform = torch.tensor([row.random[len(row.tokens)] for row in rows], dtype=torch.float32, device=device)
-        chosen = choose_tokens(logits, uniform, self.settings.temperature, self.settings.top_p).tolist()
+        chosen = choose_tokens(logits, uniform, self.settings.temperature, TOP_P).tolist()
         replies, finished = list[Reply](), list[int]()
         for index, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             row.next_token = token

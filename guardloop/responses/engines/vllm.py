@@ -17,7 +17,7 @@ import torch
 from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.models.loading import load_tokenizer
 from guardloop.responses.chat import ChatRenderer, PromptError
-from guardloop.responses.responder import FinishReason, Reply, Request, failure
+from guardloop.responses.engine import TOP_P, FinishReason, Reply, Request, failure
 from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
@@ -38,13 +38,11 @@ class VllmResponder:
         self.chat = ChatRenderer(
             load_tokenizer(load, revision), settings.system_prompt, settings.max_prompt_tokens, settings.prefill
         )
-        if settings.batch_size:
-            options = {"max_num_seqs": settings.batch_size, **options}
         own = {
             "model": load,
             "revision": revision,
             "tokenizer_revision": revision,
-            "dtype": settings.dtype,
+            "dtype": "auto",
             "load_format": "safetensors",
             "trust_remote_code": False,
             "max_model_len": settings.max_prompt_tokens + settings.max_new_tokens,
@@ -96,7 +94,7 @@ class VllmResponder:
         return self._vllm.SamplingParams(
             max_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            top_p=settings.top_p,
+            top_p=TOP_P,
             seed=seed,
             stop=[self.chat.stop] if self.chat.stop else None,
             detokenize=bool(self.chat.stop),  # only a stop text needs each token's text; else it is made at the end

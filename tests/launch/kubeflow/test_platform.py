@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from kfp.kubernetes import kubernetes_executor_config_pb2
+from support.root import ROOT
 
 from guardloop.config import PlatformSettings, load_platform, load_settings
 from guardloop.config.cluster import ClusterSettings, StageName, amount
@@ -262,7 +263,7 @@ def test_the_compiled_pipeline_is_the_golden_one(name: str, tmp_path: Path) -> N
     platform = load_platform(name)
     (path,) = [p for p in compile_all(tmp_path, platform, COMMIT) if p.stem == "full"]
     same = {"docker": "local"}  # what the images run as processes is the same pipeline
-    golden = Path(__file__).parent / "golden" / f"{same.get(name, name)}.yaml"
+    golden = ROOT / "tests" / "pipeline" / "golden" / f"{same.get(name, name)}.yaml"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_bytes(path.read_bytes())
     found, expected = (list(yaml.safe_load_all(p.read_text("utf-8"))) for p in (path, golden))

@@ -12,10 +12,11 @@ from support.tiny_responder import ask, screened
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import RESPONSE, read_table, write_table
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import Reply
 from guardloop.responses.engines import openai
 from guardloop.responses.engines.openai import OpenAIResponder, Pace
 from guardloop.responses.respond import respond
-from guardloop.responses.responder import Reply, build_responder
 from guardloop.responses.settings import ResponderSettings
 
 Script = Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any]]

@@ -8,9 +8,10 @@ import transformers
 from support.tiny_responder import PROMPTS, ask, build_model, build_tokenizer, small, tiny_settings
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import Reply, Request
 from guardloop.responses.engines.slots import Slots
 from guardloop.responses.engines.transformers import WINDOW_BATCHES, TransformersResponder
-from guardloop.responses.responder import Reply, Request, build_responder
 from guardloop.responses.sampling import choose_tokens, uniforms
 from guardloop.responses.settings import ResponderSettings
 

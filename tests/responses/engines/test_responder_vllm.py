@@ -9,9 +9,10 @@ import torch
 from support.tiny_responder import PROMPTS, ask, tiny_settings
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.responses.build import build_responder
+from guardloop.responses.engine import Request
 from guardloop.responses.engines import vllm
 from guardloop.responses.engines.vllm import READ_AHEAD, SEEDED_RUNNER, VllmResponder
-from guardloop.responses.responder import Request, build_responder
 
 BROKEN, DEADLY = 7, 8  # tokens that no ordinary prompt has
 

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, Protocol
 
-from guardloop.models.locate import locate
-from guardloop.responses.settings import ResponderSettings
-
+TOP_P = 0.9  # of every response: the likeliest tokens that together have this probability
 FinishReason = Literal["stop", "length", "error"]
 
 
@@ -61,21 +59,3 @@ def sample_seed(seed: int, id: str, sample: int) -> int:
 def failure(request: Request, reason: str) -> Reply:
     """The reply to a request that cannot be answered."""
     return Reply(request.id, request.sample, "", "error", 0, reason)
-
-
-def build_responder(settings: ResponderSettings, load: str | None = None) -> Responder:
-    """The engine that `settings` asks for. Raises GuardLoopError if it cannot work here.
-
-    `load` is the folder to load the model from, where the caller has it already; by default it is located.
-    """
-    if settings.kind == "openai":
-        from guardloop.responses.engines.openai import OpenAIResponder  # noqa: PLC0415  (each engine has its own dependencies)
-
-        return OpenAIResponder(settings)
-    if settings.kind == "vllm":
-        from guardloop.responses.engines.vllm import VllmResponder  # noqa: PLC0415
-
-        return VllmResponder(settings, load or locate(settings.model))
-    from guardloop.responses.engines.transformers import TransformersResponder  # noqa: PLC0415
-
-    return TransformersResponder(settings, load or locate(settings.model))
