@@ -2,7 +2,11 @@
 
 Bulk travels as Parquet, written in row groups so that memory does not grow with the number of rows.
 A table is its own explanation: the screen stage adds the verdict's columns to the conversation it judged.
-It is sealed with a checksum, before the footer, where other readers of Parquet see a gap; every read verifies it.
+Each carries a checksum, which every read verifies, in a gap that other readers of Parquet skip:
+
+    PAR1 | row groups | "guardloop.sha256" | digest[32] | footer | length of the footer[4] | PAR1
+
+The digest is the SHA-256 of all bytes but itself and the magic before it.
 """
 
 import hashlib
@@ -22,11 +26,13 @@ from guardloop.core.errors import GuardLoopError
 Row = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
 ROW_GROUP = 1024
+VERSION = "2"
+"""Of the tables' columns: raised when one is renamed, removed or read in another way."""
 METADATA = "guardloop"
-SEALED = "guardloop.sealed"
-SEAL = b"guardloop.sha256"
-SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
-TAIL_BYTES = 8  # of every Parquet file: the footer's length and its mark
+VERSION_KEY, OLD_KEY = "guardloop.version", "guardloop.sealed"  # the latter instead in tables of version 1
+CHECKSUM_MAGIC = b"guardloop.sha256"
+CHECKSUM_BYTES = len(CHECKSUM_MAGIC) + hashlib.sha256().digest_size
+TAIL_BYTES = 8  # the footer's length, and PAR1
 DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 """What pyarrow raises for a file that is cut off or changed."""
 
@@ -34,7 +40,7 @@ CONVERSATION = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("prompt", pa.string(), nullable=False),
-        pa.field("response", pa.string()),  # null: the User's message is judged; else the Agent's
+        pa.field("response", pa.string()),  # null: the prompt is judged; else the response
         pa.field("unsafe", pa.bool_()),  # human label of the last message; null where unknown
         pa.field("category", pa.string()),
         pa.field("source", pa.string(), nullable=False),
@@ -43,7 +49,7 @@ CONVERSATION = pa.schema(
         pa.field("group", pa.string(), nullable=False),  # near-duplicates share a group
     ]
 )
-"""A prompt, with a response when it is the Agent's message that is judged."""
+"""A prompt, with a response where it is the response that is judged."""
 
 VERDICT_FIELDS = [
     pa.field("score", pa.float32()),  # logit(unsafe) - logit(safe); null where the row could not be judged
@@ -94,7 +100,7 @@ EXAMPLE = pa.schema(
         pa.field("group", pa.string(), nullable=False),
     ]
 )
-"""What the candidate is taught."""
+"""A training example of the candidate."""
 
 HELD_OUT_PROMPT = pa.schema(
     [
@@ -123,7 +129,7 @@ BENCHMARKED = pa.schema([pa.field("benchmark", pa.string(), nullable=False), *SC
 def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, metadata: Callable[[], Row] = dict) -> int:
     """Stream `rows` into a Parquet file at `path`, all or nothing; missing keys become null. Returns the row count.
 
-    `metadata` is asked once all rows are written; what it tells of the table is kept in the file (see `read_metadata`).
+    `metadata` is called once all rows are written; what it returns is kept in the file (see `read_metadata`).
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -137,11 +143,11 @@ def write_table(rows: Iterable[Row], schema: pa.Schema, path: str | Path, metada
             with _writing(path):
                 writer.write_table(table)
             count += len(chunk)
-        told = {METADATA: json.dumps(metadata()), SEALED: "sha256"}
+        stored = {METADATA: json.dumps(metadata()), VERSION_KEY: VERSION}
         with _writing(path):
-            writer.add_key_value_metadata(told)
+            writer.add_key_value_metadata(stored)
             writer.close()
-            _seal(partial)
+            _add_checksum(partial)
             partial.replace(path)
     finally:
         with suppress(OSError):
@@ -168,7 +174,7 @@ def read_tables(paths: Sequence[str | Path], schema: pa.Schema | None = None) ->
 
 
 def read_metadata(path: str | Path) -> Row:
-    """What the writer of a table told of it: where the data came from, which guard judged it."""
+    """The metadata that the writer of a table gave: where the data came from, which guard judged it."""
     with _reading(path):
         stored = pq.read_metadata(path).metadata or {}
         metadata: Row = json.loads(stored.get(METADATA.encode(), b"{}"))
@@ -216,39 +222,49 @@ def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _seal(path: Path) -> None:
-    """Put the file's checksum between its rows and its footer, which is found from the end."""
+def _add_checksum(path: Path) -> None:
+    """Put the file's checksum between its rows and its footer, which readers find from the end."""
     with path.open("r+b") as file:
-        start = _footer(file)
+        start = _footer_offset(file)
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").digest()
         file.seek(start)
         footer = file.read()
         file.seek(start)
-        file.write(SEAL + digest + footer)
+        file.write(CHECKSUM_MAGIC + digest + footer)
 
 
 def _verify(path: str | Path) -> None:
-    """Raises ValueError for a table of ours whose bytes are not those that were written."""
+    """Raises ValueError for a table of ours whose bytes are not those that were written, GuardLoopError for an old one.
+
+    What another program wrote has no checksum, and passes.
+    """
     with Path(path).open("rb") as file:
-        start = _footer(file) - SEAL_BYTES
+        start = _footer_offset(file) - CHECKSUM_BYTES
         file.seek(max(0, start))
-        seal = file.read(SEAL_BYTES)
-        if start < 0 or not seal.startswith(SEAL):
-            if SEALED.encode() in (pq.read_metadata(path).metadata or {}):
-                raise ValueError("its checksum is missing")
-            return  # of another program
-        digest = hashlib.sha256()
-        file.seek(0)
-        while (place := file.tell()) < start:
-            digest.update(file.read(min(2**20, start - place)))
-        file.seek(start + SEAL_BYTES)
-        digest.update(file.read())
-    if seal != SEAL + digest.digest():
-        raise ValueError("its checksum differs from what was written")
+        checksum = file.read(CHECKSUM_BYTES)
+        has_checksum = start >= 0 and checksum.startswith(CHECKSUM_MAGIC)
+        if has_checksum:
+            digest = hashlib.sha256()
+            file.seek(0)
+            while (place := file.tell()) < start:
+                digest.update(file.read(min(2**20, start - place)))
+            file.seek(start + CHECKSUM_BYTES)
+            digest.update(file.read())
+            if checksum != CHECKSUM_MAGIC + digest.digest():
+                raise ValueError("its checksum differs from what was written")
+    stored = pq.read_metadata(path).metadata or {}
+    version = stored.get(VERSION_KEY.encode(), b"1" if OLD_KEY.encode() in stored else b"").decode("utf-8", "replace")
+    if version and not has_checksum:
+        raise ValueError("its checksum is missing")
+    if version not in ("", VERSION):
+        raise GuardLoopError(
+            f"{path} is a table of version {version:.9}, and this GuardLoop reads version {VERSION}",
+            "run the stage that writes it again, or use the GuardLoop that wrote it",
+        )
 
 
-def _footer(file: BinaryIO) -> int:
+def _footer_offset(file: BinaryIO) -> int:
     """Where the footer of a Parquet file begins."""
     end = file.seek(-TAIL_BYTES, os.SEEK_END)
     return max(0, end - int.from_bytes(file.read(4), "little"))

@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.cases import cases
 
+from guardloop.core import records
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import (
     CONVERSATION,
@@ -21,6 +22,7 @@ from guardloop.core.records import (
     SCREENED,
     chunks,
     count_rows,
+    judged_schema,
     read_metadata,
     read_table,
     read_tables,
@@ -88,14 +90,14 @@ def test_missing_values_become_null_and_unknown_ones_are_left_out(tmp_path):
     assert list(read_table(tmp_path / "t.parquet")) == [{"id": 1, "text": None}]
 
 
-def test_facts_are_asked_for_once_all_rows_are_written(tmp_path):
+def test_metadata_is_asked_for_once_all_rows_are_written(tmp_path):
     seen = []
     rows = (seen.append(row) or row for row in small(3))
     write_table(rows, SMALL, tmp_path / "t.parquet", lambda: {"rows": len(seen), "nested": {"ä": [1, None]}})
     assert read_metadata(tmp_path / "t.parquet") == {"rows": 3, "nested": {"ä": [1, None]}}
 
 
-def test_a_table_without_facts_tells_none(tmp_path):
+def test_a_table_without_metadata_has_none(tmp_path):
     write_table([], SMALL, tmp_path / "ours.parquet")
     pq.write_table(pa.table({"id": [1]}), tmp_path / "foreign.parquet")
     assert read_metadata(tmp_path / "ours.parquet") == read_metadata(tmp_path / "foreign.parquet") == {}
@@ -235,6 +237,21 @@ def test_a_table_with_changed_bytes_is_read_or_refused(tmp_path):
             except GuardLoopError:
                 refused += 1
     assert refused > 30
+
+
+def test_a_table_of_another_version_is_refused_in_words(tmp_path, monkeypatch):
+    path = tmp_path / "t.parquet"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(records, "VERSION_KEY", records.OLD_KEY)
+        write_table(small(3), SMALL, path)
+    for read in (lambda path: list(read_table(path)), read_metadata, count_rows, judged_schema):
+        with pytest.raises(GuardLoopError, match=r"t\.parquet is a table of version 1, and .* reads version 2\n"):
+            read(path)
+    monkeypatch.setattr(records, "VERSION", "9")
+    write_table(small(3), SMALL, path)
+    monkeypatch.undo()
+    with pytest.raises(GuardLoopError, match="version 9"):
+        count_rows(path)
 
 
 # JSON lines
