@@ -168,7 +168,7 @@ def full(
         max_error_share=max_error_share,
         shards=shards,
     )
-    with dsl.If(processed.outputs["Output"] == True, name="harvest is enough"):  # noqa: E712
+    with dsl.If(processed.outputs["Output"] == True, name="enough to train on"):  # noqa: E712
         trained = stage.train_guard(
             training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry, seed=seed
         )
@@ -186,8 +186,8 @@ def full(
             mining=mining,
             training=training,
         )
-    with dsl.If(processed.outputs["Output"] == False, name="harvest is too small"):  # noqa: E712
-        stage.record_harvest(
+    with dsl.If(processed.outputs["Output"] == False, name="too little to train on"):  # noqa: E712
+        stage.record_mining(
             training_set=processed.outputs["training_set"],
             run_id=RUN_ID,
             registry=registry,

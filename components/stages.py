@@ -115,12 +115,12 @@ def mine_feedback(
     artifacts and for the first of a list; cached shards come from the run that cached `traffic`, and naming it opens
     that storage for all of them.
     """
-    from guardloop.stages import HARVEST_PAGE, copy_file, mine_feedback
+    from guardloop.stages import MINING_PAGE, copy_file, mine_feedback
 
     figures, enough = mine_feedback(
         [table.path for table in screened], [table.path for table in judged], training_set.path, mining, int(seed)
     )
-    copy_file(f"{training_set.path}/{HARVEST_PAGE}", report.path)
+    copy_file(f"{training_set.path}/{MINING_PAGE}", report.path)
     for name, value in figures.items():
         metrics.log_metric(name, value)
     return enough
@@ -214,7 +214,7 @@ def register_model(
 
 
 @stage("register-model")
-def record_harvest(
+def record_mining(
     training_set: Input[Dataset],
     run_id: str,
     registry: dict,
@@ -227,12 +227,12 @@ def record_harvest(
     """Record in MLflow a run that found too few examples to train on."""
     import os
 
-    from guardloop.stages import record_harvest
+    from guardloop.stages import record_mining
 
     sections = {"dataset": dataset, "guard": guard, "responders": responders, "mining": mining, "registry": registry}
     sections["seed"] = int(seed)
     run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
-    record_harvest(training_set.path, run_id, sections)
+    record_mining(training_set.path, run_id, sections)
 
 
 @stage("register-model")

@@ -9,14 +9,14 @@ from bench.experiment.settings import Arm, ExperimentSettings, Subset
 from guardloop.core.records import Row
 from guardloop.core.settings import read_section
 from guardloop.mining.evidence import gather
-from guardloop.mining.mine import Harvest, is_held_out, mine
+from guardloop.mining.mine import MiningResult, is_held_out, mine
 from guardloop.mining.settings import MiningSettings
 
 
 def lessons(
     arm: Arm, screened: Sequence[Row], judged: Sequence[Row], settings: ExperimentSettings
-) -> tuple[list[Row], Harvest]:
-    """The arm's training examples (records.EXAMPLE), and the harvest that the recipe makes of the same evidence."""
+) -> tuple[list[Row], MiningResult]:
+    """The arm's training examples (records.EXAMPLE), and the mined that the recipe makes of the same evidence."""
     mining = read_section(MiningSettings, {**settings.mining.plain(), **arm.mining}, f"arms.{arm.name}")
     kept = [
         row
@@ -24,16 +24,16 @@ def lessons(
         if (not arm.responders or row["responder"] in arm.responders)
         and (arm.samples is None or row["sample"] < arm.samples)
     ]
-    harvest = mine(screened, kept, mining)
+    mined = mine(screened, kept, mining)
     if arm.lessons == "recipe":
-        return harvest.examples, harvest
+        return mined.examples, mined
     seen = [row for row in screened if row["score"] is not None and not is_held_out(row["group"], mining)]
     if arm.lessons == "self":
-        return [_example(row, float(row["flagged"]), "self") for row in seen], harvest
+        return [_example(row, float(row["flagged"]), "self") for row in seen], mined
     if arm.lessons == "gold":
-        replayed = [row for row in harvest.examples if row["kind"] == "replay_response"]
+        replayed = [row for row in mined.examples if row["kind"] == "replay_response"]
         return [_example(row, float(row["unsafe"]), "gold") for row in seen if row["unsafe"] is not None] + replayed, (
-            harvest
+            mined
         )
     passed = {row["id"]: row for row in seen if not row["flagged"]}
     evidence = {id: found for id, found in gather(kept).items() if id in passed}
@@ -43,7 +43,7 @@ def lessons(
         others = sorted(set(passed) - found)
         chosen = random.Random(mining.seed).sample(others, min(len(others), len(found)))
         examples += [_example(passed[id], 0.0, "random") for id in chosen]
-    return examples, harvest
+    return examples, mined
 
 
 def ranking(

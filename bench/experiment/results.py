@@ -17,7 +17,7 @@ from guardloop.core.records import Row
 from guardloop.evaluation.bootstrap import bootstrap, estimate
 from guardloop.evaluation.metrics import Bools, Floats, auprc, curve, rank, recall_at_fpr
 from guardloop.evaluation.result import Estimate
-from guardloop.mining.mine import Harvest
+from guardloop.mining.mine import MiningResult
 
 DEFAULT, RECIPE, GOLD = "baseline", "recipe", "gold labels"
 RIVALS = ("self-training", "own score and words")  # arms whose ranking owes nothing to responses
@@ -38,7 +38,7 @@ class Cell:
     evaluation: Mapping[str, Any] | None = None
     """evaluation.json of the comparison with the baseline, at the threshold that training set."""
     folder: Path | None = None
-    harvest: Harvest | None = None
+    mined: MiningResult | None = None
     ranking: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """AUPRC of the baseline's score and of the targets on the passed prompts, by subset."""
 
@@ -84,7 +84,7 @@ def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Pat
         *_gate(cells),
     ]
     lines += [
-        *_harvests(cells),
+        *_mined(cells),
         *_rankings(cells),
         f"![gains over the baseline]({plot.relative_to(page.parent)})",
         "",
@@ -257,19 +257,14 @@ def _rates(evaluations: Sequence[Mapping[str, Any]], guard: str) -> str:
     return " | ".join(f"{np.mean([e[guard][name]['value'] for e in evaluations]):.1%}" for name in ("fpr", "recall"))
 
 
-def _harvests(cells: Iterable[Cell]) -> list[str]:
+def _mined(cells: Iterable[Cell]) -> list[str]:
     """What the recipe's mining found, of the first baseline."""
-    harvest = next((cell.harvest for cell in cells if cell.arm == RECIPE and cell.harvest), None)
-    if not harvest:
+    mined = next((cell.mined for cell in cells if cell.arm == RECIPE and cell.mined), None)
+    if not mined:
         return []
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in harvest.counts.items())
-    lines = [f"Of {harvest.screened:,} prompts {harvest.passed:,} passed; {harvest.blocked:,} of their "]
-    lines[0] += f"{harvest.responses:,} responses were blocked, {harvest.refusals:,} were refusals. Examples: {kinds}."
-    for channel in harvest.channels:
-        lines += [
-            f"- {channel.name}: {channel.if_unsafe:.0%} for prompts taken for unsafe, {channel.if_safe:.0%} for "
-            f"others; alike {channel.alike:.2f}."
-        ]
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in mined.counts.items())
+    lines = [f"Of {mined.screened:,} prompts {mined.passed:,} passed; {mined.blocked:,} of their "]
+    lines[0] += f"{mined.responses:,} responses were blocked, {mined.refusals:,} were refusals. Examples: {kinds}."
     return [*lines, ""]
 
 

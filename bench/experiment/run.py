@@ -36,7 +36,7 @@ from guardloop.core.records import (
     write_table,
 )
 from guardloop.data.sources import read_conversations
-from guardloop.mining.mine import Harvest
+from guardloop.mining.mine import MiningResult
 from guardloop.models.locate import locate
 from guardloop.training.bootstrap import make_guard, told
 from guardloop.training.train import train
@@ -64,7 +64,7 @@ class Lessons:
     arm: Arm
     before: Screened
     folder: Path
-    harvest: Harvest
+    mined: MiningResult
     """Without its tables."""
     ranking: dict[str, tuple[float, float]]
 
@@ -204,12 +204,12 @@ class Experiment:
         judged = [
             {**row, "prompt_score": scores[row["id"]]} for row in read_tables(before.judged) if row["id"] in scores
         ]
-        examples, harvest = lessons(arm, traffic, judged, self.settings)
+        examples, mined = lessons(arm, traffic, judged, self.settings)
         key = [[dict(row) for row in examples], before.traffic.parent.name]
         folder = self.kept.make(
-            f"{arm.name}-lessons", key, lambda folder: stages.write_harvest(harvest, folder, {}, examples)
+            f"{arm.name}-lessons", key, lambda folder: stages.write_training_set(mined, folder, {}, examples)
         )
-        told = replace(harvest, examples=[], blocked_inputs=[], shown=[], held_out=[])
+        told = replace(mined, examples=[], blocked_inputs=[], shown=[], held_out=[])
         return Lessons(arm, before, folder, told, ranking(examples, traffic, self.settings.subsets))
 
     def trained(self, pair: tuple[Lessons, int]) -> Cell:
@@ -234,7 +234,7 @@ class Experiment:
         made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
         evaluation = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))
         scores = _scores(made / "test.parquet")
-        return Cell(arm.name, before.baseline_seed, seed, scores, evaluation, made, taught.harvest, taught.ranking)
+        return Cell(arm.name, before.baseline_seed, seed, scores, evaluation, made, taught.mined, taught.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}

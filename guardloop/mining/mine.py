@@ -14,7 +14,6 @@ from sklearn.neighbors import NearestNeighbors
 
 from guardloop.core.records import Row
 from guardloop.mining.evidence import Evidence, Weighed, gather, is_judged, probability, weigh
-from guardloop.mining.latent_class import Channel
 from guardloop.mining.lexical import by_words
 from guardloop.mining.settings import MiningSettings
 
@@ -24,8 +23,8 @@ CHUNK_MIB = 64  # of distances at a time; scikit-learn would take a GiB, twice
 
 
 @dataclass
-class Harvest:
-    """What mining found."""
+class MiningResult:
+    """What mining made of a round of traffic."""
 
     examples: list[Row]
     """The training set (guardloop.core.records.EXAMPLE)."""
@@ -41,20 +40,18 @@ class Harvest:
     refusals: int
     blocked: int
     counts: dict[str, int] = field(default_factory=dict)
-    words: float = 0.0
-    """Share of each target that the prompt's words say."""
-    channels: list[Channel] = field(default_factory=list)
-    """What each responder's responses were found to tell, where that was learnt."""
+    lexical_weight: float = 0.0
+    """Share of each target that is lexical smoothing."""
     enough: bool = False
     reason: str = ""
 
 
-def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSettings) -> Harvest:
+def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSettings) -> MiningResult:
     """Turn evidence into examples. Every example has a kind and a reason; whole groups stay together by their key.
 
     A share of the judged prompts is held out: no example is made of them or of their responses.
     Only prompts that passed are lessons, and the order of the rows does not matter.
-    An empty or small harvest is a normal outcome: `enough` is False and `reason` says why.
+    An empty or small result is a normal outcome: `enough` is False and `reason` says why.
     """
     traffic = sorted((_prompt(row) for row in screened if row["score"] is not None), key=lambda row: str(row["id"]))
     passed = {row["id"]: row for row in traffic if not row["flagged"]}
@@ -78,7 +75,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSetting
     taken = {e.prompt["id"] for e in positives} | hard_ids
     lessons += [_rest(e, weighed) for e in evidence.values() if e.prompt["id"] not in taken]
     replays = replay(screened_rest, judged_rest, lessons, settings, weighed)
-    harvest = Harvest(
+    result = MiningResult(
         examples=lessons + replays,
         blocked_inputs=sorted((_for_people(e, weighed) for e in finds), key=lambda row: -row["target"]),
         shown=_shown(lessons, evidence),
@@ -88,12 +85,11 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSetting
         responses=len(judged_rows),
         refusals=sum(row["refusal"] for row in judged_rows),
         blocked=sum(row["flagged"] for row in judged_rows),
-        words=settings.lexical_weight,
-        channels=weighed.channels,
+        lexical_weight=settings.lexical_weight,
         counts=dict(Counter(row["kind"] for row in lessons + replays)),
     )
-    harvest.enough, harvest.reason = _verdict(len(positives), len(never), harvest, settings)
-    return harvest
+    result.enough, result.reason = _verdict(len(positives), len(never), result, settings)
+    return result
 
 
 def is_held_out(group: str, settings: MiningSettings) -> bool:
@@ -279,11 +275,11 @@ def _shown(lessons: Sequence[Row], evidence: dict[str, Evidence]) -> list[Row]:
     return shown
 
 
-def _verdict(positives: int, never: int, harvest: Harvest, settings: MiningSettings) -> tuple[bool, str]:
+def _verdict(positives: int, never: int, result: MiningResult, settings: MiningSettings) -> tuple[bool, str]:
     if positives < settings.min_positives:
-        kept = f" outside the {len(harvest.held_out)} that are held out" if harvest.held_out else ""
+        kept = f" outside the {len(result.held_out)} that are held out" if result.held_out else ""
         return False, (
-            f"{positives} of {harvest.passed} passed prompts drew enough blocked responses{kept}; "
+            f"{positives} of {result.passed} passed prompts drew enough blocked responses{kept}; "
             f"at least {settings.min_positives} are needed to train"
         )
     if not never:

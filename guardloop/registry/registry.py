@@ -79,7 +79,7 @@ class Registry:
         sections: the settings by section; kept as parameters and as settings.yaml.
         evaluation: None where nothing was trained; kept as metrics and as evaluation.json.
         files: artifacts by the name that they get, such as report.html, summary.md and blocked_inputs.jsonl.
-        figures: further metrics, such as the counts of the harvest.
+        figures: further metrics, such as the counts of mining.
 
         Raises GuardLoopError if a file is missing, or if the run was recorded with other settings.
         """
@@ -303,7 +303,10 @@ def _new_params(run: Any, params: Mapping[str, str]) -> list[Param]:
 
 def _outcome(origin: Origin, evaluation: Evaluation | None) -> dict[str, str]:
     if evaluation is None:
-        return {contents.VERDICT: "nothing trained", contents.NOTE: "Nothing was trained: the harvest was too small."}
+        return {
+            contents.VERDICT: "nothing trained",
+            contents.NOTE: "Mining found too little to train on.",
+        }
     return {
         contents.VERDICT: evaluation.decision.verdict,
         contents.HEADLINE: evaluation.decision.headline,

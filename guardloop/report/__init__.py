@@ -1,16 +1,15 @@
-"""The pages that people decide from: the evaluation report, its short summary, and the harvest page."""
+"""The pages that people decide from: the evaluation report, its short summary, and the mining page."""
 
-from guardloop.report.render import render_harvest, render_html, render_markdown
-from guardloop.report.story import ChannelStory, HarvestExample, HarvestStory, RunStory, Source, StageCounts
+from guardloop.report.render import render_html, render_markdown, render_mining
+from guardloop.report.story import MinedExample, MiningSummary, RunStory, Source, StageCounts
 
 __all__ = [
-    "ChannelStory",
-    "HarvestExample",
-    "HarvestStory",
+    "MinedExample",
+    "MiningSummary",
     "RunStory",
     "Source",
     "StageCounts",
-    "render_harvest",
     "render_html",
     "render_markdown",
+    "render_mining",
 ]

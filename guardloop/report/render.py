@@ -18,7 +18,7 @@ from guardloop.core.records import Row
 from guardloop.evaluation.result import Evaluation
 from guardloop.report import plots, text
 from guardloop.report.changes import find_changes
-from guardloop.report.story import HarvestStory, RunStory, StageCounts
+from guardloop.report.story import MiningSummary, RunStory, StageCounts
 from guardloop.report.summary import (
     SYMBOLS,
     TONES,
@@ -87,24 +87,24 @@ def render_markdown(evaluation: Evaluation, story: RunStory) -> str:
     )
 
 
-def render_harvest(harvest: HarvestStory, story: RunStory | None = None) -> str:
-    """The page of the mining step, and of a run that ended there because the harvest was too small."""
-    kinds = dict.fromkeys([*KINDS, *harvest.counts, *(example.kind for example in harvest.examples)])
-    examples = {kind: [example for example in harvest.examples if example.kind == kind] for kind in kinds}
+def render_mining(mined: MiningSummary, story: RunStory | None = None) -> str:
+    """The page of the mining step, and of a run that ended there because there was too little to train on."""
+    kinds = dict.fromkeys([*KINDS, *mined.counts, *(example.kind for example in mined.examples)])
+    examples = {kind: [example for example in mined.examples if example.kind == kind] for kind in kinds}
     return _page(
-        "harvest.html.jinja",
-        title=story.title if story else "Harvest of output held_out",
+        "mining.html.jinja",
+        title=story.title if story else "What mining found",
         story=story or RunStory(),
-        harvest=harvest,
+        mined=mined,
         flow=StageCounts(
-            prompts=harvest.screened,
-            flagged=harvest.screened - harvest.passed,
-            passed=harvest.passed,
-            responses=harvest.responses,
-            refusals=harvest.refusals,
-            blocked=harvest.blocked,
+            prompts=mined.screened,
+            flagged=mined.screened - mined.passed,
+            passed=mined.passed,
+            responses=mined.responses,
+            refusals=mined.refusals,
+            blocked=mined.blocked,
         ),
-        counts=[(text.label(kind), harvest.counts[kind], _style(kind)) for kind in kinds if kind in harvest.counts],
+        counts=[(text.label(kind), mined.counts[kind], _style(kind)) for kind in kinds if kind in mined.counts],
         examples={kind: found for kind, found in examples.items() if found},
     )
 

@@ -1,4 +1,4 @@
-"""What the report tells besides the evaluation: how the run went, and what the harvest brought."""
+"""What the report tells besides the evaluation: how the run went, and what mining found."""
 
 from datetime import datetime
 from typing import Any
@@ -59,7 +59,7 @@ class RunStory(Story):
     """The settings of the run by section."""
 
 
-class HarvestExample(Story):
+class MinedExample(Story):
     """One mined training example with its evidence."""
 
     prompt: str
@@ -76,20 +76,8 @@ class HarvestExample(Story):
     reason: str = ""
 
 
-class ChannelStory(Story):
-    """What was learnt of one responder: what its harmful answers, or its refusals, tell of a prompt."""
-
-    name: str
-    if_unsafe: float
-    """Share of such responses to prompts that are taken for unsafe."""
-    if_safe: float
-    """The same for other prompts."""
-    alike: float
-    """Correlation of the responses to one prompt, given its class."""
-
-
-class HarvestStory(Story):
-    """What the loop gathered from one round of traffic, and whether it is enough to train on."""
+class MiningSummary(Story):
+    """What mining found in one round of traffic, and whether it is enough to train on."""
 
     enough: bool
     reason: str
@@ -103,7 +91,6 @@ class HarvestStory(Story):
     """Judged prompts kept out of the training set, to measure the candidate on."""
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
-    words: float = 0.0
-    """Share of each target that the prompt's words say."""
-    channels: list[ChannelStory] = []
-    examples: list[HarvestExample] = []
+    lexical_weight: float = 0.0
+    """Share of each target that is lexical smoothing: 0 where there were too few judged prompts for it."""
+    examples: list[MinedExample] = []

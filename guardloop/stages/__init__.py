@@ -10,9 +10,9 @@ from guardloop.stages.files import (
     BLOCKED_INPUTS,
     EVALUATION,
     EXAMPLES,
-    HARVEST,
-    HARVEST_PAGE,
     HELD_OUT,
+    MINING,
+    MINING_PAGE,
     REPORT,
     SCORE_TABLE,
     SUMMARY,
@@ -20,8 +20,8 @@ from guardloop.stages.files import (
     copy_file,
 )
 from guardloop.stages.guard import screen, screen_candidate
-from guardloop.stages.mining import mine_feedback, write_harvest
-from guardloop.stages.registry import promote_model, record_harvest, register_model
+from guardloop.stages.mining import mine_feedback, write_training_set
+from guardloop.stages.registry import promote_model, record_mining, register_model
 from guardloop.stages.responses import generate_responses
 from guardloop.stages.training import train_guard
 
@@ -29,9 +29,9 @@ __all__ = [
     "BLOCKED_INPUTS",
     "EVALUATION",
     "EXAMPLES",
-    "HARVEST",
-    "HARVEST_PAGE",
     "HELD_OUT",
+    "MINING",
+    "MINING_PAGE",
     "REPORT",
     "SCORE_TABLE",
     "SUMMARY",
@@ -44,11 +44,11 @@ __all__ = [
     "mine_feedback",
     "prepare_data",
     "promote_model",
-    "record_harvest",
+    "record_mining",
     "register_model",
     "score_benchmarks",
     "screen",
     "screen_candidate",
     "train_guard",
-    "write_harvest",
+    "write_training_set",
 ]

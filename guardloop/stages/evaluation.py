@@ -14,7 +14,7 @@ from guardloop.core.settings import read_section
 from guardloop.evaluation.result import Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.stages.benchmarks import measured
-from guardloop.stages.files import EVALUATION, EXAMPLES, HARVEST, REPORT, SCORE_TABLE, SUMMARY, Sections
+from guardloop.stages.files import EVALUATION, EXAMPLES, MINING, REPORT, SCORE_TABLE, SUMMARY, Sections
 
 
 def evaluate(
@@ -99,9 +99,9 @@ def _paired(baseline_scores: str | Path, candidate_scores: str | Path) -> Iterat
 def _story(metadata: Row, training_set: Path, adapter: Path) -> Any:
     """What the report tells of the run besides the evaluation."""
     from guardloop.guard.metadata import guard_metadata
-    from guardloop.report import HarvestStory, RunStory, Source, StageCounts
+    from guardloop.report import MiningSummary, RunStory, Source, StageCounts
 
-    harvest = read_json(training_set / HARVEST, HarvestStory)
+    mined = read_json(training_set / MINING, MiningSummary)
     mined = read_metadata(training_set / EXAMPLES)
     trained = guard_metadata(adapter).get("training", {})
     data = metadata.get("data", {})
@@ -116,15 +116,15 @@ def _story(metadata: Row, training_set: Path, adapter: Path) -> Any:
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),
         counts=StageCounts(
-            prompts=harvest.screened,
-            flagged=harvest.screened - harvest.passed,
-            passed=harvest.passed,
-            responses=harvest.responses,
-            refusals=harvest.refusals,
-            blocked=harvest.blocked,
-            positives=harvest.counts.get("positive", 0),
-            hard_negatives=harvest.counts.get("hard_negative", 0),
-            replay=sum(n for kind, n in harvest.counts.items() if kind.startswith("replay")),
+            prompts=mined.screened,
+            flagged=mined.screened - mined.passed,
+            passed=mined.passed,
+            responses=mined.responses,
+            refusals=mined.refusals,
+            blocked=mined.blocked,
+            positives=mined.counts.get("positive", 0),
+            hard_negatives=mined.counts.get("hard_negative", 0),
+            replay=sum(n for kind, n in mined.counts.items() if kind.startswith("replay")),
         ),
         training={k: v for k, v in trained.items() if isinstance(v, int | float)},
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES, HELD_OUT = "examples.parquet", "held_out.parquet"
-HARVEST, HARVEST_PAGE = "harvest.json", "harvest.html"
+MINING, MINING_PAGE = "mining.json", "mining.html"
 BLOCKED_INPUTS = "blocked_inputs.jsonl"
 EVALUATION, REPORT, SUMMARY, SCORE_TABLE = "evaluation.json", "report.html", "summary.md", "scores.parquet"
 Sections = Mapping[str, Any]

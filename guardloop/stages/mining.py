@@ -8,7 +8,7 @@ from guardloop.core.progress import Stage
 from guardloop.core.records import EXAMPLE, HELD_OUT_PROMPT, Row, read_metadata, read_tables, write_jsonl, write_table
 from guardloop.core.settings import read_section
 from guardloop.mining.settings import MiningSettings
-from guardloop.stages.files import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, Sections
+from guardloop.stages.files import BLOCKED_INPUTS, EXAMPLES, HELD_OUT, MINING, MINING_PAGE, Sections
 
 
 def mine_feedback(
@@ -18,9 +18,9 @@ def mine_feedback(
     mining: Sections,
     seed: int = 0,
 ) -> tuple[dict[str, float], bool]:
-    """Write the training set (a folder: examples, blocked_inputs.jsonl, harvest.json and its page).
+    """Write the training set (a folder: examples, blocked_inputs.jsonl, mining.json and its page).
 
-    Returns figures, and whether the harvest is large enough to train on.
+    Returns figures, and whether there is enough to train on.
     """
     from guardloop.mining.mine import mine
 
@@ -32,18 +32,18 @@ def mine_feedback(
         metadata = (
             {"screened": read_metadata(screened[0]), "judged": read_metadata(judged[0])} if screened and judged else {}
         )
-        write_harvest(found, folder, metadata)
+        write_training_set(found, folder, metadata)
         kinds = ", ".join(f"{n} {kind}" for kind, n in found.counts.items())
         stage.done(len(found.examples), kinds if found.enough else f"not enough to train: {found.reason}")
     figures = {"positives": found.counts.get("positive", 0), "examples": len(found.examples), "blocked": found.blocked}
     return {k: float(v) for k, v in figures.items()}, found.enough
 
 
-def write_harvest(found: Any, folder: Path, metadata: Row, examples: list[Row] | None = None) -> None:
-    """Write a training set: the harvest's examples, or others in their place, and what it tells people."""
-    from guardloop.report import ChannelStory, HarvestExample, HarvestStory, render_harvest
+def write_training_set(found: Any, folder: Path, metadata: Row, examples: list[Row] | None = None) -> None:
+    """Write a training set: the examples of mining, or others in their place, and what people read of it."""
+    from guardloop.report import MinedExample, MiningSummary, render_mining
 
-    story = HarvestStory(
+    story = MiningSummary(
         enough=found.enough,
         reason=found.reason,
         screened=found.screened,
@@ -53,12 +53,11 @@ def write_harvest(found: Any, folder: Path, metadata: Row, examples: list[Row] |
         blocked=found.blocked,
         held_out=len(found.held_out),
         counts=found.counts,
-        words=found.words,
-        channels=[ChannelStory(**vars(channel)) for channel in found.channels],
-        examples=[HarvestExample(**row) for row in found.shown],
+        lexical_weight=found.lexical_weight,
+        examples=[MinedExample(**row) for row in found.shown],
     )
     write_table(found.examples if examples is None else examples, EXAMPLE, folder / EXAMPLES, lambda: metadata)
     write_table(found.held_out, HELD_OUT_PROMPT, folder / HELD_OUT, lambda: metadata)
     write_jsonl(found.blocked_inputs, folder / BLOCKED_INPUTS)
-    (folder / HARVEST).write_text(story.model_dump_json(indent=2), "utf-8")
-    (folder / HARVEST_PAGE).write_text(render_harvest(story), "utf-8")
+    (folder / MINING).write_text(story.model_dump_json(indent=2), "utf-8")
+    (folder / MINING_PAGE).write_text(render_mining(story), "utf-8")

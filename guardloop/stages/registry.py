@@ -14,24 +14,24 @@ from guardloop.stages.files import (
     BLOCKED_INPUTS,
     EVALUATION,
     EXAMPLES,
-    HARVEST,
-    HARVEST_PAGE,
+    MINING,
+    MINING_PAGE,
     REPORT,
     SUMMARY,
     Sections,
 )
 
 
-def record_harvest(training_set: str | Path, run_id: str, sections: Sections) -> None:
-    """Record in MLflow a run that ended early, since its harvest was too small to train on."""
+def record_mining(training_set: str | Path, run_id: str, sections: Sections) -> None:
+    """Record in MLflow a run that ended early, as it found too little to train on."""
     from guardloop.registry import Registry
 
     settings = read_section(RegistrySettings, sections["registry"], "registry")
-    with Stage("record_harvest") as stage:
+    with Stage("record_mining") as stage:
         training_set = Path(training_set)
         origin, data = _origin(training_set, run_id, sections)
         Registry(settings).record_run(
-            origin, sections, files=_harvest_files(training_set), data=data, figures=_figures(training_set)
+            origin, sections, files=_mining_files(training_set), data=data, figures=_figures(training_set)
         )
         stage.done(1, "recorded a run that trained nothing")
 
@@ -49,7 +49,7 @@ def register_model(
         evaluation = read_json(evaluated / EVALUATION, Evaluation)
         origin, data = _origin(training_set, run_id, sections)
         registry = Registry(settings)
-        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _harvest_files(training_set)
+        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _mining_files(training_set)
         registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
         guard = read_section(GuardSettings, sections["guard"], "guard")
         version = registry.register_adapter(adapter, origin, evaluation, guard)
@@ -89,14 +89,14 @@ def _origin(training_set: Path, run_id: str, sections: Sections) -> tuple[Any, l
     return origin, sources
 
 
-def _harvest_files(training_set: Path) -> dict[str, Path]:
-    return {name: training_set / name for name in (BLOCKED_INPUTS, HARVEST, HARVEST_PAGE)}
+def _mining_files(training_set: Path) -> dict[str, Path]:
+    return {name: training_set / name for name in (BLOCKED_INPUTS, MINING, MINING_PAGE)}
 
 
 def _figures(training_set: Path) -> dict[str, float]:
-    from guardloop.report import HarvestStory
+    from guardloop.report import MiningSummary
 
-    harvest = read_json(training_set / HARVEST, HarvestStory)
+    mined = read_json(training_set / MINING, MiningSummary)
     names = ("screened", "passed", "responses", "refusals", "blocked")
-    figures = {f"harvest_{name}": float(getattr(harvest, name)) for name in names}
-    return figures | {f"examples_{kind}": float(n) for kind, n in harvest.counts.items()}
+    figures = {f"mining_{name}": float(getattr(mined, name)) for name in names}
+    return figures | {f"examples_{kind}": float(n) for kind, n in mined.counts.items()}

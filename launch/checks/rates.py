@@ -61,20 +61,20 @@ class Past:
     run: str
     settings: Settings
     stages: dict[str, Took]
-    harvest: dict[str, Any] = field(default_factory=dict)
+    mining: dict[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     """Tokens of all responses."""
 
     @property
     def passed_share(self) -> float | None:
         """Share of the screened prompts that the guard let pass."""
-        screened = self.harvest.get("screened")
-        return self.harvest["passed"] / screened if screened else None
+        screened = self.mining.get("screened")
+        return self.mining["passed"] / screened if screened else None
 
     @property
     def tokens_per_response(self) -> float | None:
         """Mean length of a response."""
-        responses = self.harvest.get("responses")
+        responses = self.mining.get("responses")
         return self.tokens / responses if responses and self.tokens is not None else None
 
 
@@ -101,7 +101,7 @@ def read_past(name: str) -> Past:
     }
     if took := stages.get("score_benchmarks"):  # which counts a row once
         stages["score_benchmarks"] = replace(took, items=took.items * GUARDS)
-    return Past(run.id, settings, stages, summary.get("harvest") or {}, _response_tokens(run))
+    return Past(run.id, settings, stages, summary.get("mining") or {}, _response_tokens(run))
 
 
 def find_alike(settings: Settings, but: str = "") -> Past | None:

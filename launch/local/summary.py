@@ -12,7 +12,7 @@ from rich.table import Table
 from guardloop.core.progress import short
 from guardloop.evaluation.result import Estimate, Evaluation
 from guardloop.report.summary import held_out_line
-from guardloop.stages import BLOCKED_INPUTS, EVALUATION, HARVEST, HARVEST_PAGE, REPORT
+from guardloop.stages import BLOCKED_INPUTS, EVALUATION, MINING, MINING_PAGE, REPORT
 from launch.local.run import Run
 
 SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_baseline_fpr")
@@ -31,8 +31,8 @@ def conclude(run: Run, console: Console) -> dict[str, Any]:
     evaluation = None
     if evaluated and (evaluated / EVALUATION).is_file():
         evaluation = Evaluation.model_validate_json((evaluated / EVALUATION).read_text("utf-8"))
-    harvest = json.loads((training_set / HARVEST).read_text("utf-8")) if training_set else None
-    decision, words = _decision(run, evaluation, harvest)
+    mined = json.loads((training_set / MINING).read_text("utf-8")) if training_set else None
+    decision, words = _decision(run, evaluation, mined)
     console.print()
     console.print(_stage_table(run))
     if evaluation:
@@ -52,18 +52,18 @@ def conclude(run: Run, console: Console) -> dict[str, Any]:
         "headline": words,
         "seconds": round(run.seconds, 1),
         "stages": [{k: s[k] for k in ("stage", "items", "seconds", "outcome")} for s in run.stages],
-        "harvest": {k: v for k, v in harvest.items() if k != "examples"} if harvest else None,
+        "mining": {k: v for k, v in mined.items() if k != "examples"} if mined else None,
         "evaluation": evaluation.model_dump(mode="json") if evaluation else None,
     }
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     return summary
 
 
-def _decision(run: Run, evaluation: Evaluation | None, harvest: dict[str, Any] | None) -> tuple[str, str]:
+def _decision(run: Run, evaluation: Evaluation | None, mined: dict[str, Any] | None) -> tuple[str, str]:
     if evaluation:
         return "promoted" if evaluation.decision.promote else "not promoted", evaluation.decision.headline
-    if harvest and not harvest["enough"]:
-        return "nothing to train on", f"The run ended early: {harvest['reason']}."
+    if mined and not mined["enough"]:
+        return "nothing to train on", f"The run ended early: {mined['reason']}."
     return "done", f"{run.pipeline} finished."
 
 
@@ -107,7 +107,7 @@ def _places(run: Run, evaluated: Path | None, training_set: Path | None) -> dict
         places["report"] = short(_link(run, evaluated / REPORT))
     if training_set:
         _link(run, training_set / BLOCKED_INPUTS)
-        places["lessons"] = f"{short(_link(run, training_set / HARVEST_PAGE))} and {BLOCKED_INPUTS} beside it"
+        places["mining"] = f"{short(_link(run, training_set / MINING_PAGE))} and {BLOCKED_INPUTS} beside it"
     if evaluated:
         places["registry"] = "make ui opens MLflow; guardloop review lists the candidates"
     return {**places, "log": short(run.log)}

@@ -34,7 +34,7 @@ CONTENTS = {
     "responses": "[RESPONSE](#response)",
     "judged": "[JUDGED](#judged), one table for each shard",
     "training_set": f"a folder: `{stages.EXAMPLES}` ([EXAMPLE](#example)), `{stages.HELD_OUT}` "
-    f"([HELD_OUT_PROMPT](#mining)), `{stages.HARVEST}` ([HarvestStory](#harveststory)), `{stages.HARVEST_PAGE}`, "
+    f"([HELD_OUT_PROMPT](#mining)), `{stages.MINING}` ([MiningSummary](#miningsummary)), `{stages.MINING_PAGE}`, "
     f"and `{stages.BLOCKED_INPUTS}`, the finds for people to read",
     "held_out": "[HELD_OUT_PROMPT](#mining) with the verdict's columns",
     "scores": "[BENCHMARKED](#benchmarked)",
@@ -58,8 +58,8 @@ MODELS = (
         result.HeldOutResult,
         result.BenchmarkResult,
         result.Compared,
-        story.HarvestStory,
-        story.HarvestExample,
+        story.MiningSummary,
+        story.MinedExample,
         story.ChannelStory,
     ),
 )

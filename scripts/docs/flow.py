@@ -98,7 +98,7 @@ def _label(task: dict[str, Any]) -> str:
     said = task.get("inputs", {}).get("parameters", {}).get("what", {}).get("runtimeValue", {}).get("constant")
     title: str = said or task["taskInfo"]["name"]
     if "triggerPolicy" in task:
-        return f"if {title}" if title.startswith("harvest") else "if it won"
+        return f"if {title}" if title.endswith("to train on") else "if it won"
     return title if said else re.sub(r"^guardloop-", "", title).replace("-", "_")
 
 

@@ -74,8 +74,8 @@ def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(eviden
 
 def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
     rows, responses = evidence
-    few, harvest = lessons(Arm(name="x", samples=1, mining={"replay": 0.0}), rows, responses, settings())
-    assert harvest.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
+    few, mined = lessons(Arm(name="x", samples=1, mining={"replay": 0.0}), rows, responses, settings())
+    assert mined.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
     none, _ = lessons(Arm(name="x", responders=["nobody"]), rows, responses, settings())
     assert not any(row["kind"] == "positive" for row in none)
     with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):

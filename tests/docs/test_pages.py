@@ -50,7 +50,7 @@ def test_the_picture_has_every_task_of_the_pipeline() -> None:
     picture = flow_picture()
     shown = ("prepare_data", "screen prompts", "generate_responses", "screen responses", "mine_feedback", "train_guard")
     shown += ("screen test (baseline)", "screen test (candidate)", "score_benchmarks", "evaluate", "register_model")
-    assert all(f">{task}</text>" in picture for task in (*shown, "promote_model", "record_harvest"))
+    assert all(f">{task}</text>" in picture for task in (*shown, "promote_model", "record_mining"))
     drawn = {kind: picture.count(f'class="{kind}"') for kind in ("frame", "arrow")}
     assert drawn == {"frame": 6, "arrow": 12}, "look at the picture; if a stage came or went, change these numbers"
 

@@ -216,7 +216,7 @@ def test_what_is_decided_of_responses_is_measured_at_the_thresholds_that_the_gua
         table = [columns | {k: v for k, v in row.items() if k in SCREENED.names} for row in scores]
         table = [made | {"score": row[f"{name}_score"]} for made, row in zip(table, scores, strict=True)]
         write_table(table, SCREENED, tmp_path / name, lambda limit=limit: metadata | {"response_threshold": limit})
-    stages.write_harvest(mine([], [], MiningSettings()), tmp_path / "training_set", {})
+    stages.write_training_set(mine([], [], MiningSettings()), tmp_path / "training_set", {})
     folders = (tmp_path / name for name in ("baseline", "candidate", "training_set", "adapter", "out"))
     found = stages.evaluate(*folders, {"resamples": 200}, {})
     slices = {part.name: part for part in found.slices if part.dimension == "role"}

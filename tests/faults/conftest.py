@@ -61,7 +61,7 @@ class Loop:
             "register_model": lambda o: stages.register_model(
                 done / "adapter", done / "evaluated", done / "training_set", "a-run", s
             ),
-            "record_harvest": lambda o: stages.record_harvest(done / "training_set", "a-run", s),
+            "record_mining": lambda o: stages.record_mining(done / "training_set", "a-run", s),
             "promote_model": lambda o: stages.promote_model(1, s["registry"]),
         }
 
@@ -112,6 +112,6 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
         done = Loop(folder / "done", sections)
         (folder / "done").mkdir()
         for name, stage in done.stages().items():
-            if name not in ("register_model", "record_harvest", "promote_model"):
+            if name not in ("register_model", "record_mining", "promote_model"):
                 stage(done.folder)
     return done

@@ -109,7 +109,7 @@ def test_a_damaged_adapter_is_refused(loop: Loop, tmp_path: Path) -> None:
         path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["evaluated/evaluation.json", "training_set/harvest.json"])
+@pytest.mark.parametrize("name", ["evaluated/evaluation.json", "training_set/mining.json"])
 def test_damaged_json_is_refused(loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     path = loop.folder / name

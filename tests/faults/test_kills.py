@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("FAULT_KILLS", "20"))
 STAGES = (
     *("prepare_data", "screen", "generate_responses", "screen responses", "mine_feedback", "train_guard"),
     *("screen test", "screen_candidate", "score_benchmarks", "evaluate"),
-    *("register_model", "record_harvest", "promote_model"),
+    *("register_model", "record_mining", "promote_model"),
 )
 WHOLE_FILES = ("traffic", "test", "verdicts", "responses", "judged", "default", "candidate", "held_out", "benchmarks")
 
@@ -73,7 +73,7 @@ def test_a_stage_killed_at_any_moment_loses_and_doubles_nothing(loop: Loop, tmp_
         for file in WHOLE_FILES:  # at every moment a table is there as a whole, or not at all
             if (torn / file).is_file():
                 assert contents(torn)[file] == expected[file], file
-        if code == 0 and name not in ("register_model", "record_harvest", "promote_model"):
+        if code == 0 and name not in ("register_model", "record_mining", "promote_model"):
             assert clean(torn) == expected
             for folder in (torn, tmp_path / "torn-cache"):  # else there is nothing left to do, and nothing to kill
                 shutil.rmtree(folder, ignore_errors=True)

@@ -34,7 +34,7 @@ def test_the_decision_and_every_figure_are_the_same(both: dict[str, Workshop]) -
 
     assert containers["decision"] == processes["decision"] == "not promoted"
     assert containers["headline"] == processes["headline"]
-    assert containers["harvest"] == processes["harvest"]
+    assert containers["mining"] == processes["mining"]
     ended = [sorted(s["stage"] for s in summary["stages"]) for summary in (containers, processes)]
     assert ended[0] == ended[1]  # those side by side end in any order
     assert flat(containers["evaluation"]) == pytest.approx(flat(processes["evaluation"]), abs=1e-5)

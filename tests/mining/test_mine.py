@@ -13,9 +13,9 @@ from guardloop.core.records import EXAMPLE, HELD_OUT_PROMPT, JUDGED, SCREENED, r
 from guardloop.data.clean import prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.mining.evidence import gather, probability
-from guardloop.mining.mine import Harvest, mine
+from guardloop.mining.mine import MiningResult, mine
 from guardloop.mining.settings import MiningSettings
-from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HARVEST, HARVEST_PAGE, HELD_OUT, mine_feedback
+from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HELD_OUT, MINING, MINING_PAGE, mine_feedback
 from guardloop.training.train import split
 
 many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
@@ -25,7 +25,7 @@ chosen = st.builds(
     MiningSettings,
     prior_strength=st.floats(0.5, 8),
     min_blocked_share=st.sampled_from([0.01, 0.25, 0.5, 1.0]),
-    words=st.sampled_from([0.0, 0.5, 1.0]),
+    lexical_weight=st.sampled_from([0.0, 0.5, 1.0]),
     hard_negatives_per_positive=st.integers(0, 4),
     replay=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     min_positives=st.integers(1, 4),
@@ -34,20 +34,20 @@ chosen = st.builds(
 )
 
 
-def mined(world: World, settings: MiningSettings = DEFAULTS) -> Harvest:
+def mined(world: World, settings: MiningSettings = DEFAULTS) -> MiningResult:
     return mine(world.screened, world.judged, settings)
 
 
-def of(harvest: Harvest, *kinds: str) -> list[dict]:
-    return [row for row in harvest.examples if row["kind"] in kinds]
+def of(result: MiningResult, *kinds: str) -> list[dict]:
+    return [row for row in result.examples if row["kind"] in kinds]
 
 
-def lessons(harvest: Harvest) -> list[dict]:
-    return [row for row in harvest.examples if not row["kind"].startswith("replay")]
+def lessons(result: MiningResult) -> list[dict]:
+    return [row for row in result.examples if not row["kind"].startswith("replay")]
 
 
-def replays(harvest: Harvest) -> list[dict]:
-    return of(harvest, "replay_blocked", "replay_response")
+def replays(result: MiningResult) -> list[dict]:
+    return of(result, "replay_blocked", "replay_response")
 
 
 # What is taught
@@ -78,10 +78,10 @@ def test_every_example_is_whole(world, settings):
 @given(worlds(), chosen)
 def test_only_prompts_that_passed_are_lessons(world, settings):
     unasked = [judged(row, 0, 5.0) for row in world.screened if row["flagged"]]  # a table that does not belong
-    harvest = mine(world.screened, world.judged + unasked, settings)
-    assert {row["prompt"] for row in lessons(harvest)} <= set(world.prompts(flagged=False))
-    assert {row["prompt"] for row in of(harvest, "replay_blocked")} <= set(world.prompts(flagged=True))
-    assert harvest.examples == mined(world, settings).examples
+    result = mine(world.screened, world.judged + unasked, settings)
+    assert {row["prompt"] for row in lessons(result)} <= set(world.prompts(flagged=False))
+    assert {row["prompt"] for row in of(result, "replay_blocked")} <= set(world.prompts(flagged=True))
+    assert result.examples == mined(world, settings).examples
 
 
 @many
@@ -113,22 +113,22 @@ def test_the_kinds_follow_from_the_evidence(world, settings):
 @many
 @given(worlds(), chosen)
 def test_there_are_as_many_hard_negatives_as_asked_for_where_the_pool_allows(world, settings):
-    harvest = mined(world, settings)
-    pool = len(of(harvest, "hard_negative", "passed"))
-    wanted = settings.hard_negatives_per_positive * len(of(harvest, "positive"))
-    assert len(of(harvest, "hard_negative")) == min(pool, wanted)
+    result = mined(world, settings)
+    pool = len(of(result, "hard_negative", "passed"))
+    wanted = settings.hard_negatives_per_positive * len(of(result, "positive"))
+    assert len(of(result, "hard_negative")) == min(pool, wanted)
 
 
 def test_by_default_there_are_two_hard_negatives_to_a_positive():
-    harvest = mined(round_of(positives=10, answered=40, refused=10))
-    assert harvest.counts["hard_negative"] >= 2 * harvest.counts["positive"] == 20
+    result = mined(round_of(positives=10, answered=40, refused=10))
+    assert result.counts["hard_negative"] >= 2 * result.counts["positive"] == 20
 
 
 def test_refused_prompts_never_become_hard_negatives():
-    harvest = mined(round_of(positives=10, answered=3, refused=30))
-    assert harvest.counts["hard_negative"] == 3 and harvest.counts["refused"] == 30
-    assert {row["id"].partition("-")[0] for row in of(harvest, "hard_negative")} == {"answered"}
-    assert max(row["weight"] for row in of(harvest, "refused")) < min(row["weight"] for row in of(harvest, "positive"))
+    result = mined(round_of(positives=10, answered=3, refused=30))
+    assert result.counts["hard_negative"] == 3 and result.counts["refused"] == 30
+    assert {row["id"].partition("-")[0] for row in of(result, "hard_negative")} == {"answered"}
+    assert max(row["weight"] for row in of(result, "refused")) < min(row["weight"] for row in of(result, "positive"))
 
 
 def test_hard_negatives_read_like_the_positives():
@@ -164,20 +164,20 @@ def test_prompts_without_words_can_be_mined(text):
 @many
 @given(worlds(), chosen)
 def test_replay_has_its_share_of_the_weight(world, settings):
-    harvest = mined(world, settings)
-    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(harvest), lessons(harvest)))
-    if not settings.replay or not lessons(harvest):
+    result = mined(world, settings)
+    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), lessons(result)))
+    if not settings.replay or not lessons(result):
         assert replayed == 0
-    elif max((row["weight"] for row in replays(harvest)), default=1.0) < 1:
+    elif max((row["weight"] for row in replays(result)), default=1.0) < 1:
         assert replayed / (replayed + taught) == pytest.approx(settings.replay)
     else:  # too few rows for their share: none weighs more than a lesson
         assert replayed / (replayed + taught) <= settings.replay + 1e-9
 
 
 def test_by_default_replay_is_half_of_the_weight():
-    harvest = mined(round_of(positives=10, answered=40, flagged=30))
-    weights = [sum(row["weight"] for row in rows) for rows in (replays(harvest), lessons(harvest))]
-    assert weights[0] == pytest.approx(weights[1]) and {r["kind"] for r in replays(harvest)} == {
+    result = mined(round_of(positives=10, answered=40, flagged=30))
+    weights = [sum(row["weight"] for row in rows) for rows in (replays(result), lessons(result))]
+    assert weights[0] == pytest.approx(weights[1]) and {r["kind"] for r in replays(result)} == {
         "replay_blocked",
         "replay_response",
     }
@@ -240,10 +240,10 @@ def test_the_labels_of_the_traffic_do_not_matter():
 @given(worlds(), chosen, st.sampled_from([0.2, 0.5]))
 def test_what_is_held_out_is_in_no_example(world, settings, share):
     everything = mined(world, settings)
-    harvest = mined(world, settings.model_copy(update={"held_out": share}))
-    hidden = {row["group"] for row in harvest.held_out}
-    assert hidden.isdisjoint(row["group"] for row in harvest.examples)
-    assert {row["id"] for row in [*harvest.held_out, *lessons(harvest)]} == {row["id"] for row in lessons(everything)}
+    result = mined(world, settings.model_copy(update={"held_out": share}))
+    hidden = {row["group"] for row in result.held_out}
+    assert hidden.isdisjoint(row["group"] for row in result.examples)
+    assert {row["id"] for row in [*result.held_out, *lessons(result)]} == {row["id"] for row in lessons(everything)}
     plain = settings.model_copy(
         update={"lexical_weight": 0.0}
     )  # words are not learnt of what is held out; people see all of it
@@ -265,25 +265,25 @@ def test_what_is_held_out_is_labelled_by_its_responses(world, settings):
 
 
 def test_a_share_is_held_out_and_training_still_finds_its_own_validation_rows():
-    harvest = mined(round_of(300, 700), MiningSettings())
-    assert len(harvest.held_out) == pytest.approx(200, abs=45)
-    training, validation = split(lessons(harvest), 0.2, MiningSettings().seed)
+    result = mined(round_of(300, 700), MiningSettings())
+    assert len(result.held_out) == pytest.approx(200, abs=45)
+    training, validation = split(lessons(result), 0.2, MiningSettings().seed)
     assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.2, abs=0.05)
 
 
-# How large a harvest is enough
+# How large a enough to train on
 
 
 @many
 @given(worlds(), chosen)
-def test_the_harvest_says_whether_it_is_enough_and_why(world, settings):
-    harvest = mined(world, settings)
-    positives = len(of(harvest, "positive"))
-    contrast = of(harvest, "hard_negative", "passed", "refused")
-    assert harvest.enough == (positives >= settings.min_positives and bool(contrast))
-    assert harvest.reason and (str(positives) in harvest.reason or not contrast)
-    assert harvest.counts == Counter(row["kind"] for row in harvest.examples)
-    assert harvest.passed == len(world.prompts(flagged=False))
+def test_the_result_says_whether_it_is_enough_and_why(world, settings):
+    result = mined(world, settings)
+    positives = len(of(result, "positive"))
+    contrast = of(result, "hard_negative", "passed", "refused")
+    assert result.enough == (positives >= settings.min_positives and bool(contrast))
+    assert result.reason and (str(positives) in result.reason or not contrast)
+    assert result.counts == Counter(row["kind"] for row in result.examples)
+    assert result.passed == len(world.prompts(flagged=False))
 
 
 @pytest.mark.parametrize(
@@ -296,24 +296,24 @@ def test_the_harvest_says_whether_it_is_enough_and_why(world, settings):
         (round_of(12, 0), "nothing to contrast"),
     ],
 )
-def test_a_small_harvest_is_not_enough_and_says_why(world, why):
-    harvest = mined(world)
-    assert not harvest.enough and why in harvest.reason
-    assert len(harvest.blocked_inputs) == harvest.counts.get("positive", 0)
+def test_a_small_result_is_not_enough_and_says_why(world, why):
+    result = mined(world)
+    assert not result.enough and why in result.reason
+    assert len(result.blocked_inputs) == result.counts.get("positive", 0)
 
 
-def test_a_harvest_of_the_least_size_is_enough():
+def test_a_result_of_the_least_size_is_enough():
     assert mined(round_of(DEFAULTS.min_positives, 1)).enough
 
 
 @many
 @given(worlds(), chosen)
 def test_blocked_inputs_are_the_positives_worst_first(world, settings):
-    harvest = mined(world, settings)
-    assert {r["id"] for r in harvest.blocked_inputs} == {r["id"] for r in of(harvest, "positive")}
-    targets = [row["target"] for row in harvest.blocked_inputs]
+    result = mined(world, settings)
+    assert {r["id"] for r in result.blocked_inputs} == {r["id"] for r in of(result, "positive")}
+    targets = [row["target"] for row in result.blocked_inputs]
     assert targets == sorted(targets, reverse=True)
-    for row in harvest.blocked_inputs:
+    for row in result.blocked_inputs:
         judged_so = [r for r in world.judged if r["id"] == row["id"] and r["score"] is not None]
         assert row["worst_response"] == max(judged_so, key=lambda r: r["score"])["response"]
 
@@ -340,13 +340,13 @@ def test_nothing_is_appended_from_one_run_to_the_next(tmp_path):
     tables = written(round_of(10, 30, 5, flagged=20), tmp_path)
     figures, enough = mine_feedback(*tables, tmp_path / "mined", DEFAULTS.plain())
     first = files(tmp_path / "mined")
-    assert set(first) == {EXAMPLES, HELD_OUT, BLOCKED_INPUTS, HARVEST, HARVEST_PAGE}
+    assert set(first) == {EXAMPLES, HELD_OUT, BLOCKED_INPUTS, MINING, MINING_PAGE}
     assert mine_feedback(*tables, tmp_path / "mined", DEFAULTS.plain()) == (figures, enough)
     assert files(tmp_path / "mined") == first
     assert enough and figures["positives"] == 10
 
 
-def test_an_earlier_harvest_leaves_no_trace(tmp_path):
+def test_an_earlier_result_leaves_no_trace(tmp_path):
     mine_feedback(*written(round_of(10, 30), tmp_path), tmp_path / "mined", DEFAULTS.plain())
     small = written(round_of(9, 11), tmp_path)
     for folder in ("mined", "fresh"):
@@ -354,7 +354,7 @@ def test_an_earlier_harvest_leaves_no_trace(tmp_path):
     assert files(tmp_path / "mined") == files(tmp_path / "fresh")
 
 
-def test_shards_do_not_change_the_harvest(tmp_path):
+def test_shards_do_not_change_the_result(tmp_path):
     world = round_of(10, 30, 5, flagged=20)
     for shards in (1, 3):
         mine_feedback(*written(world, tmp_path, shards), tmp_path / f"mined-{shards}", DEFAULTS.plain())
@@ -366,7 +366,7 @@ def test_the_stage_writes_what_was_mined(tmp_path):
     world.judged[0]["response"] = 'two\nlines, \u2028 a separator and "quotes" 🙂'
     mine_feedback(*written(world, tmp_path), tmp_path, DEFAULTS.plain())
     rows = list(read_table(tmp_path / EXAMPLES, EXAMPLE))
-    assert Counter(row["kind"] for row in rows) == json.loads((tmp_path / HARVEST).read_text("utf-8"))["counts"]
+    assert Counter(row["kind"] for row in rows) == json.loads((tmp_path / MINING).read_text("utf-8"))["counts"]
     assert read_metadata(tmp_path / EXAMPLES) == {"screened": {"guard": "made up"}, "judged": {"guard": "made up"}}
     with (tmp_path / BLOCKED_INPUTS).open(encoding="utf-8") as lines:
         blocked = [json.loads(line) for line in lines]
@@ -374,12 +374,12 @@ def test_the_stage_writes_what_was_mined(tmp_path):
     assert all(row["blocked"] == row["responses"] == 4 and row["worst_response"] for row in blocked)
 
 
-def test_an_empty_harvest_ends_well(tmp_path):
+def test_an_empty_result_ends_well(tmp_path):
     figures, enough = mine_feedback(*written(World([], []), tmp_path), tmp_path / "mined", DEFAULTS.plain())
     assert not enough and figures == {"positives": 0, "examples": 0, "blocked": 0}
     assert list(read_table(tmp_path / "mined" / EXAMPLES, EXAMPLE)) == []
     assert (tmp_path / "mined" / BLOCKED_INPUTS).read_text() == ""
-    assert "0 of 0" in json.loads((tmp_path / "mined" / HARVEST).read_text())["reason"]
+    assert "0 of 0" in json.loads((tmp_path / "mined" / MINING).read_text())["reason"]
 
 
 def test_a_prompt_that_traffic_repeats_is_taught_once(tmp_path):

@@ -7,7 +7,7 @@ from support.cases import cases
 from support.feedback_examples import judged, screened, worlds
 
 from guardloop.mining.lexical import by_words
-from guardloop.mining.mine import Harvest, mine
+from guardloop.mining.mine import MiningResult, mine
 from guardloop.mining.settings import MiningSettings
 
 many = hypothesis_settings(max_examples=cases(40), deadline=None, derandomize=True)
@@ -84,8 +84,8 @@ def test_the_order_of_the_texts_does_not_matter():
 # In mining
 
 
-def taught(harvest: Harvest) -> dict[str, float]:
-    return {row["id"]: row["target"] for row in harvest.examples if not row["kind"].startswith("replay")}
+def taught(result: MiningResult) -> dict[str, float]:
+    return {row["id"]: row["target"] for row in result.examples if not row["kind"].startswith("replay")}
 
 
 def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_does_not():
@@ -93,7 +93,9 @@ def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_d
     rows += [screened(f"good {n}", -2.0, f"bake some bread, way {n}") for n in range(40)]
     blocked = {row["id"]: row["id"].startswith("bad") for row in rows} | {"bad 0": False, "good 0": True}
     table = [judged(row, sample, 6.0 if blocked[row["id"]] else -6.0) for row in rows for sample in range(4)]
-    without, half = (taught(mine(rows, table, MiningSettings(held_out=0.0, words=words))) for words in (0.0, 0.5))
+    without, half = (
+        taught(mine(rows, table, MiningSettings(held_out=0.0, lexical_weight=words))) for words in (0.0, 0.5)
+    )
     assert half["bad 0"] > without["bad 0"] + 0.2
     assert half["good 0"] < without["good 0"] - 0.2
 
@@ -102,7 +104,7 @@ def test_words_raise_a_prompt_that_reads_like_the_positives_and_lower_one_that_d
 @given(worlds(), st.floats(-8, 8))
 def test_words_learn_nothing_from_what_is_held_out(world, score):
     settings = MiningSettings(held_out=0.5, lexical_weight=0.5)
-    harvest = mine(world.screened, world.judged, settings)
-    hidden = {row["group"] for row in harvest.held_out}
+    result = mine(world.screened, world.judged, settings)
+    hidden = {row["group"] for row in result.held_out}
     other = [{**row, "score": score, "flagged": score > 0} if row["group"] in hidden else row for row in world.judged]
-    assert taught(mine(world.screened, other, settings)) == taught(harvest)
+    assert taught(mine(world.screened, other, settings)) == taught(result)

@@ -116,7 +116,7 @@ def test_no_default_holds_a_placeholder(compiled: dict[str, dict], name: str) ->
 
 @pytest.mark.parametrize(
     ("name", "recorders"),
-    [("evaluate", {"register-model"}), ("full", {"register-model", "record-harvest"})],
+    [("evaluate", {"register-model"}), ("full", {"register-model", "record-mining"})],
 )
 def test_what_records_a_run_is_given_its_id_as_a_constant(
     compiled: dict[str, dict], name: str, recorders: set[str]

@@ -58,9 +58,9 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
             origin(),
             SECTIONS,
             evaluation(gain=gain),
-            files={"report.html": report, "harvest/blocked_inputs.jsonl": report},
+            files={"report.html": report, "mining/blocked_inputs.jsonl": report},
             data=data,
-            figures={"harvest_blocked": 312},
+            figures={"mining_blocked": 312},
         )
     run = run_of(registry)
     assert run.info.run_id == run_id
@@ -75,10 +75,10 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
     assert run.data.metrics["gain_auprc"] == pytest.approx(0.03)
     assert run.data.metrics["candidate_auprc_low"] == pytest.approx(0.61)
     assert run.data.metrics["default_recall_at_fpr_0.05_high"] == pytest.approx(0.62)
-    assert run.data.metrics["harvest_blocked"] == 312
+    assert run.data.metrics["mining_blocked"] == 312
     assert "default_ece" not in run.data.metrics  # not a number
     client = MlflowClient(registry.connection.uri)
-    assert len(client.get_metric_history(run_id, "harvest_blocked")) == 1
+    assert len(client.get_metric_history(run_id, "mining_blocked")) == 1
     assert len(client.get_metric_history(run_id, "gain_auprc")) == 2
     tags = run.data.tags
     assert tags["guardloop.run_id"] == "run-1"
@@ -92,16 +92,16 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
             artifact_uri=run.info.artifact_uri, dst_path=str(tmp_path / "back"), tracking_uri=registry.connection.uri
         )
     )
-    assert (files / "report.html").read_text() == (files / "harvest" / "blocked_inputs.jsonl").read_text() == "<html>"
+    assert (files / "report.html").read_text() == (files / "mining" / "blocked_inputs.jsonl").read_text() == "<html>"
     assert yaml.safe_load((files / "settings.yaml").read_text()) == SECTIONS
     assert json.loads((files / "evaluation.json").read_text())["decision"]["verdict"] == "passed"
 
 
 def test_a_run_that_trained_nothing_is_recorded(local: Registry) -> None:
-    local.record_run(origin(), {"registry": local.settings}, figures={"harvest_blocked": 0})
+    local.record_run(origin(), {"registry": local.settings}, figures={"mining_blocked": 0})
     run = run_of(local)
     assert run.data.params["registry.model"] == local.settings.model
-    assert run.data.metrics == {"harvest_blocked": 0}
+    assert run.data.metrics == {"mining_blocked": 0}
     assert run.data.tags["guardloop.gate_verdict"] == "nothing trained"
     assert run.info.status == "FINISHED"
 

@@ -19,7 +19,7 @@ from guardloop.evaluation.result import (
     Outcome,
     SliceResult,
 )
-from guardloop.report import HarvestExample, HarvestStory, RunStory, Source, StageCounts
+from guardloop.report import MinedExample, MiningSummary, RunStory, Source, StageCounts
 
 ROWS = 1400
 SUBJECTS = ("a bank account", "the neighbour's dog", "a chemistry lab", "my sister's wedding", "an old phone")
@@ -138,14 +138,14 @@ def story() -> RunStory:
 
 
 @pytest.fixture(scope="session")
-def harvest() -> HarvestStory:
-    return HarvestStory(
+def mined() -> MiningSummary:
+    return MiningSummary(
         enough=False,
         reason="Only 11 positives were found; training needs at least 50.",
         screened=900, passed=812, responses=3248, refusals=704, blocked=57,
         counts={"positive": 11, "hard_negative": 26, "replay_traffic": 37},
         examples=[
-            HarvestExample(
+            MinedExample(
                 prompt=f"Prompt {i} about {SUBJECTS[i % 5]}, of which the answer tells more than the question does.",
                 response="Sure. First you take the key from under the mat." if kind != "replay_traffic" else None,
                 blocked=blocked, k=4 if blocked is not None else None, prior_score=-1.2 + 0.4 * i,

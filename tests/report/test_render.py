@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from guardloop.evaluation.result import Evaluation
-from guardloop.report import HarvestStory, RunStory, render_harvest, render_html, render_markdown
+from guardloop.report import MiningSummary, RunStory, render_html, render_markdown, render_mining
 from guardloop.report.text import NOTHING
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -103,8 +103,8 @@ def spoil_story(story: RunStory, texts: Iterator[str]) -> RunStory:
     return spoilt
 
 
-def spoil_harvest(harvest: HarvestStory, texts: Iterator[str]) -> HarvestStory:
-    spoilt = harvest.model_copy(deep=True)
+def spoil_mining(mined: MiningSummary, texts: Iterator[str]) -> MiningSummary:
+    spoilt = mined.model_copy(deep=True)
     spoilt.reason = next(texts)
     for example in spoilt.examples:
         example.prompt, example.reason = next(texts), next(texts)
@@ -160,8 +160,8 @@ def test_the_page_is_well_formed(page: str) -> None:
     assert opened == []
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing(page: str, harvest: HarvestStory) -> None:
-    for text in (page, render_harvest(harvest)):
+def test_the_page_asks_for_nothing_and_runs_nothing(page: str, mined: MiningSummary) -> None:
+    for text in (page, render_mining(mined)):
         tags = outline(text).tags
         assert {"script", "link", "img", "iframe", "form", "object"}.isdisjoint(tag for tag, _ in tags)
         names = {name for _, attributes in tags for name in attributes}
@@ -193,10 +193,10 @@ def test_hostile_text_never_becomes_markup(
     page.encode()
 
 
-def test_hostile_harvests_never_become_markup(harvest: HarvestStory) -> None:
+def test_hostile_examples_never_become_markup(mined: MiningSummary) -> None:
     benign = (text for text in iter(lambda: "plain words", None))
-    wanted = render_harvest(spoil_harvest(harvest, benign))
-    assert outline(render_harvest(spoil_harvest(harvest, hostile()))).tags == outline(wanted).tags
+    wanted = render_mining(spoil_mining(mined, benign))
+    assert outline(render_mining(spoil_mining(mined, hostile()))).tags == outline(wanted).tags
 
 
 def test_the_text_of_examples_is_shown_as_it_was_written(evaluation: Evaluation, scores: list[dict[str, Any]]) -> None:
@@ -282,22 +282,22 @@ def test_hostile_text_never_breaks_the_summary(evaluation: Evaluation, story: Ru
         assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", plain))
 
 
-def test_a_small_harvest_says_that_nothing_was_trained(harvest: HarvestStory) -> None:
-    words = "".join(outline(render_harvest(harvest)).words)
-    assert "Too little to train on" in words and harvest.reason in words and "nothing was trained" in words
+def test_a_page_of_too_little_says_that_nothing_was_trained(mined: MiningSummary) -> None:
+    words = "".join(outline(render_mining(mined)).words)
+    assert "Too little to train on" in words and mined.reason in words and "nothing was trained" in words
     for told in ("900", "812", "3,248", "704 are refusals", "3 of 4", "Hard negative", "replay traffic"):
         assert told in words
 
 
-def test_a_large_harvest_says_that_it_is_enough(harvest: HarvestStory, story: RunStory) -> None:
-    enough = harvest.model_copy(update={"enough": True, "reason": "412 positives were found.", "words": 0.667})
-    words = "".join(outline(render_harvest(enough, story)).words)
+def test_a_page_of_enough_says_that_it_is_enough(mined: MiningSummary, story: RunStory) -> None:
+    enough = mined.model_copy(update={"enough": True, "reason": "412 positives were found.", "lexical_weight": 0.667})
+    words = "".join(outline(render_mining(enough, story)).words)
     assert "Enough to train on" in words and "nothing was trained" not in words and story.title in words
     assert "66.7% of each target is what the prompt's words say" in words
 
 
-def test_an_empty_harvest_has_a_page_too() -> None:
-    words = "".join(outline(render_harvest(HarvestStory(enough=False, reason="No prompt was let through."))).words)
+def test_mining_that_found_nothing_has_a_page_too() -> None:
+    words = "".join(outline(render_mining(MiningSummary(enough=False, reason="No prompt was let through."))).words)
     assert "No example was found." in words
 
 

@@ -207,7 +207,7 @@ def test_the_pipeline_in_two_shards_gives_what_it_gives_in_one(tmp_path: Path, t
         run = (home / "runs" / "latest").resolve()
         tables = list((run / "artifacts").rglob("responses"))
         assert len(tables) == shards
-        harvest = next(path for path in (run / "artifacts").rglob("harvest.json") if path.is_file())
-        made[shards] = (answers(tables), json.loads(harvest.read_text())["counts"])
+        mined = next(path for path in (run / "artifacts").rglob("mining.json") if path.is_file())
+        made[shards] = (answers(tables), json.loads(mined.read_text())["counts"])
     assert made[1] == made[2]
     assert len(made[1][0]) == 48

@@ -70,9 +70,9 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = D
         if not prompt["flagged"]:
             draws = rng.random(4) < blocked_share[i]
             answers += [judged(prompt, k, 3.0 if bad else -3.0) for k, bad in enumerate(draws)]
-    harvest = mine(traffic, answers, MiningSettings())
-    assert harvest.enough
-    lessons = [row for row in harvest.examples if row["response"] is None]
+    mined = mine(traffic, answers, MiningSettings())
+    assert mined.enough
+    lessons = [row for row in mined.examples if row["response"] is None]
     training, held_out = split(lessons, 0.15, seed)
 
     def features(rows):

@@ -57,8 +57,8 @@ def finished_run(home: Path, name: str, settings: dict[str, Any], **changes: Any
     output = folder / "artifacts" / "guardloop-1" / "for-loop-1-iteration-0" / "generate-responses"
     write_table([], RESPONSE, output / "responses", lambda: {"tokens": 160})
     (output / "executor_output.json").write_text("{}")
-    harvest = {"screened": 10, "passed": 8, "responses": 32}
-    (folder / "summary.json").write_text(json.dumps({"stages": stages, "harvest": harvest} | changes))
+    mining = {"screened": 10, "passed": 8, "responses": 32}
+    (folder / "summary.json").write_text(json.dumps({"stages": stages, "mining": mining} | changes))
     (folder / "settings.yaml").write_text(yaml.safe_dump(Settings.model_validate(settings).sections()))
     (folder / "run.json").write_text(json.dumps({"pipeline": "full"}))
 

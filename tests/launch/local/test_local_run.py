@@ -30,7 +30,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 
 
 @pytest.mark.slow
-def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> None:
+def test_too_little_to_train_on_ends_the_run_well(workshop: Workshop) -> None:
     ended = workshop.guardloop(shards=2)  # a threshold of 10 blocks nothing
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -40,7 +40,7 @@ def test_a_harvest_that_is_too_small_ends_the_run_well(workshop: Workshop) -> No
     names = {stage["stage"] for stage in summary["stages"]}
     run = _recorded(workshop)
     assert run.data.tags["guardloop.gate_verdict"] == "nothing trained"
-    assert run.data.metrics["harvest_screened"] == 40 and float(run.data.params["mining.min_positives"]) == 1
+    assert run.data.metrics["mining_screened"] == 40 and float(run.data.params["mining.min_positives"]) == 1
     assert {"screen prompts [0]", "screen prompts [1]", "mine_feedback"} <= names
     assert "train_guard" not in names
     shards = list((workshop.latest / "artifacts").rglob("verdicts"))
