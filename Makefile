@@ -145,7 +145,7 @@ docs: docs-generate build/docs-env/complete ## Build the site of the documentati
 	@NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet --site-dir build/site
 	@echo "build/site/index.html"
 
-docs-generate: ready ## Write the references of settings and files, and the pipeline's picture, from the code
+docs-generate: ready ## Write the references of settings and files from the code
 	@$(BIN)/python -W ignore -m scripts.docs
 
 screenshots: ready ## Make the pictures of docs/pictures anew from a finished run (RUN=latest); needs Chromium

@@ -80,7 +80,7 @@ Kubeflow Pipelines  kubectl --context $profile port-forward -n kubeflow svc/ml-p
                     http://localhost:8080
 MLflow              kubectl --context $profile port-forward -n guardloop svc/mlflow 5000:5000
                     http://localhost:5000
-Next                docs/minikube.md
+Next                docs/kubernetes.md
 END
 }
 

@@ -1,11 +1,10 @@
-"""Write the generated pages, and the pipeline's picture."""
+"""Write the generated pages."""
 
 import sys
 from pathlib import Path
 
 from scripts.docs.configuration import configuration_page
 from scripts.docs.contracts import contracts_page
-from scripts.docs.flow import flow_picture
 
 ROOT = Path(__file__).absolute().parents[2]
 
@@ -15,7 +14,6 @@ def generated(root: Path = ROOT) -> dict[Path, str]:
     return {
         root / "docs/configuration.md": configuration_page(),
         root / "docs/contracts.md": contracts_page(),
-        root / "docs/pictures/pipeline.svg": flow_picture(),
     }
 
 

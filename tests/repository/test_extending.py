@@ -50,13 +50,13 @@ def test_benchmark(name: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_responder(kind: str) -> None:
-    assert (ROOT / f"guardloop/responses/{kind}.py").is_file(), f"no guardloop/responses/{kind}.py"
-    assert f"from guardloop.responses.{kind} import" in inspect.getsource(responder.build_responder), (
+    module = f"guardloop/responses/engines/{kind}.py"
+    assert (ROOT / module).is_file(), f"no {module}"
+    assert f"from guardloop.responses.engines.{kind} import" in inspect.getsource(responder.build_responder), (
         f"build_responder in guardloop/responses/responder.py has no branch for {kind}"
     )
-    assert (ROOT / f"tests/responses/test_responder_{kind}.py").is_file(), (
-        f"no tests/responses/test_responder_{kind}.py"
-    )
+    tests = f"tests/responses/engines/test_responder_{kind}.py"
+    assert (ROOT / tests).is_file(), f"no {tests}"
     assert f"| `{kind}` |" in page("responses.md"), f"name {kind} in the table of docs/responses.md"
 
 
@@ -66,12 +66,13 @@ def test_responder(kind: str) -> None:
 @pytest.mark.parametrize("name", families())
 def test_guard_family(name: str) -> None:
     family = families()[name]
-    assert name in models.FAMILIES, f"add {name} to FAMILIES in tests/models.py: the exactness tests then cover it"
+    assert name in models.FAMILIES, f"add {name} to FAMILIES in tests/support/models.py, for the exactness tests"
     assert name in models.TEMPLATES or family.template, (
-        f"add a small template of {name} to TEMPLATES in tests/models.py"
+        f"add a small template of {name} to TEMPLATES in tests/support/models.py"
     )
     for folder, file in (("templates", family.template), ("policies", family.policy)):
-        assert file is None or (ROOT / "guardloop/guard" / folder / file).is_file(), f"{name}: no {folder}/{file}"
+        path = ROOT / "guardloop/guard/prompt" / folder / (file or "")
+        assert file is None or path.is_file(), f"{name}: no {folder}/{file}"
     own = [bool(family.categories), family.policy is not None]
     assert sum(own) == 1, f"{name}: codes come either from `categories` or from `policy`"
 
