@@ -21,8 +21,8 @@ INTRODUCTION = f"""# Contracts
 
 {NOTE}
 
-What a stage writes is all that the next one knows of it. Tables are Parquet, written in row groups; what their writer
-tells of them (where the data came from, which guard judged it) is JSON in the file's metadata, under the key
+Look up what a stage reads and writes. Tables are Parquet, written in row groups; their metadata (where the data came
+from, which guard judged it) is JSON in the file, under the key
 `{records.METADATA}` (`guardloop.core.records.read_metadata`).
 """
 CONTENTS = {
@@ -34,9 +34,9 @@ CONTENTS = {
     "responses": "[RESPONSE](#response)",
     "judged": "[JUDGED](#judged), one table for each shard",
     "training_set": f"a folder: `{stages.EXAMPLES}` ([EXAMPLE](#example)), `{stages.HELD_OUT}` "
-    f"([HELD_OUT_PROMPT](#mining)), `{stages.MINING}` ([MiningSummary](#miningsummary)), `{stages.MINING_PAGE}`, "
+    f"([HELD_OUT_PROMPT](#held_out_prompt)), `{stages.MINING}` ([MiningSummary](#miningsummary)), `{stages.MINING_PAGE}`, "
     f"and `{stages.BLOCKED_INPUTS}`, the finds for people to read",
-    "held_out": "[HELD_OUT_PROMPT](#mining) with the verdict's columns",
+    "held_out": "[HELD_OUT_PROMPT](#held_out_prompt) with the verdict's columns",
     "scores": "[BENCHMARKED](#benchmarked)",
     "benchmarks": "[BENCHMARKED](#benchmarked)",
     "baseline_scores": "[SCREENED](#screened), the test set judged by the baseline",

@@ -13,6 +13,7 @@ import components
 import pipeline
 from guardloop.config import Settings, describe_fields, load_settings
 from scripts.docs.__main__ import generated
+from scripts.docs.configuration import TOP_LEVEL
 
 DRAWN = (ROOT / "README.md", ROOT / "docs/index.md")
 
@@ -38,7 +39,8 @@ def test_generated_pages_are_as_the_code_is() -> None:
 def test_the_reference_has_every_setting() -> None:
     page = (ROOT / "docs/configuration.md").read_text()
     for setting, _, _, meaning in describe_fields():
-        section, _, rest = setting.partition(".")
+        section, _, rest = setting.rpartition(".") if "." not in setting else setting.partition(".")
+        section = section or TOP_LEVEL
         assert f"\n## {section}\n" in page and f"| `{rest}` |" in page and meaning.replace("|", "\\|") in page
 
 

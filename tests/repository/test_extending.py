@@ -20,12 +20,12 @@ from guardloop import stages
 from guardloop.config.cluster import StageName
 from guardloop.evaluation.settings import benchmark_names, read_benchmark_settings
 from guardloop.guard.prompt.family import families
-from guardloop.responses import responder
-from guardloop.responses.settings import OneResponder
+from guardloop.responses import build
+from guardloop.responses.settings import ResponderSettings
 from launch.images import STAGES
 from scripts.docs.contracts import CONTENTS, artifact_names
 
-KINDS = get_args(OneResponder.model_fields["kind"].annotation)
+KINDS = get_args(ResponderSettings.model_fields["kind"].annotation)
 COMPONENTS = [name for name, one in vars(components.stages).items() if hasattr(one, "component_spec")]
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
@@ -52,8 +52,8 @@ def test_benchmark(name: str) -> None:
 def test_responder(kind: str) -> None:
     module = f"guardloop/responses/engines/{kind}.py"
     assert (ROOT / module).is_file(), f"no {module}"
-    assert f"from guardloop.responses.engines.{kind} import" in inspect.getsource(responder.build_responder), (
-        f"build_responder in guardloop/responses/responder.py has no branch for {kind}"
+    assert f"from guardloop.responses.engines.{kind} import" in inspect.getsource(build.build_responder), (
+        f"build_responder in guardloop/responses/build.py has no branch for {kind}"
     )
     tests = f"tests/responses/engines/test_responder_{kind}.py"
     assert (ROOT / tests).is_file(), f"no {tests}"
