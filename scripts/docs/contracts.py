@@ -34,8 +34,8 @@ CONTENTS = {
     "responses": "[RESPONSE](#response)",
     "judged": "[JUDGED](#judged), one table for each shard",
     "training_set": f"a folder: `{stages.EXAMPLES}` ([EXAMPLE](#example)), `{stages.HELD_OUT}` "
-    f"([HELD_OUT_PROMPT](#held_out_prompt)), `{stages.MINING}` ([MiningSummary](#miningsummary)), `{stages.MINING_PAGE}`, "
-    f"and `{stages.BLOCKED_INPUTS}`, the finds for people to read",
+    f"([HELD_OUT_PROMPT](#held_out_prompt)), `{stages.MINING}` ([MiningSummary](#miningsummary)), "
+    f"`{stages.MINING_PAGE}`, and `{stages.BLOCKED_INPUTS}`, the finds for people to read",
     "held_out": "[HELD_OUT_PROMPT](#held_out_prompt) with the verdict's columns",
     "scores": "[BENCHMARKED](#benchmarked)",
     "benchmarks": "[BENCHMARKED](#benchmarked)",
@@ -52,16 +52,9 @@ CONTENTS = {
 }
 """What is in an artifact of each name; a name that a component uses and that is missing here is refused."""
 TABLES = ("CONVERSATION", "SCREENED", "RESPONSE", "JUDGED", "EXAMPLE", "HELD_OUT_PROMPT", "SCORES", "BENCHMARKED")
-MODELS = (
+MODELS: tuple[type[BaseModel], ...] = (
     *(result.Evaluation, result.GuardMetrics, result.Estimate, result.SliceResult, result.Decision, result.Check),
-    *(
-        result.HeldOutResult,
-        result.BenchmarkResult,
-        result.Compared,
-        story.MiningSummary,
-        story.MinedExample,
-        story.ChannelStory,
-    ),
+    *(result.HeldOutResult, result.BenchmarkResult, result.Compared, story.MiningSummary, story.MinedExample),
 )
 
 
