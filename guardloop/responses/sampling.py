@@ -24,8 +24,6 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
         return logits.argmax(-1)
     logits = logits.float() / temperature
     log_total = logits.logsumexp(-1, keepdim=True)
-    if top_p == 1:
-        return _pick((logits - log_total).exp(), uniform, top_p)
     values, tokens = logits.topk(min(HEAD, logits.shape[-1]))
     probabilities = (values - log_total).exp()
     chosen = tokens.gather(-1, _pick(probabilities, uniform, top_p)[:, None])[:, 0]
@@ -38,7 +36,7 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: fl
 
 
 def _pick(probabilities: Tensor, uniform: Tensor, top_p: float) -> Tensor:
-    """Index at `uniform` of the mass of each row's nucleus; rows are sorted, likeliest first, unless top_p is 1."""
+    """Index at `uniform` of the mass of each row's nucleus; rows are sorted, likeliest first."""
     mass = probabilities.cumsum(-1)
     last = (mass < top_p).sum(-1).clamp_(max=mass.shape[-1] - 1)
     target = uniform * mass.gather(-1, last[:, None])[:, 0]

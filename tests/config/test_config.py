@@ -13,7 +13,8 @@ from support.root import ROOT
 
 from guardloop.config import PlatformSettings, Settings, describe_fields, load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.settings import Section, read_section
+from guardloop.core.settings import OLD, Section, read_list, read_section
+from guardloop.responses.settings import ResponderSettings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PLATFORMS = sorted((ROOT / "configs" / "platform").glob("*.yaml"))
@@ -42,6 +43,7 @@ def walk(model: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 FIELDS = [*walk(Settings), *walk(PlatformSettings, ("platform",))]
+FIELDS_OF_LISTS = set(ResponderSettings.model_fields)
 PLACES = [(path, name) for path, model, name in walk(Settings)]
 
 
@@ -66,8 +68,11 @@ def test_every_configuration_loads_and_survives_the_trip_through_the_pipeline(pa
     settings = load_settings(path)
     assert set(settings.sections()) == set(Settings.model_fields)
     assert read_section(Settings, settings.sections(), "") == settings
-    for name, section in settings.sections().items():
-        assert read_section(type(getattr(settings, name)), section, name) == getattr(settings, name)
+    for name, values in settings.sections().items():
+        section = getattr(settings, name)
+        if isinstance(section, Section):
+            assert read_section(type(section), values, name) == section
+    assert read_list(ResponderSettings, settings.sections()["responders"], "responders") == settings.responders
 
 
 @pytest.mark.parametrize("path", PLATFORMS, ids=lambda path: path.stem)
@@ -88,14 +93,14 @@ def test_every_configuration_says_how_it_is_run(path):
 
 def test_the_defaults_are_the_demo_without_a_hub_or_a_key():
     assert load_settings(ROOT / "configs" / "demo.yaml").guard == Settings().guard
-    assert Settings().dataset.traffic.kind == "sample" and Settings().responder.base_url is None
+    assert Settings().dataset.traffic.kind == "sample" and not any(one.base_url for one in Settings().responders)
 
 
 def test_an_empty_file_and_empty_sections_mean_the_defaults(tmp_path):
     for text in ("", "# nothing yet\n", "dataset:\n  traffic: {}\n"):
         (tmp_path / "c.yaml").write_text(text)
         loaded = load_settings(tmp_path / "c.yaml")
-        assert loaded.guard == Settings().guard and loaded.dataset.name == Settings().dataset.name
+        assert loaded == Settings()
 
 
 # Every setting explains itself
@@ -115,9 +120,10 @@ def test_the_list_of_settings_is_complete():
         for path, model, name in walk(Settings)
         if not nested(model.model_fields[name].annotation)
     }
-    # a source like the two others, or none; and more responders like the first
-    again = {name for name in leaves if name.startswith(("dataset.response_test.", "responder.others."))}
-    assert set(rows) == (leaves - again) | {"dataset.response_test", "responder.others"}
+    again = {
+        name for name in leaves if name.startswith("dataset.response_test.")
+    }  # a source like the two others, or none
+    assert set(rows) == (leaves - again) | {"dataset.response_test"}
     assert all(kind and default and meaning for _, kind, default, meaning in rows.values())
 
 
@@ -160,8 +166,8 @@ def test_benchmarks_are_named_and_travel_whole(monkeypatch, tmp_path):
 
 
 def test_a_key_like_no_other_is_answered_with_the_valid_ones():
-    assert "valid keys: dataset, evaluation, mining, gate, guard" in refusal({"zzzz": 1}).what
-    assert "near_duplicate" in refusal({"dataset": {"zzzz": 1}}).what
+    assert "valid keys: dataset, evaluation, gate, guard, max_error_share, mining" in refusal({"zzzz": 1}).what
+    assert "max_overlap" in refusal({"dataset": {"zzzz": 1}}).what
 
 
 @pytest.mark.parametrize(("path", "name"), PLACES, ids=str)
@@ -170,8 +176,8 @@ def test_a_value_of_the_wrong_type_is_named(path, name):
 
 
 def test_all_problems_are_told_at_once():
-    what = refusal({"dataset": {"seed": "x"}, "gard": {}, "training": {"rank": 0, "epoch": 1}}).what
-    assert all(place in what for place in ("dataset.seed", "gard", "training.rank", "training.epoch"))
+    what = refusal({"seed": "x", "gard": {}, "training": {"rank": 0, "epoch": 1}}).what
+    assert all(place in what for place in ("my.yaml.seed", "gard", "training.rank", "training.epoch"))
 
 
 @pytest.mark.parametrize("values", [["dataset"], "dataset", 7, {"dataset": ["a"]}, {"dataset": None}])
@@ -182,23 +188,16 @@ def test_sections_must_be_mappings(values):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("dataset", "near_duplicate", 0),
-        ("dataset", "near_duplicate", 1.01),
         ("dataset", "max_overlap", -0.1),
         ("dataset", "max_overlap", "lots"),
         ("guard", "quantization", "int3"),
-        ("responder", "samples", 0),
-        ("responder", "kind", "ollama"),
         ("mining", "replay", 1.0),
-        ("mining", "seed", -1),
         ("mining", "min_blocked_share", 0),
         ("training", "learning_rate", 0),
         ("training", "learning_rate", float("inf")),
         ("training", "scales", [float("inf")]),
         ("guard", "threshold", float("nan")),
         ("guard", "threshold", float("inf")),
-        ("responder", "timeout_seconds", float("inf")),
-        ("evaluation", "length_edges", [5, 3]),
         ("gate", "mode", "off"),
         ("registry", "model", "a/b"),
     ],
@@ -207,12 +206,40 @@ def test_values_out_of_range_are_refused(section, key, value):
     assert f"{section}.{key}" in refusal({section: {key: value}}).what
 
 
-def test_one_name_as_targets_is_refused():
-    """peft takes it for a regular expression, and the adapter could not be saved."""
-    what = refusal({"training": {"target_modules": "q_proj"}}).what
-    assert what.startswith("my.yaml.training.target_modules: must be all-linear, or a list of names such as [q_proj")
-    for targets in ("all-linear", ["q_proj"]):
-        assert read_section(Settings, {"training": {"targets": targets}}, "").training.targets == targets
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("samples", 0), ("kind", "ollama"), ("timeout_seconds", float("inf")), ("temperature", float("nan"))],
+)
+def test_a_responders_values_out_of_range_are_refused(key, value):
+    assert f"my.yaml.responders.1.{key}" in refusal({"responders": [{}, {key: value}]}).what
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", -1), ("max_error_share", 1.1), ("responders", [])])
+def test_values_of_the_top_level_out_of_range_are_refused(key, value):
+    assert f"my.yaml.{key}" in refusal({key: value}).what
+
+
+# Settings of earlier versions
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_setting_is_refused_with_what_became_of_it(name):
+    section, _, key = name.partition(".")
+    places = {
+        "job": (),
+        "source": ("dataset", "traffic"),
+        "responder": ("responders", "0"),
+        "benchmark": ("evaluation", "benchmarks", "0"),
+        "published": ("gate", "published", "0"),
+    }
+    where = places.get(section, (section,))
+    assert f"{'.'.join(('my.yaml', *where, key))}: {OLD[name]}" in refusal(under(where, {key: 1})).what
+
+
+def test_what_an_old_setting_is_called_now_is_a_setting():
+    for told in OLD.values():
+        if renamed := re.match(r"it is called `(\w+)`", told):
+            assert any(renamed[1] in model.model_fields for _, model, _ in FIELDS) or renamed[1] in FIELDS_OF_LISTS
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
@@ -229,17 +256,25 @@ def test_a_platform_needs_a_shard():
 
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
-        Settings().dataset.seed = 1
+        Settings().seed = 1
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        {"responder": {"kind": "openai", "model": "m", "base_url": f"https://me:{SECRET}@host/v1"}},
-        {"responder": {"kind": "openai", "model": "m", "base_url": "https://host/v1", "api_key_env": f"sk-{SECRET}"}},
-        {"responder": {"kind": "openai", "model": "m", "base_url": "https://host/v1", "api_key": SECRET}},
+        {"responders": [{"kind": "openai", "model": "m", "base_url": f"https://me:{SECRET}@host/v1"}]},
+        {
+            "responders": [
+                {"kind": "openai", "model": "m", "base_url": "https://host/v1", "api_key_env": f"sk-{SECRET}"}
+            ]
+        },
+        {"responders": [{"kind": "openai", "model": "m", "base_url": "https://host/v1", "api_key": SECRET}]},
         {"registry": {"tracking_uri": f"https://me:{SECRET}@host"}},
         {"registry": {"password": SECRET}},
+        {"responders": [{"samples": SECRET}]},
+        {"gate": {"mode": SECRET}},
+        {"training": SECRET},
+        {"seed": [SECRET]},
     ],
 )
 def test_a_secret_in_the_settings_is_refused_and_not_repeated(values):

@@ -57,11 +57,11 @@ def test_rows_are_responses(tmp_path: Any) -> None:
     assert set(made[0]) == set(RESPONSE.names)
 
 
-@pytest.mark.parametrize("prefill", [None, "Sure, here is", " Sure: "])
-def test_refusals_are_tagged(prefill: str | None) -> None:
+@pytest.mark.parametrize("prefill", ["", "Sure, here is", " Sure: "])
+def test_refusals_are_tagged(prefill: str) -> None:
     class Refuser(Script):
         def _answers(self, held: list[Request]) -> Iterator[Reply]:
-            text = f"{prefill or ''} I'm sorry, but I can't help with that.".strip()
+            text = f"{prefill} I'm sorry, but I can't help with that.".strip()
             while held:
                 yield Reply(held[-1].id, held.pop().sample, text, "stop", 9)
 
@@ -75,9 +75,10 @@ def test_only_what_passed_is_answered() -> None:
 
 
 def test_bad_prompts_become_rows(model: Any, tokenizer: Any, tmp_path: Any) -> None:
-    settings = tiny_settings(max_error_share=0.1)
-    responder = TransformersResponder.of(settings, model, tokenizer)
-    made = list(respond(screened([*PROMPTS, "", "bad \ud800", "sea " * 500]), responder, settings))
+    settings = tiny_settings()
+    responder = TransformersResponder.of(settings, model, tokenizer, batch_size=8)
+    rows = screened([*PROMPTS, "", "bad \ud800", "sea " * 500])
+    made = list(respond(rows, responder, settings, max_error_share=0.1))
     assert write_table(made, RESPONSE, tmp_path / "r.parquet") == 43 * 3
     failed = [row for row in made if row["finish_reason"] == "error"]
     assert {row["id"] for row in failed} == {"p40", "p41", "p42"}
@@ -86,17 +87,17 @@ def test_bad_prompts_become_rows(model: Any, tokenizer: Any, tmp_path: Any) -> N
 
 def test_too_many_errors_stop_the_run() -> None:
     rows, fails = screened(PROMPTS), ("p1", "p2", "p3")
-    assert len(list(respond(rows, Script(fails), tiny_settings(max_error_share=0.08)))) == 120
+    assert len(list(respond(rows, Script(fails), tiny_settings(), max_error_share=0.08))) == 120
     with pytest.raises(GuardLoopError, match=r"9 of 120 responses could not be generated: no luck \(9\)(.|\n)*0\.07"):
-        list(respond(rows, Script(fails), tiny_settings(max_error_share=0.07)))
+        list(respond(rows, Script(fails), tiny_settings(), max_error_share=0.07))
 
 
 def test_an_earlier_run_counts() -> None:
     rows = screened(PROMPTS[:10])
-    settings = tiny_settings(max_error_share=0.02)
-    assert len(list(respond(rows, Script(("p1",)), settings, answered=120))) == 30
+    settings = tiny_settings()
+    assert len(list(respond(rows, Script(("p1",)), settings, max_error_share=0.02, answered=120))) == 30
     with pytest.raises(GuardLoopError, match="3 of 149"):
-        list(respond(rows, Script(("p1",)), settings, answered=119))
+        list(respond(rows, Script(("p1",)), settings, max_error_share=0.02, answered=119))
 
 
 def test_a_broken_responder_is_stopped_early() -> None:

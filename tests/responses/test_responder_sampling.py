@@ -17,7 +17,7 @@ def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return result / result.sum()
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (1.0, 0.5), (1.5, 1.0), (0.3, 0.05), (2.0, 0.999)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 0.9), (1.0, 0.5), (1.5, 0.99), (0.3, 0.05), (2.0, 0.999)])
 @pytest.mark.parametrize("head", [4, 256])
 def test_tokens_follow_the_distribution(
     temperature: float, top_p: float, head: int, monkeypatch: pytest.MonkeyPatch

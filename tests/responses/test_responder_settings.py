@@ -1,11 +1,12 @@
 import pytest
 from support.tiny_responder import tiny_settings
 
+from guardloop.config import Settings
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.settings import read_section
+from guardloop.core.settings import read_list, read_section
 from guardloop.responses.build import build_responder
 from guardloop.responses.engine import sample_seed
-from guardloop.responses.settings import ResponderSettings
+from guardloop.responses.settings import ResponderSettings, without_prefill
 
 ENDPOINT = {"kind": "openai", "model": "m", "base_url": "http://localhost:1/v1"}
 
@@ -28,7 +29,7 @@ def test_defaults_are_valid() -> None:
         ({**ENDPOINT, "base_url": "localhost:1"}, "http://"),
         ({**ENDPOINT, "base_url": "http://me:secret@host/v1"}, "must not hold a password"),
         ({**ENDPOINT, "api_key_env": "sk-abc.123"}, "not the key itself"),
-        ({"top_p": 0}, "responder.top_p"),
+        ({"temperature": -1}, "responder.temperature"),
         ({"samples": 0}, "responder.samples"),
     ],
 )
@@ -51,18 +52,34 @@ def test_a_missing_folder_is_told() -> None:
 
 
 def test_several_responders_have_settings_of_their_own() -> None:
-    both = read_section(
-        ResponderSettings, {"samples": 2, "seed": 3, "others": [{**ENDPOINT, "samples": 1}]}, "responder"
-    )
-    assert [(one.tag, one.samples, one.seed, one.others) for one in both.each()] == [
-        ("embedded:smollm2", 2, 3, []),
-        ("m", 1, 3, []),
-    ]
-    assert read_section(ResponderSettings, both.plain(), "responder") == both
-    for others, told in (
-        ([{"modell": "m"}], r"responder.others.0.modell: unknown setting; did you mean `model`"),
-        ([{}], "two responders are called embedded:smollm2"),
-        ([{"kind": "openai", "model": "m"}], r"responder.others.0: kind openai needs base_url"),
+    both = read_section(Settings, {"responders": [{"samples": 2}, {**ENDPOINT, "samples": 1}]}, "")
+    assert [(one.tag, one.samples) for one in both.responders] == [("embedded:smollm2", 2), ("m", 1)]
+    assert read_list(ResponderSettings, both.sections()["responders"], "responders") == both.responders
+    for responders, told in (
+        ([{"modell": "m"}], r"responders.0.modell: unknown setting; did you mean `model`"),
+        ([{}, {}], "two responders are called embedded:smollm2"),
+        ([{}, {"kind": "openai", "model": "m"}], r"responders.1: kind openai needs base_url"),
+        ([], "responders"),
+        ({"name": "alone"}, "responders"),
     ):
         with pytest.raises(GuardLoopError, match=told):
-            read_section(ResponderSettings, {"others": others}, "responder")
+            read_section(Settings, {"responders": responders}, "my.yaml")
+    for responders in ([], {"name": "alone"}, "text", None):
+        with pytest.raises(GuardLoopError, match="responders must be a list"):
+            read_list(ResponderSettings, responders, "responders")
+
+
+def test_the_default_is_the_measured_recipe() -> None:
+    prefilled, agreed = Settings().responders
+    assert (prefilled.name, prefilled.samples, prefilled.prefill) == ("prefilled", 4, "Sure, here is")
+    assert (agreed.name, agreed.samples, agreed.max_new_tokens) == ("agreed", 1, 1)
+    assert agreed.prefill.startswith(prefilled.prefill)
+
+
+def test_an_endpoint_takes_no_prefill_and_what_is_lost_is_said() -> None:
+    endpoint = read_section(ResponderSettings, ENDPOINT, "")
+    assert endpoint.prefill == "" and read_section(ResponderSettings, endpoint.plain(), "") == endpoint
+    assert without_prefill(Settings().responders) is None
+    assert "m: an endpoint cannot be told how a response begins" in str(without_prefill([endpoint]))
+    with pytest.raises(GuardLoopError, match="cannot be told how to begin"):
+        read_section(ResponderSettings, {**ENDPOINT, "prefill": "Sure"}, "")

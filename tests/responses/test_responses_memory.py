@@ -44,7 +44,7 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv(work.PLACE, str(tmp_path / "work"))
     monkeypatch.setattr(resume, "build_responder", lambda one: Cheap())
     write_table(rows(), SCREENED, tmp_path / "screened")
-    stages.generate_responses(tmp_path / "screened", tmp_path / "responses", tiny_settings(samples=1).plain())
+    stages.generate_responses(tmp_path / "screened", tmp_path / "responses", [tiny_settings(samples=1).plain()])
     measured.append(resident_mib())
     assert count_rows(tmp_path / "responses") == MANY
     early = len(measured) // 5
@@ -55,8 +55,8 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path: Path, monkeypatch: pyte
 def test_a_slow_writer_makes_the_engine_wait(
     tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny_settings(samples=2, batch_size=4, max_new_tokens=3)
-    engine = TransformersResponder.of(settings, model, tokenizer)
+    settings = tiny_settings(samples=2, max_new_tokens=3)
+    engine = TransformersResponder.of(settings, model, tokenizer, batch_size=4)
     read = written = most = 0
 
     def counted(rows: list[Row]) -> Iterator[Row]:

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,24 +10,22 @@ from typing import Any
 
 import boto3
 import pytest
-import torch
 from responses.test_respond import Script
+from support.killed import Killer, contents, parts
 from support.services import S3Server
 from support.tiny_responder import PROMPTS, screened, tiny_settings
 
-from guardloop import stages
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.progress import Stage
 from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_table
 from guardloop.responses import resume, work
-from guardloop.responses.engine import Reply, Request, Responder
-from guardloop.responses.engines.transformers import TransformersResponder
+from guardloop.responses.engine import Reply, Request
 from guardloop.responses.respond import respond
 from guardloop.responses.resume import Parts, answered
 from guardloop.responses.settings import ResponderSettings
 from guardloop.responses.work import Work, key_of
 
-KILLS, KILLS_WITHOUT_DISK = 60, 12
+KILLS, KILLS_WITHOUT_DISK = 20, 6
 
 
 @pytest.fixture(autouse=True)
@@ -43,95 +40,32 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs the stage's function on `rows` with `responder` in place of the engines; the responses that came out."""
 
-    def run(rows: list[Row], responder: Any, settings: ResponderSettings) -> list[tuple[Any, ...]]:
+    def run(
+        rows: list[Row], responder: Any, settings: ResponderSettings, seed: int = 0, max_error_share: float = 0.05
+    ) -> list[tuple[Any, ...]]:
         table = tmp_path / "screened.parquet"
         write_table(rows, SCREENED, table)
         monkeypatch.setattr(resume, "build_responder", lambda one: responder)
-        write_table(answered(table, settings, Stage("test")), RESPONSE, tmp_path / "out.parquet")
+        write_table(
+            answered(table, [settings], seed, max_error_share, Stage("test")), RESPONSE, tmp_path / "out.parquet"
+        )
         return contents(tmp_path / "out.parquet")
 
     return run
-
-
-def contents(*paths: Path) -> list[tuple[Any, ...]]:
-    rows = (row for path in paths for row in read_table(path, RESPONSE))
-    return sorted(tuple("" if row[name] is None else row[name] for name in RESPONSE.names) for row in rows)
-
-
-def parts(place: Path) -> dict[Path, int]:
-    return {part: part.stat().st_mtime_ns for part in place.glob("*/part-*.parquet")}
 
 
 def finished(place: Path) -> set[str]:
     return {row["id"] for part in parts(place) for row in read_table(part)}
 
 
-class Logged:
-    """A responder that notes in a file which prompts it was asked for."""
-
-    def __init__(self, responder: Responder, log: Path) -> None:
-        self.responder, self.name, self.log = responder, responder.name, log
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
-        with self.log.open("a") as log:
-
-            def noted() -> Iterator[Request]:
-                for request in requests:
-                    log.write(f"{request.id}\n")
-                    log.flush()
-                    yield request
-
-            yield from self.responder.generate(noted())
-
-    def close(self) -> None:
-        pass
-
-
-class Killer:
-    """The stage as a process of its own, on a real tiny model, killed at random moments."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
-        torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
-        self.settings = tiny_settings(samples=2, batch_size=4, max_new_tokens=6, max_error_share=0.2)
-        self.rows = screened([*PROMPTS, "", *PROMPTS[:20], "sea " * 500])
-        self.table, self.log = folder / "screened.parquet", folder / "asked"
-        write_table(self.rows, SCREENED, self.table)
-        engine = TransformersResponder.of(self.settings, model, tokenizer)
-        self.log.touch()
-        monkeypatch.setattr(resume, "build_responder", lambda one: Logged(engine, self.log))
-        self.whole = folder / "whole.parquet"
-        started = time.monotonic()
-        self.run(self.whole)
-        self.seconds = time.monotonic() - started
-
-    def run(self, output: Path) -> None:
-        stages.generate_responses(self.table, output, self.settings.plain())
-
-    def kill_within(self, seconds: float, output: Path, place: Path | None = None) -> int:
-        """Run it for at most `seconds`, counted from its first new part at `place` if given; returns its exit code."""
-        there = parts(place) if place else {}
-        child = multiprocessing.get_context("fork").Process(target=self.run, args=(output,))
-        child.start()
-        while place and child.is_alive() and not parts(place).keys() - there.keys():
-            time.sleep(0.005)
-        child.join(seconds)
-        if child.is_alive():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGKILL)
-        child.join(60)
-        assert child.exitcode is not None
-        return child.exitcode
-
-
 @pytest.fixture
-def killer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path, model: Any, tokenizer: Any) -> Killer:
-    killer = Killer(tmp_path, monkeypatch, model, tokenizer)
+def killer(tmp_path: Path, place: Path, tiny_folder: Path) -> Killer:
+    killer = Killer(tmp_path, tiny_folder)
     shutil.rmtree(place)
     return killer
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_survives_being_killed_at_any_moment(killer: Killer, place: Path, tmp_path: Path) -> None:
     dice, kills, resumed = random.Random(0), 0, 0
     output = tmp_path / "out.parquet"
@@ -155,7 +89,6 @@ def test_survives_being_killed_at_any_moment(killer: Killer, place: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_pod_that_loses_its_disk_goes_on_from_the_store(
     killer: Killer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,10 +118,10 @@ def test_a_pod_that_loses_its_disk_goes_on_from_the_store(
 
 
 def test_what_failed_is_tried_again(answer: Callable[..., Any]) -> None:
-    rows, settings = screened(PROMPTS), tiny_settings(max_error_share=0.5)
+    rows, settings = screened(PROMPTS), tiny_settings()
     first, second, third = Script(("p1", "p2")), Script(("p2",)), Script(("p2",))
     for responder, asked in ((first, set(range(40))), (second, {1, 2}), (third, {2})):
-        made = answer(rows, responder, settings)
+        made = answer(rows, responder, settings, max_error_share=0.5)
         assert len(made) == 120
         assert {r.id for r in responder.asked} == {f"p{i}" for i in asked}
     assert [row[0] for row in made if row[RESPONSE.names.index("finish_reason")] == "error"] == ["p2"] * 3
@@ -197,10 +130,10 @@ def test_what_failed_is_tried_again(answer: Callable[..., Any]) -> None:
 def test_what_is_done_is_kept_when_too_much_fails(answer: Callable[..., Any], tmp_path: Path) -> None:
     rows = screened(PROMPTS)
     with pytest.raises(GuardLoopError, match="is kept"):
-        answer(rows, Script(tuple(f"p{i}" for i in range(20))), tiny_settings(max_error_share=0.2))
+        answer(rows, Script(tuple(f"p{i}" for i in range(20))), tiny_settings(), max_error_share=0.2)
     assert not (tmp_path / "out.parquet").exists()
     again = Script()
-    assert len(answer(rows, again, tiny_settings(max_error_share=0.3))) == 120  # as the message suggests
+    assert len(answer(rows, again, tiny_settings(), max_error_share=0.3)) == 120  # as the message suggests
     assert {r.id for r in again.asked} == {f"p{i}" for i in range(20)}
 
 
@@ -213,16 +146,16 @@ def test_finished_work_needs_no_engine(answer: Callable[..., Any]) -> None:
 def test_other_rows_or_settings_are_other_work(answer: Callable[..., Any]) -> None:
     rows, settings = screened(PROMPTS), tiny_settings()
     answer(rows, Script(), settings)
-    for other_rows, other in (
-        (rows, tiny_settings(seed=1)),
-        (rows, tiny_settings(temperature=0.5)),
-        (screened(PROMPTS, score=-2.0), settings),
+    for other_rows, other, seed in (
+        (rows, settings, 1),
+        (rows, tiny_settings(temperature=0.5), 0),
+        (screened(PROMPTS, score=-2.0), settings, 0),
     ):
         responder = Script()
-        answer(other_rows, responder, other)
+        answer(other_rows, responder, other, seed)
         assert len(responder.asked) == 120
     unused = Script()
-    answer(rows, unused, tiny_settings(batch_size=2, max_error_share=0.9))
+    answer(rows, unused, tiny_settings(timeout_seconds=9), max_error_share=0.9)
     assert not unused.asked
 
 
@@ -234,7 +167,7 @@ def test_a_model_that_took_anothers_place_is_other_work(tmp_path: Path, place: P
     keys = set()
     for weights in (b"a", b"bc"):
         (folder / "model.safetensors").write_bytes(weights)
-        keys.add(key_of(table, settings))
+        keys.add(key_of(table, settings, 0))
     assert len(keys) == 2
 
 
@@ -287,7 +220,7 @@ def test_two_processes_do_not_share_a_folder(
     class Nested(Script):
         def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
             with pytest.raises(GuardLoopError, match="another process"):
-                list(answered(tmp_path / "screened.parquet", settings, Stage("test")))
+                list(answered(tmp_path / "screened.parquet", [settings], 0, 0.05, Stage("test")))
             yield from super().generate(requests)
 
     assert len(answer(screened(["a"]), Nested(), settings)) == 3

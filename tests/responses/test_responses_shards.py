@@ -21,6 +21,8 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.responses import resume, work
 from guardloop.responses.build import build_responder
 from guardloop.responses.engine import Reply, Request, Responder
+from guardloop.responses.engines import transformers
+from guardloop.responses.settings import ResponderSettings
 
 Answers = set[tuple[Any, ...]]
 
@@ -57,11 +59,11 @@ def answers(paths: Iterable[Path]) -> Answers:
     return set(rows)
 
 
-def run_shard(folder: Path, guard: dict[str, Any], responder: dict[str, Any], shard: int, shards: int) -> Path:
+def run_shard(folder: Path, guard: dict[str, Any], responder: ResponderSettings, shard: int, shards: int) -> Path:
     """Screen and answer one shard of the traffic; its table of responses."""
     verdicts, responses = folder / f"verdicts-{shards}-{shard}", folder / f"responses-{shards}-{shard}"
     stages.screen(folder / "traffic", verdicts, guard, shard=shard, shards=shards)
-    stages.generate_responses(verdicts, responses, responder, shard)
+    stages.generate_responses(verdicts, responses, [responder.plain()], shard=shard)
     return responses
 
 
@@ -70,7 +72,7 @@ def test_any_number_of_shards_gives_the_same_responses(
     tmp_path: Path, guard: dict[str, Any], tiny_folder: Path
 ) -> None:
     write_table(traffic(), CONVERSATION, tmp_path / "traffic")
-    responder = tiny_settings(model=str(tiny_folder), samples=2).plain()
+    responder = tiny_settings(model=str(tiny_folder), samples=2)
     made = {n: answers(run_shard(tmp_path, guard, responder, s, n) for s in range(n)) for n in (1, 2, 7)}
     assert made[1] == made[2] == made[7]
     assert 40 <= len(made[1]) <= 60  # two thirds passed, two samples each
@@ -79,7 +81,7 @@ def test_any_number_of_shards_gives_the_same_responses(
 
 def test_a_shard_without_passed_prompts_is_an_empty_table(tmp_path: Path) -> None:
     write_table(screened(PROMPTS, flagged=True), SCREENED, tmp_path / "verdicts")
-    figures = stages.generate_responses(tmp_path / "verdicts", tmp_path / "responses", {"model": "./nowhere"})
+    figures = stages.generate_responses(tmp_path / "verdicts", tmp_path / "responses", [{"model": "./nowhere"}])
     assert figures == {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
     assert list(read_table(tmp_path / "responses", RESPONSE)) == []
 
@@ -110,7 +112,8 @@ def test_a_failed_shard_is_run_again_alone(
     tmp_path: Path, guard: dict[str, Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_table(traffic(), CONVERSATION, tmp_path / "traffic")
-    responder = tiny_settings(model=str(tiny_folder), samples=2, batch_size=4).plain()
+    monkeypatch.setattr(transformers, "BATCH_ROWS", 4)
+    responder = tiny_settings(model=str(tiny_folder), samples=2)
     asked: dict[int, list[str]] = {}
     lasts = {0: 1000, 1: 9, 2: 1000}
 
@@ -143,18 +146,11 @@ def test_a_failed_shard_is_run_again_alone(
 @pytest.mark.slow
 def test_several_responders_are_mixed_and_told_apart(tmp_path: Path, tiny_folder: Path) -> None:
     write_table(screened([*PROMPTS[:8], ""]), SCREENED, tmp_path / "verdicts")
-    one = tiny_settings(model=str(tiny_folder), samples=2, max_error_share=0.2)
-    others = [
-        {
-            **one.model_dump(exclude={"others", "seed", "max_error_share"}),
-            "name": "hot",
-            "temperature": 2.0,
-            "samples": 1,
-        }
-    ]
+    one = tiny_settings(model=str(tiny_folder), samples=2)
+    hot = one.model_copy(update={"name": "hot", "temperature": 2.0, "samples": 1})
     alone, mixed = tmp_path / "alone", tmp_path / "mixed"
-    stages.generate_responses(tmp_path / "verdicts", alone, one.plain())
-    figures = stages.generate_responses(tmp_path / "verdicts", mixed, {**one.plain(), "others": others})
+    stages.generate_responses(tmp_path / "verdicts", alone, [one.plain()], max_error_share=0.2)
+    figures = stages.generate_responses(tmp_path / "verdicts", mixed, [one.plain(), hot.plain()], max_error_share=0.2)
     assert (figures["responses"], figures["errors"]) == (27, 3)
     rows = list(read_table(mixed))
     assert {(row["responder"], row["sample"]) for row in rows} == {
@@ -172,10 +168,10 @@ def test_several_responders_are_mixed_and_told_apart(tmp_path: Path, tiny_folder
 @pytest.mark.slow
 def test_a_responder_that_fails_too_often_is_not_hidden_by_another(tmp_path: Path, tiny_folder: Path) -> None:
     write_table(screened(PROMPTS), SCREENED, tmp_path / "verdicts")
-    one = tiny_settings(model=str(tiny_folder), samples=3, max_error_share=0.2).plain()
+    one = tiny_settings(model=str(tiny_folder), samples=3).plain()
     picky = {"name": "picky", "model": str(tiny_folder), "samples": 1, "max_prompt_tokens": 16, "max_new_tokens": 4}
     with pytest.raises(GuardLoopError, match="of 40 responses could not be generated"):
-        stages.generate_responses(tmp_path / "verdicts", tmp_path / "out", {**one, "others": [picky]})
+        stages.generate_responses(tmp_path / "verdicts", tmp_path / "out", [one, picky], max_error_share=0.2)
 
 
 @pytest.mark.slow
@@ -184,10 +180,8 @@ def test_the_pipeline_in_two_shards_gives_what_it_gives_in_one(tmp_path: Path, t
     settings = {
         "dataset": {"traffic": {"path": "traffic", "limit": 24}, "test": {"path": "test", "limit": 40}},
         "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
-        "responder": {
-            **{"model": str(tiny_folder), "samples": 2, "max_new_tokens": 4, "dtype": "float32"},
-            **{"max_prompt_tokens": 256, "max_error_share": 1.0},
-        },
+        "responders": [{"model": str(tiny_folder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}],
+        "max_error_share": 1.0,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     made = {}

@@ -68,15 +68,15 @@ def save(folder: Path) -> Path:
 
 
 def tiny_settings(**changes: Any) -> ResponderSettings:
-    values = {"model": "tiny", "samples": 3, "max_new_tokens": 12, "batch_size": 8, "batch_tokens": 1024}
-    values |= {"max_prompt_tokens": 200, "dtype": "float32", "device": "cpu", "temperature": 1.0}
+    values = {"model": "tiny", "samples": 3, "max_new_tokens": 12, "prefill": ""}
+    values |= {"max_prompt_tokens": 200, "temperature": 1.0}
     return ResponderSettings.model_validate(values | changes)
 
 
-def ask(prompts: list[str], settings: ResponderSettings, first: int = 0) -> list[Request]:
+def ask(prompts: list[str], settings: ResponderSettings, seed: int = 0) -> list[Request]:
     return [
-        Request(f"p{i}", prompt, sample, sample_seed(settings.seed, f"p{i}", sample))
-        for i, prompt in enumerate(prompts, start=first)
+        Request(f"p{i}", prompt, sample, sample_seed(seed, f"p{i}", sample))
+        for i, prompt in enumerate(prompts)
         for sample in range(settings.samples)
     ]
 

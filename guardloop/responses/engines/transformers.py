@@ -86,14 +86,14 @@ class TransformersResponder:
         settings: ResponderSettings,
         model: Any,
         tokenizer: Any,
-        batch_size: int = BATCH_ROWS,
+        batch_size: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self.name = settings.tag
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size = batch_size or BATCH_ROWS
         self.batch_tokens = batch_tokens
         self.chat = ChatRenderer(tokenizer, settings.system_prompt, settings.max_prompt_tokens, settings.prefill)
         self.ends = _end_tokens(model, tokenizer)

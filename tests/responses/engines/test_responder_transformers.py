@@ -9,7 +9,8 @@ from support.tiny_responder import PROMPTS, ask, build_model, build_tokenizer, s
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.responses.build import build_responder
-from guardloop.responses.engine import Reply, Request
+from guardloop.responses.engine import TOP_P, Reply, Request
+from guardloop.responses.engines import transformers as engine
 from guardloop.responses.engines.slots import Slots
 from guardloop.responses.engines.transformers import WINDOW_BATCHES, TransformersResponder
 from guardloop.responses.sampling import choose_tokens, uniforms
@@ -24,7 +25,12 @@ def answers(replies: Iterator[Reply]) -> Answers:
 
 @pytest.fixture(scope="module")
 def responder(model: Any, tokenizer: Any) -> Callable[..., TransformersResponder]:
-    return lambda **changes: TransformersResponder.of(tiny_settings(**changes), model, tokenizer)
+
+    def build(batch_size: int = 8, batch_tokens: int = 1024, **changes: Any) -> TransformersResponder:
+        limits = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        return TransformersResponder.of(tiny_settings(**changes), model, tokenizer, **limits)
+
+    return build
 
 
 def greedy_by_transformers(model: Any, responder: TransformersResponder, prompt: str) -> str:
@@ -72,7 +78,7 @@ def sampled_the_plain_way(model: Any, responder: TransformersResponder, request:
     for step in range(settings.max_new_tokens):
         with torch.inference_mode():
             logits = model(torch.tensor([tokens + made])).logits[:, -1]
-        token = int(choose_tokens(logits, random[step : step + 1], settings.temperature, settings.top_p))
+        token = int(choose_tokens(logits, random[step : step + 1], settings.temperature, TOP_P))
         if token in responder.ends:
             break
         made.append(token)
@@ -195,8 +201,9 @@ def test_loads_from_a_folder(tiny_folder: Any) -> None:
     assert len(list(ours.generate(ask(PROMPTS[:2], settings)))) == 2
 
 
-def test_bfloat16_generates(tiny_folder: Any) -> None:
-    settings = tiny_settings(dtype="bfloat16", samples=2)
+def test_bfloat16_generates(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "pick_dtype", lambda dtype, device: torch.bfloat16)
+    settings = tiny_settings(samples=2)
     replies = list(build_responder(settings, load=str(tiny_folder)).generate(ask(PROMPTS[:6], settings)))
     assert {r.finish_reason for r in replies} <= {"stop", "length"}
     assert sum(bool(r.text) for r in replies) >= 10

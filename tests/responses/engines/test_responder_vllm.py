@@ -96,7 +96,7 @@ def test_a_model_that_does_not_fit_is_told(fake: SimpleNamespace) -> None:
 
 
 def test_feeds_the_scheduler_and_reads_ahead_a_bounded_number(fake: SimpleNamespace) -> None:
-    settings = tiny_settings(kind="vllm", batch_size=4)
+    settings = tiny_settings(kind="vllm")
     ours, read = VllmResponder(settings, "org/model"), 0
     asked = ask([*PROMPTS, ""], settings)
 
