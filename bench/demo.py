@@ -20,7 +20,7 @@ from rich.console import Console
 from bench.machine import machine
 from bench.write import PAGE, write_section
 from guardloop.core.errors import GuardLoopError
-from launch.local.run import find_run
+from launch.local.runs import find_run
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 

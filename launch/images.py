@@ -5,14 +5,14 @@
 
 import re
 import sys
+from typing import Any, get_args
 
+from guardloop.config.cluster import StageName
+from guardloop.config.docker import DockerSettings
 from guardloop.core.errors import GuardLoopError
 from launch.version import code_state
 
-STAGES = (
-    *("prepare-data", "screen", "generate-responses", "mine-feedback"),
-    *("train-guard", "evaluate", "register-model"),
-)
+STAGES: tuple[str, ...] = get_args(StageName)
 MODEL_STAGES = frozenset({"screen", "generate-responses", "train-guard"})
 """Stages that compute with a model: their images come for a GPU, too."""
 
@@ -32,6 +32,15 @@ def image_of(stage: str, registry: str, tag: str, gpu: bool = False) -> str:
             "leave the tag out for that of this checkout, or name one; results are cached by image",
         )
     return f"{registry}/{stage}:{tag}{'-gpu' if gpu and stage in MODEL_STAGES else ''}"
+
+
+def use_images(executors: dict[str, Any], settings: DockerSettings) -> None:
+    """Name the images that the stages run in, in the table of executors of a compiled pipeline."""
+    for executor in executors.values():
+        if "container" in executor:  # an importer has none
+            stage = stage_of(executor["container"]["image"])
+            image = image_of(stage, settings.registry, settings.tag or "", gpu=settings.gpus != 0)
+            executor["container"]["image"] = image
 
 
 def checkout_tag() -> str:

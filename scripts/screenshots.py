@@ -28,7 +28,7 @@ from rich.console import Console
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import home
 from guardloop.stages import REPORT
-from launch.local.run import Run, find_run
+from launch.local.runs import Run, find_run
 from launch.local.summary import conclude
 
 PICTURES = Path(__file__).absolute().parents[1] / "docs/pictures"

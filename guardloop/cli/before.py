@@ -4,21 +4,20 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from guardloop.cli import choices
-from guardloop.cli.cluster import DEMO, FAILED, ConfigArgument, ConfigOption, KnownPlatform
+from guardloop.cli.checkout import use_checkout
+from guardloop.cli.options import DEMO, FAILED, ConfigArgument, ConfigOption, JsonOption, KnownPlatform, console
 from guardloop.config import PlatformSettings, load_platform, load_settings
+from guardloop.core.places import home
 
 app = typer.Typer()
-console = Console(highlight=False)
-JsonOption = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 @app.command()
 def doctor(config: ConfigOption = DEMO, platform: KnownPlatform = None, as_json: JsonOption = False) -> None:
     """Check this machine, the models and services of a configuration, and say how to mend what is wrong."""
-    from guardloop.core.places import home
+    use_checkout()
     from launch.checks.check import failures, table
     from launch.checks.doctor import examine
 
@@ -39,29 +38,29 @@ def doctor(config: ConfigOption = DEMO, platform: KnownPlatform = None, as_json:
 @app.command()
 def plan(
     config: ConfigArgument = DEMO,
-    compare: Annotated[
+    past: Annotated[
         str | None,
         typer.Option(help="Also show what this run (an id, or `latest`) took.", autocompletion=choices.runs),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate tokens, time and storage of a run, stage by stage, before it is started."""
-    from launch.checks.plan import compare as side_by_side
-    from launch.checks.plan import compare_table, make_plan, plan_table
+    use_checkout()
+    from launch.checks.plan import compare, compare_table, make_plan, plan_table
     from launch.checks.rates import find_alike, read_past
 
     settings = load_settings(config)
-    past = read_past(compare) if compare else None
-    planned = make_plan(settings, find_alike(settings, but=past.run if past else ""))
-    rows = side_by_side(planned, past) if past else []
+    earlier = read_past(past) if past else None
+    planned = make_plan(settings, find_alike(settings, but=earlier.run if earlier else ""))
+    rows = compare(planned, earlier) if earlier else []
     if as_json:
-        compared = {"compared": {"run": past.run, "stages": rows}} if past else {}
+        compared = {"past": {"run": earlier.run, "stages": rows}} if earlier else {}
         typer.echo(json.dumps(planned.plain() | compared, indent=2))
         return
     console.print(plan_table(planned))
     console.print(f"\nrates: {planned.source}. ~ is rough, ? is not known:", markup=False)
     for reason in planned.reasons():
         console.print(f"  - {reason}", markup=False)
-    if past:
-        console.print(f"\nbeside the run {past.run}:")
+    if earlier:
+        console.print(f"\nbeside the run {earlier.run}:")
         console.print(compare_table(rows))

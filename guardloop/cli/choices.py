@@ -14,7 +14,7 @@ def _completing(known: Callable[[], list[str]]) -> Callable[[str], list[str]]:
 
 
 def _runs() -> list[str]:
-    from guardloop.core.places import home  # noqa: PLC0415  (completion must be quick)
+    from guardloop.core.places import home
 
     return sorted(path.name for path in (home() / "runs").glob("*"))
 

@@ -8,27 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from google.protobuf import json_format
 
 from guardloop.config import Settings, load_settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import home
 from guardloop.core.records import read_metadata
-from launch.local.run import Run, find_run
+from launch.local.runs import Run, find_run
+from launch.pipelines import pipelines, stage_titles
 
 TABLE = Path(__file__).parent / "rates.yaml"
-FOLDERS = {
-    "prepare-data": "prepare_data",
-    "screen": "screen prompts",
-    "generate-responses": "generate_responses",
-    "screen-2": "screen responses",
-    "mine-feedback": "mine_feedback",
-    "train-guard": "train_guard",
-    "screen-3": "screen test (baseline)",
-    "screen-candidate": "screen test (candidate)",
-    "score-benchmarks": "score_benchmarks",
-    "evaluate": "evaluate",
-}
-"""Where kfp.local keeps the outputs of each stage of the whole pipeline."""
 GUARDS = 2  # that score each row of a benchmark
 
 
@@ -109,7 +98,7 @@ def find_alike(settings: Settings, but: str = "") -> Past | None:
 
     A run that went through to its evaluation is preferred to one that ended early.
     """
-    found: Past | None = None
+    newest: Past | None = None
     for folder in sorted((home() / "runs").glob("*"), reverse=True):
         if folder.is_symlink() or folder.name == but or not (folder / "summary.json").is_file():
             continue
@@ -118,10 +107,10 @@ def find_alike(settings: Settings, but: str = "") -> Past | None:
         except GuardLoopError:  # of an older version, with other settings
             continue
         if _kind(past.settings) == _kind(settings) and "generate_responses" in past.stages:
-            found = found or past
+            newest = newest or past
             if "evaluate" in past.stages:
                 return past
-    return found
+    return newest
 
 
 def _kind(settings: Settings) -> tuple[Any, ...]:
@@ -133,11 +122,12 @@ def _kind(settings: Settings) -> tuple[Any, ...]:
 
 def _written(run: Run) -> dict[str, int]:
     """Bytes that each stage of a run wrote."""
-    found: dict[str, int] = defaultdict(int)
+    titles = stage_titles(json_format.MessageToDict(pipelines()["full"].pipeline_spec))
+    written: dict[str, int] = defaultdict(int)
     for folder in (run.folder / "artifacts").glob("*/**"):
-        if folder.name in FOLDERS and (folder / "executor_output.json").is_file():
-            found[FOLDERS[folder.name]] += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return dict(found)
+        if folder.name in titles and (folder / "executor_output.json").is_file():
+            written[titles[folder.name]] += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return dict(written)
 
 
 def _response_tokens(run: Run) -> int | None:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from guardloop.config import PlatformSettings, Settings
-from launch.local.containers import use_images
+from launch.images import use_images
+from launch.pipelines import Spec, pipelines, tasks_of
 from launch.version import code_state
 
 
@@ -27,8 +28,7 @@ def compile_all(
     from kfp.compiler import pipeline_spec_builder  # noqa: PLC0415
     from kfp.pipeline_spec import pipeline_spec_pb2  # noqa: PLC0415
 
-    from launch.kubeflow.platform import apply_cluster, tasks_of  # noqa: PLC0415
-    from pipeline import PIPELINES  # noqa: PLC0415
+    from launch.kubeflow.platform import apply_cluster  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = settings.sections() if settings else {}
@@ -37,16 +37,16 @@ def compile_all(
     version = code_state().tag if version is None else version
     docker = platform.docker.model_copy(update={"tag": platform.docker.tag or version})
     paths = []
-    for name, pipeline in PIPELINES.items():
+    for name, pipeline in pipelines().items():
         path = folder / f"{name}.yaml"
         spec = json_format.MessageToDict(pipeline.pipeline_spec)
-        pods: dict[str, Any] = {}
+        pods: Spec = {}
         if cluster:
             pods = apply_cluster(spec, cluster, version, configuration)
         else:
             use_images(spec["deploymentSpec"]["executors"], docker)
         if fresh:
-            for _, task in tasks_of(spec):
+            for _, _, task in tasks_of(spec):
                 task["cachingOptions"] = {}
         _set_defaults(spec, {**defaults, "shards": platform.shards})
         pipeline_spec_builder.write_pipeline_spec_to_file(
@@ -59,7 +59,7 @@ def compile_all(
     return paths
 
 
-def _set_defaults(spec: dict[str, Any], values: dict[str, Any]) -> None:
+def _set_defaults(spec: Spec, values: dict[str, Any]) -> None:
     """Fill the form that KFP shows of the pipeline."""
     inputs = spec["root"]["inputDefinitions"]["parameters"]
     for name in inputs.keys() & values.keys():

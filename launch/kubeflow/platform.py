@@ -4,7 +4,6 @@ A nested pipeline is flattened when it is compiled: one table of executors, one 
 pipeline. Pods are settled at the executors, retries at the graphs' tasks, so no nesting is missed.
 """
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,12 +11,12 @@ from kfp import kubernetes
 
 from guardloop.config.cluster import ClusterSettings, StageSettings
 from launch.images import image_of, stage_of
+from launch.pipelines import Spec, tasks_of
 
 RUN_ID_LABEL = "pipeline/runid"  # KFP puts it on every pod; its value is what PIPELINE_JOB_ID_PLACEHOLDER becomes
 STAGE_LABEL = "app.kubernetes.io/component"
 SHARED_MEMORY = "/dev/shm"
 WAITING_SECONDS = 7 * 86400
-Spec = dict[str, Any]
 
 
 def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configuration: str = "") -> Spec:
@@ -39,7 +38,7 @@ def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configurati
         container["resources"] = _resources(settings)
         container["env"] = [{"name": key, "value": value} for key, value in sorted(variables.items())]
         executors[label] = _pod(name, settings, cluster)
-    for component, task in tasks_of(spec):
+    for _, component, task in tasks_of(spec):
         label = spec["components"][component].get("executorLabel")
         if label in stages and (policy := _retry_policy(cluster.stage(stages[label]))):
             task["retryPolicy"] = policy
@@ -91,13 +90,6 @@ def _pod(name: str, settings: StageSettings, cluster: ClusterSettings) -> Spec:
 
 def _for_stage(name: str, parts: list[Any]) -> list[Any]:
     return [part for part in parts if not part.stages or name in part.stages]
-
-
-def tasks_of(spec: Spec) -> Iterator[tuple[str, Spec]]:
-    """(component, task) of every task in every graph."""
-    for part in (spec["root"], *spec["components"].values()):
-        for task in part.get("dag", {}).get("tasks", {}).values():
-            yield task["componentRef"]["name"], task
 
 
 def _retry_policy(settings: StageSettings) -> Spec | None:

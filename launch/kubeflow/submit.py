@@ -12,10 +12,10 @@ from typing import Any
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.core.errors import GuardLoopError
-from launch.checks.cluster import Package
+from launch import pipelines
 from launch.kubeflow.cluster import Cluster
 from launch.kubeflow.compile import compile_all
-from launch.local.run import NEEDS, PARAMETERS
+from launch.kubeflow.package import Package
 from launch.version import Code, code_state
 
 
@@ -56,9 +56,7 @@ def prepare(
     from Kubeflow's cache.
     Raises GuardLoopError for an unknown pipeline, and for artifacts that lack or are too many.
     """
-    if pipeline not in PARAMETERS:
-        raise GuardLoopError(f"no pipeline {pipeline!r}", f"pipelines: {', '.join(PARAMETERS)}")
-    needed = NEEDS.get(pipeline, ())
+    needed = pipelines.artifacts(pipeline)
     for name in artifacts.keys() ^ set(needed):
         if name in needed:
             raise GuardLoopError(
@@ -69,7 +67,7 @@ def prepare(
             f"--artifact {name}: not an input of {pipeline}", f"its inputs: {', '.join(needed) or 'none'}"
         )
     given = {**settings.sections(), "shards": platform.shards}
-    arguments = {name: given[name] for name in PARAMETERS[pipeline]}
+    arguments = {name: given[name] for name in pipelines.parameters(pipeline)}
     arguments |= {f"{name}_uri": uri for name, uri in artifacts.items()}
     code = code_state()
     with TemporaryDirectory() as folder:

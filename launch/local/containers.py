@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from guardloop.config.docker import DockerSettings
 from guardloop.core.errors import GuardLoopError
-from launch.images import STAGES, checkout_tag, image_of, stage_of
+from launch.images import STAGES, checkout_tag, image_of
 
 LABEL = "io.guardloop.run"
 PASSED_ON = re.compile(
@@ -52,15 +52,6 @@ def ready(settings: DockerSettings) -> DockerSettings:
         remedy = "`make images` builds them from this checkout; platform files name others with docker.tag"
         raise GuardLoopError(f"images are missing on this machine: {', '.join(missing)}", remedy)
     return settings.model_copy(update={"tag": tag})
-
-
-def use_images(executors: Any, settings: DockerSettings) -> None:
-    """Name the images that the stages run in, in the table of executors of a compiled pipeline."""
-    for executor in executors.values():
-        if "container" in executor:  # an importer has none
-            stage = stage_of(executor["container"]["image"])
-            image = image_of(stage, settings.registry, settings.tag or "", gpu=settings.gpus != 0)
-            executor["container"]["image"] = image
 
 
 def docker_runner(run_id: str, home: Path, arguments: Mapping[str, Any], settings: DockerSettings) -> Any:

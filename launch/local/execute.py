@@ -13,14 +13,14 @@ from typing import Any
 from guardloop.config import PlatformSettings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import read_section
-from launch.local.containers import Watch, docker_runner, use_images
+from launch.images import use_images
+from launch.local.containers import Watch, docker_runner
+from launch.pipelines import pipelines
 
 
 def execute(folder: Path) -> None:
     """Run the pipeline that `folder`/run.json describes, with its artifacts under `folder`/artifacts."""
     from kfp import local  # noqa: PLC0415  (kfp takes a second to import)
-
-    from pipeline import PIPELINES  # noqa: PLC0415
 
     warnings.filterwarnings("ignore", message=".*base image.*", category=RuntimeWarning)
     logging.getLogger().setLevel(logging.INFO)
@@ -30,7 +30,7 @@ def execute(folder: Path) -> None:
     if embedded := sorted({name for name in names if name.startswith("embedded:")}):
         # in a process of its own, which gives its memory back
         subprocess.run([sys.executable, "-m", "guardloop.models.embedded", *embedded], check=True)
-    pipeline, platform = PIPELINES[run["pipeline"]], read_section(PlatformSettings, run["platform"], "platform")
+    pipeline, platform = pipelines()[run["pipeline"]], read_section(PlatformSettings, run["platform"], "platform")
     runner: Any = local.SubprocessRunner(use_venv=False)
     watch: AbstractContextManager[Any] = nullcontext()
     if platform.runner == "docker":

@@ -1,7 +1,6 @@
 """Running an earlier run again, and comparing what came out, file by file."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.local.run import Run, made_with, run_again
+from launch.local.run import run_again
+from launch.local.runs import Run, made_with
 
 NOT_COMPARED = frozenset({"executor_output.json", "report", "report.html", "summary", "summary.md"})
 """Files that name the run, its time and its place."""
@@ -49,10 +49,10 @@ def reproduce(earlier: Run, console: Console) -> list[Compared]:
 
 def changed(earlier: Run) -> Iterator[str]:
     """What is not as it was when `earlier` ran."""
-    told, now = json.loads((earlier.folder / "run.json").read_text("utf-8")), made_with()
-    if told.get("code") != now["code"]:
-        yield f"the code was {told.get('code') or 'not recorded'}, and is {now['code'] or 'no checkout'}"
-    before = told.get("versions", {})
+    record, now = earlier.record, made_with()
+    if record.get("code") != now["code"]:
+        yield f"the code was {record.get('code') or 'not recorded'}, and is {now['code'] or 'no checkout'}"
+    before = record.get("versions", {})
     yield from (
         f"{name} was {before.get(name, 'not recorded')}, and is {value}"
         for name, value in now["versions"].items()

@@ -13,7 +13,8 @@ from guardloop.core.progress import short
 from guardloop.evaluation.result import Estimate, Evaluation
 from guardloop.report.summary import held_out_line
 from guardloop.stages import BLOCKED_INPUTS, EVALUATION, MINING, MINING_PAGE, REPORT
-from launch.local.run import Run
+from launch.local.drawing import title
+from launch.local.runs import Run
 
 SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_baseline_fpr")
 NAMES = {
@@ -73,7 +74,7 @@ def _stage_table(run: Run) -> Table:
         table.add_column(name, justify="right")
     table.add_column("result")
     for stage in run.stages:
-        table.add_row(stage["stage"], f"{stage['items']:,}", f"{stage['seconds']:.1f}", escape(stage["outcome"]))
+        table.add_row(title(stage["stage"]), f"{stage['items']:,}", f"{stage['seconds']:.1f}", escape(stage["outcome"]))
     table.add_row("whole run", "", f"{run.seconds:.1f}", "with the start of each stage's process", style="bold")
     return table
 

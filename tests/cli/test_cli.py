@@ -12,6 +12,7 @@ from support.ended import Ended
 from support.root import ROOT
 
 from guardloop import __version__
+from guardloop.cli import configuration
 from guardloop.cli import main as cli
 from guardloop.config import Settings, describe_fields
 
@@ -109,7 +110,7 @@ def test_a_sample_report(guardloop, tmp_path, monkeypatch):
         ("guardloop run --platform g", ["gpu-cluster"]),
         ("guardloop plan configs/d", ["configs/demo.yaml"]),
         ("guardloop benchmark xs", ["xstest"]),
-        ("guardloop plan --compare 2026", ["20260101-full"]),
+        ("guardloop plan --past 2026", ["20260101-full"]),
     ],
 )
 def test_the_shell_completes(typed, offered, tmp_path):
@@ -210,7 +211,7 @@ def test_wrong_usage_ends_with_the_same_code(guardloop, arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "near"),
-    [(["rum"], "run"), (["docter"], "doctor"), (["config", "shw"], "show"), (["plan", "--compair", "x"], "--compare")],
+    [(["rum"], "run"), (["docter"], "doctor"), (["config", "shw"], "show"), (["plan", "--pasd", "x"], "--past")],
 )
 def test_a_mistyped_word_is_answered_with_the_nearest(guardloop, arguments, near):
     assert re.search(rf"(Did you mean|Possible options:|Did you mean one of:?) ?'?{near}", guardloop(*arguments).err)
@@ -220,7 +221,7 @@ def test_ctrl_c_ends_with_a_word_and_its_own_code(guardloop, monkeypatch):
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_settings", interrupted)
+    monkeypatch.setattr(configuration, "settings_of", interrupted)
     ended = guardloop("config", "show")
     assert ended.code == 130 and "stopped" in ended.err and "Traceback" not in ended.err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.pages import PAGES, ROOT, name, prose
 
-from launch.local.run import Run
+from launch.local.runs import Run
 from scripts import screenshots
 
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")

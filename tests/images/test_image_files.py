@@ -10,8 +10,7 @@ from support.root import ROOT
 from guardloop.config.docker import DockerSettings
 from guardloop.core.errors import GuardLoopError
 from launch import images
-from launch.images import MODEL_STAGES, STAGES, checkout_tag, image_of, stage_of
-from launch.local.containers import use_images
+from launch.images import MODEL_STAGES, STAGES, checkout_tag, image_of, stage_of, use_images
 from launch.version import code_state
 from pipeline import PIPELINES
 

@@ -9,7 +9,7 @@ from kfp import dsl
 
 from guardloop.config import load_settings
 from launch.kubeflow.compile import compile_all
-from launch.local.run import PARAMETERS
+from launch.pipelines import parameters
 
 STAGES = {
     "process": {"prepare-data", "screen", "generate-responses", "screen-2", "mine-feedback"},
@@ -71,7 +71,7 @@ def test_what_the_launcher_gives_is_what_the_pipeline_takes(compiled: dict[str, 
     takes = compiled[name]["root"]["inputDefinitions"]["parameters"]
     needed = {key for key, value in takes.items() if not value.get("isOptional") and not key.endswith("_uri")}
 
-    assert needed <= set(PARAMETERS[name]) <= set(takes)
+    assert needed <= set(parameters(name)) <= set(takes)
 
 
 def test_sections_of_the_settings_are_the_parameters_of_the_form(compiled: dict[str, dict]) -> None:

@@ -187,14 +187,14 @@ def test_a_run_that_went_through_is_preferred(call: Call, tmp_path: Path) -> Non
 def test_compared_with_what_a_run_took(call: Call, tmp_path: Path) -> None:
     finished_run(tmp_path / "home", "20260101-000000-full", data(tmp_path, 10))
     config = write_config(tmp_path, data(tmp_path, 10))
-    compared = json.loads(call(config, "--compare", "20260101-000000-full", "--json")[1])
-    rows = {row["stage"]: row for row in compared["compared"]["stages"]}
+    compared = json.loads(call(config, "--past", "20260101-000000-full", "--json")[1])
+    rows = {row["stage"]: row for row in compared["past"]["stages"]}
 
     assert compared["rates"].startswith("docs/"), "a run is not compared with a plan that was made from it"
     assert rows["generate_responses"]["took"]["seconds"] == 64.0
     assert rows["screen prompts"]["took"]["items"] == 10
     assert rows["screen test (candidate)"]["took"]["seconds"] is None
-    code, out, _ = call(config, "--compare", "20260101-000000-full")
+    code, out, _ = call(config, "--past", "20260101-000000-full")
     assert code == 0 and "beside the run 20260101-000000-full" in out
 
 
@@ -210,8 +210,8 @@ def test_what_is_refused(call: Call, tmp_path: Path) -> None:
     (tmp_path / "home/runs/stopped/summary.json").unlink()
     for arguments, words in (
         ((write_config(tmp_path, missing),), "nothing.jsonl"),
-        (("configs/demo.yaml", "--compare", "yesterday"), "no run 'yesterday'"),
-        (("configs/demo.yaml", "--compare", "stopped"), "did not end"),
+        (("configs/demo.yaml", "--past", "yesterday"), "no run 'yesterday'"),
+        (("configs/demo.yaml", "--past", "stopped"), "did not end"),
     ):
         code, out, err = call(*arguments)
         assert code == 2 and not out and words in err and "  -> " in err
