@@ -2,7 +2,7 @@
 #
 #   make run CONFIG=configs/own-data.yaml PIPELINE=process RUNNER=docker
 #   make submit CONFIG=configs/llama-guard-7b.yaml PLATFORM=gpu-cluster HOST=https://kubeflow.example.org/pipeline
-#   make test PYTEST_ARGS="-n 2 tests/guard"
+#   make test PYTEST_ARGS="-n 0 tests/guard"
 #   make setup TORCH_INDEX=...    torch from this package index: a mirror, or one CUDA version's builds
 #   make lock LOCK_ARGS=--upgrade
 
@@ -14,12 +14,13 @@ BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 PIPELINE ?= full
 RUNNER ?= local
-PLATFORM ?= $(RUNNER)
+PLATFORM ?=
 HOST ?=
 NAMESPACE ?=
 EXPERIMENT ?=
 CRON ?=
 ARGS ?=
+IMAGES ?=
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 CASES ?= 100000
@@ -27,6 +28,20 @@ START ?= 0
 ROWS ?= 10000,100000
 RUN ?= latest
 WORKERS ?= 1
+DATA ?=
+FINISHED ?=
+
+# What users give reaches commands as environment, never as text of make or of a shell: a value may hold $(...) or quotes.
+GIVEN := CONFIG PIPELINE RUNNER PLATFORM HOST NAMESPACE EXPERIMENT CRON ARGS IMAGES PYTEST_ARGS LOCK_ARGS CASES START ROWS RUN \
+  WORKERS DATA FINISHED
+ON_COMMAND_LINE := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+$(foreach name,$(GIVEN) $(ON_COMMAND_LINE),$(eval override $(name) := $$(value $(name))))
+ifeq ($(PLATFORM),)
+override PLATFORM := $(RUNNER)
+endif
+export $(GIVEN)
+# pytest reads options from there, quotes included; the last one counts.
+pytest = PYTEST_ADDOPTS="$(1) $$PYTEST_ARGS" $(BIN)/pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
@@ -34,7 +49,7 @@ WORKERS ?= 1
   embedded-guard experiment check lint types fmt docs docs-generate screenshots hooks sbom lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Set up .venv from the locks, with the build of torch that fits this machine
 	@scripts/setup.sh
@@ -43,31 +58,31 @@ ready:
 	@scripts/setup.sh --quiet
 
 run: ready ## Run the pipeline (CONFIG=configs/demo.yaml PIPELINE=full PLATFORM=local)
-	@$(BIN)/guardloop run --config $(CONFIG) --pipeline $(PIPELINE) --platform $(PLATFORM)
+	@$(BIN)/guardloop run --config "$$CONFIG" --pipeline "$$PIPELINE" --platform "$$PLATFORM"
 
 # The platform `local` is no cluster; minikube is the nearest one.
-ON_CLUSTER = --config $(CONFIG) --pipeline $(PIPELINE) --platform $(patsubst local,minikube,$(PLATFORM)) \
-  $(if $(HOST),--host "$(HOST)") $(if $(NAMESPACE),--namespace "$(NAMESPACE)") \
-  $(if $(EXPERIMENT),--experiment "$(EXPERIMENT)")
+submit schedule: override PLATFORM := $(if $(filter local,$(PLATFORM)),minikube,$(PLATFORM))
+ON_CLUSTER := --config "$$CONFIG" --pipeline "$$PIPELINE" --platform "$$PLATFORM" $${HOST:+--host "$$HOST"} \
+  $${NAMESPACE:+--namespace "$$NAMESPACE"} $${EXPERIMENT:+--experiment "$$EXPERIMENT"} $$ARGS
 
 submit: ready ## Run the pipeline on a cluster (CONFIG= PLATFORM=minikube HOST= NAMESPACE= EXPERIMENT= ARGS=--no-wait)
-	@$(BIN)/guardloop submit $(ON_CLUSTER) $(ARGS)
+	@$(BIN)/guardloop submit $(ON_CLUSTER)
 
 schedule: ready ## Run it there again and again (CRON="0 3 * * 1", and what submit takes)
-	@$(BIN)/guardloop schedule create --cron "$(CRON)" $(ON_CLUSTER) $(ARGS)
+	@$(BIN)/guardloop schedule create --cron "$$CRON" $(ON_CLUSTER)
 
 compile: ready ## Compile the pipelines to YAML for Kubeflow (PLATFORM=minikube CONFIG=configs/demo.yaml)
-	@$(BIN)/guardloop compile --platform $(PLATFORM) --config $(CONFIG)
+	@$(BIN)/guardloop compile --platform "$$PLATFORM" --config "$$CONFIG"
 
 golden: ready ## Write the golden pipelines of tests/pipeline anew, after a change that is meant
 	@UPDATE_GOLDEN=1 $(BIN)/pytest tests/launch/kubeflow/test_platform.py -k golden
 	@git diff --stat tests/pipeline/golden
 
 minikube-up: ## Start minikube with Kubeflow Pipelines, MLflow and an object store (ARGS=--dry-run prints the commands)
-	@scripts/minikube.sh up $(ARGS)
+	@scripts/minikube.sh up $$ARGS
 
 minikube-down: ## Delete that minikube, with everything in it
-	@scripts/minikube.sh down $(ARGS)
+	@scripts/minikube.sh down $$ARGS
 
 ui: ready ## Open MLflow on the runs, metrics and models
 	@$(BIN)/guardloop ui
@@ -75,46 +90,43 @@ ui: ready ## Open MLflow on the runs, metrics and models
 services: ready ## Start an S3 store and an MLflow server on this machine, until Ctrl-C
 	@scripts/services.sh
 
-images: ready ## Build the stages' images, named for this commit (FLAVOUR=cpu, gpu or all)
-	@scripts/images.sh build $(IMAGES)
+images: ready ## Build the stages' images, named for this commit (FLAVOUR=cpu, gpu or all; IMAGES=screen)
+	@scripts/images.sh build $$IMAGES
 
 push: ready ## Push the images (REGISTRY=registry.example.com/team/guardloop)
-	@scripts/images.sh push $(IMAGES)
+	@scripts/images.sh push $$IMAGES
 
 load: ready ## Load the images into minikube
-	@scripts/images.sh load $(IMAGES)
+	@scripts/images.sh load $$IMAGES
 
-test: ready ## Run all tests (PYTEST_ARGS=... for a part of them)
-	@$(BIN)/pytest $(PYTEST_ARGS)
+test: ready ## Run all tests, two at a time (PYTEST_ARGS=... for a part of them)
+	@$(call pytest,-n 2 --dist worksteal)
 
 test-images: ready ## Build the images and compare a run in containers with one in processes
 	@scripts/test-images.sh
 
 test-faults: ready ## Fault drills: kills, bad stores, full disks (FAULT_KILLS=20 of each stage); some twenty minutes
-	@$(BIN)/pytest -m faults tests $(PYTEST_ARGS)
+	@$(call pytest,-m faults) tests
 
 fuzz: ready ## Feed the readers damaged files (CASES=100000 START=0)
-	@$(BIN)/python -W ignore tests/fuzz --cases $(CASES) --start $(START)
+	@$(BIN)/python -W ignore tests/fuzz --cases "$$CASES" --start "$$START"
 
-sbom: ready ## Write build/sbom.json: what the runtime lock installs, as CycloneDX
-	@mkdir -p build
-	@$(BIN)/cyclonedx-py requirements --output-reproducible --of JSON -o build/sbom.json requirements/runtime.txt
-	@echo build/sbom.json
+sbom: ready ## Write build/sbom.json: what the library and its pipelines run on, as CycloneDX
+	@$(BIN)/python -m scripts.sbom
 
 coverage: ready ## Run all tests and list the lines that none of them reaches
-	@$(BIN)/pytest --cov=guardloop --cov=components --cov=launch --cov=pipeline \
-	  --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+	@$(call pytest,-n 2 --dist worksteal) --cov=guardloop --cov=components --cov=launch --cov=pipeline --cov-branch \
+	  --cov-report=term-missing:skip-covered
 
-bench-guard: ready ## Measure guard scoring, and write docs/benchmarks.md
-	@$(BIN)/python -W ignore -m bench.guard
+bench-guard bench-train bench-generate bench-load: ready ## Measure scoring, training, answering or growth (ROWS=10000,100000), and write docs/benchmarks.md
+	@$(BIN)/python -W ignore -m bench.$(@:bench-%=%) $(if $(filter bench-load,$@),--rows "$$ROWS")
 
 experiment: ready ## Compare the recipe with every control (CONFIG= DATA=folder WORKERS=1; FINISHED=1: the arms that are done)
-	@$(BIN)/python -W ignore -m bench.experiment.run \
-	  $(if $(filter configs/experiments/%,$(CONFIG)),$(CONFIG)) $(if $(DATA),--data "$(DATA)") --workers $(WORKERS) \
-	  $(if $(FINISHED),--finished)
+	@$(BIN)/python -W ignore -m bench.experiment.run $(if $(filter configs/experiments/%,$(CONFIG)),"$$CONFIG") \
+	  $${DATA:+--data "$$DATA"} --workers "$$WORKERS" $(if $(FINISHED),--finished)
 
 check: lint types ## Lint, types and the fast tests: what to run before a commit
-	@QUICK=1 $(BIN)/pytest -m "not slow and not faults" -n auto --dist worksteal $(PYTEST_ARGS)
+	@QUICK=1 $(call pytest,-m 'not slow and not faults' -n auto --dist worksteal)
 
 lint: ready ## Check style, formatting, import rules and unused code
 	@$(BIN)/ruff check .
@@ -128,40 +140,25 @@ types: ready ## Check types
 embedded-guard: ready ## Train the embedded guard's adapter anew, after a change to its recipe (six minutes on two cores)
 	@$(BIN)/python -W ignore -m guardloop.training.bootstrap
 
-bench-train: ready ## Measure the training engine and write docs/benchmarks.md
-	@$(BIN)/python -m bench.train
-
-bench-generate: ready ## Measure how fast responses are generated, and write docs/benchmarks.md
-	@$(BIN)/python -m bench.generate
-
-bench-load: ready ## Measure the stages without a model as the rows grow (ROWS=10000,100000), and write docs/benchmarks.md
-	@$(BIN)/python -m bench.load --rows $(ROWS)
-
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: docs-generate build/docs-env/complete ## Build the site of the documentation into build/site
-	@NO_MKDOCS_2_WARNING=1 build/docs-env/bin/mkdocs build --strict --quiet --site-dir build/site
+docs: docs-generate ## Build the site of the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 	@echo "build/site/index.html"
 
 docs-generate: ready ## Write the references of settings and files from the code
 	@$(BIN)/python -W ignore -m scripts.docs
 
 screenshots: ready ## Make the pictures of docs/pictures anew from a finished run (RUN=latest); needs Chromium
-	@$(BIN)/python -W ignore -m scripts.screenshots $(RUN)
-
-# An environment of its own: the site's builder and the library need not agree on versions.
-build/docs-env/complete: requirements/docs.txt
-	@$(BIN)/python -m venv --clear build/docs-env
-	@build/docs-env/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
-	@touch $@
+	@$(BIN)/python -W ignore -m scripts.screenshots "$$RUN"
 
 hooks: ready ## Check style, types and generated pages before each commit (pre-commit)
 	@$(BIN)/pre-commit install
 
-lock: ready ## Renew the locks from requirements/*.in (LOCK_ARGS=--upgrade for newer versions)
-	@scripts/lock.sh $(LOCK_ARGS)
+lock: ready ## Renew the locks from pyproject.toml (LOCK_ARGS=--upgrade for newer versions)
+	@scripts/lock.sh $$LOCK_ARGS
 
 clean: ## Remove .venv, caches and build output (runs in .guardloop stay)
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage build *.egg-info

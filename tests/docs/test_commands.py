@@ -16,7 +16,7 @@ from guardloop.cli import main as cli
 
 COMMANDS = typer.main.get_command(cli.app)
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
+TARGETS = {name for names in re.findall(r"^([a-z][a-z -]*):", MAKEFILE, re.M) for name in names.split()}
 VARIABLES = set(re.findall(r"^([A-Z_]+) \?=", MAKEFILE, re.M)) | set(re.findall(r"\$\(([A-Z_]+)[):]", MAKEFILE))
 FROM_SCRIPTS = set(re.findall(r"\$\{([A-Z_]+)", "".join(p.read_text() for p in (ROOT / "scripts").glob("*.sh"))))
 START = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(make|guardloop)\b")

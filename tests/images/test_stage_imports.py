@@ -1,21 +1,17 @@
-"""Each stage finds in its image all that it imports: the pipeline runs with the locks' packages and no others."""
+"""Each stage finds in its image all that it imports: the pipeline runs with its image's packages and no others."""
 
 import json
 import os
-import re
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from support.root import ROOT
 from support.workshop import Workshop
 
 from launch.images import MODEL_STAGES, stage_of
 from pipeline import PIPELINES
+from scripts.locked import members, normalize, read_lock, select
 
-IMAGES = ROOT / "images"
-TORCH = IMAGES.parent / "requirements/torch.txt"
-PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==", re.MULTILINE)
 HERE = {"guardloop"}
 
 
@@ -31,7 +27,7 @@ def hidden(tmp_path: Path) -> dict[str, list[str]]:
                 arguments = [*container["command"], *container["args"]]
                 name = arguments[arguments.index("--function_to_execute") + 1]
                 has = packages(stage_of(container["image"])) | HERE
-                functions[name] = sorted(m for m, owners in modules.items() if not {norm(o) for o in owners} & has)
+                functions[name] = sorted(m for m, owners in modules.items() if not {normalize(o) for o in owners} & has)
     return functions
 
 
@@ -56,10 +52,6 @@ def test_a_run_needs_nothing_that_the_images_lack(
 
 def packages(stage: str) -> set[str]:
     """What the stage's CPU image has, by name."""
-    base = [IMAGES / "base-torch/requirements.txt", TORCH] if stage in MODEL_STAGES else []
-    locks = [IMAGES / "base-cpu/requirements.txt", IMAGES / "base-cpu/kfp.txt", IMAGES / stage / "requirements.txt"]
-    return {norm(name) for lock in locks + base for name in PINNED.findall(lock.read_text())}
-
-
-def norm(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    groups = ["stage", stage, *(["model"] if stage in MODEL_STAGES else [])]
+    names = {package.name for package in select(read_lock(), members(groups), members(["executor"]))}
+    return names | ({"torch"} if stage in MODEL_STAGES else set())

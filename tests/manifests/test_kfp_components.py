@@ -13,6 +13,8 @@ import pytest
 import yaml
 from support.overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
 
+from scripts.locked import read_lock
+
 KFP = MANIFESTS / "kfp"
 SECRET = "mlpipeline-minio-artifact"
 KEY_FORMAT = (  # of KFP 2.17's controller
@@ -75,11 +77,7 @@ def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def test_the_release_is_that_of_the_sdk() -> None:
-    (version,) = (
-        line.partition("==")[2]
-        for line in (ROOT / "requirements" / "runtime.in").read_text().splitlines()
-        if line.startswith("kfp==")
-    )
+    version = next(package.version for package in read_lock() if package.name == "kfp")
     for path in KFP.glob("*/kustomization.yaml"):
         (remote,) = yaml.safe_load(path.read_text())["resources"]
         assert f"?ref={version}&" in remote, path

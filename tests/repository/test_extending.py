@@ -97,8 +97,9 @@ def test_stage(name: str) -> None:
     assert hasattr(stages, name), f"guardloop/stages/__init__.py does not export {name}"
     assert image in get_args(StageName), f"guardloop/config/cluster.py: StageName lacks {image}"
     assert image in STAGES, f"launch/images.py: STAGES lacks {image}"
-    assert (ROOT / "images" / image / "Dockerfile").is_file(), f"no images/{image}/Dockerfile"
-    assert f"  {image}=" in (ROOT / "scripts/images.sh").read_text(), f"scripts/images.sh: what does {image} stand on?"
+    assert f" AS {image}\n" in (ROOT / "images/Dockerfile").read_text(), f"images/Dockerfile: no target {image}"
+    assert f'"{image}"' in (ROOT / "images/docker-bake.hcl").read_text(), f"images/docker-bake.hcl: no {image}"
+    assert f"\n{image} = [" in (ROOT / "pyproject.toml").read_text(), f"pyproject.toml: no dependency group {image}"
     assert re.search(rf"\b{name}\b", TESTS.replace("-", "_")), f"no test names {name}"
     read, written = artifact_names()[name]
     unsaid = [artifact for artifact in (*read, *written) if artifact not in CONTENTS]

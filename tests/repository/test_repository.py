@@ -12,7 +12,7 @@ from guardloop import __version__
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.M))
+TARGETS = {name for names in re.findall(r"^([a-z][a-z -]*):", MAKEFILE, re.M) for name in names.split()}
 LONGEST = 400
 LONG = {  # files that are longer, and why
     "tests/guard/test_engine.py": "as the engine",
