@@ -138,7 +138,7 @@ types: ready ## Check types
 	@$(BIN)/mypy
 
 embedded-guard: ready ## Train the embedded guard's adapter anew, after a change to its recipe (six minutes on two cores)
-	@$(BIN)/python -W ignore -m guardloop.training.bootstrap
+	@$(BIN)/python -W ignore -m scripts.embedded_guard
 
 fmt: ready ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

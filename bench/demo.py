@@ -43,7 +43,7 @@ def main(
             home = Path(folder, "home")
             shutil.copytree(found.folder, home / "runs" / found.id)
             told = yaml.safe_load(config.read_text("utf-8"))
-            told["training"] = {**told.get("training", {}), "seed": seed}
+            told["seed"] = seed
             seeded = Path(folder, config.name)
             seeded.write_text(yaml.safe_dump(told), "utf-8")
             trained = summary(home, seeded, "train", found.id)

@@ -31,18 +31,20 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
 from guardloop.models.locate import locate
 from guardloop.training.adapter import fresh_adapter
-from guardloop.training.fit import Prefixes, answer_hidden, batches
-from guardloop.training.loss import Encoded, batch_loss
+from guardloop.training.examples import Encoded
+from guardloop.training.fit import batches
+from guardloop.training.loss import batch_loss
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.trainer import MAX_GRAD_NORM, Prefixes, label_states
 
-GUARD = GuardSettings(base="embedded:smollm2", family="guardloop", is_guard=False)
+GUARD = GuardSettings(base="embedded:smollm2", family="guardloop", min_label_mass=0.0)
 PROMPTS, RESPONSES = 360, 148  # as the demo mines them
 Forward = Callable[[Any, Prefixes, LabelTokens, Sequence[Encoded]], tuple[torch.Tensor, int]]
 
 
 def packed(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """This engine: the template once, the head at the answers only."""
-    hidden, tokens = answer_hidden(model, prefixes, labels.lead, batch)
+    hidden, tokens = label_states(model, prefixes, labels.lead, batch)
     return label_logits(model, hidden), tokens
 
 
@@ -81,19 +83,19 @@ def measure(steps: int, guard: GuardSettings, settings: TrainingSettings) -> dic
     device = pick_device(guard.device)
     renderer = load_renderer(guard)
     model = load_causal_lm(locate(guard.base), guard.revision, pick_dtype(guard.dtype, device), device)
-    torch.manual_seed(settings.seed)
-    model = fresh_adapter(model, settings).train()
+    torch.manual_seed(0)
+    model = fresh_adapter(model, settings, dropout=0.0).train()  # so that the losses can be compared
     labels, prefixes = label_tokens(renderer), renderer.prefixes
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)  # the ways take turns on one adapter, which must not move
     timings = {name: Timing() for name in WAYS}
-    for number, batch in enumerate(batches(examples(renderer), settings, steps + 1)):
+    for number, batch in enumerate(batches(examples(renderer), settings.batch_size, 0, steps + 1)):
         for name, forward in WAYS.items():
             started = time.perf_counter()
             logits, tokens = forward(model, prefixes, labels, batch)
-            loss = batch_loss(logits, labels, batch, 0.0) / len(batch)
+            loss = batch_loss(logits, labels, batch) / len(batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     steps = parser.parse_args().steps
     console = Console()
-    settings = load_settings("configs/demo.yaml").training.model_copy(update={"dropout": 0.0})
+    settings = load_settings("configs/demo.yaml").training
     guard = GUARD.model_copy(update={"device": "cpu"})
     dtype = str(pick_dtype(guard.dtype, pick_device(guard.device))).removeprefix("torch.")
     machine = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads, {dtype}"

@@ -26,14 +26,13 @@ from bench.write import PAGE, write_section
 from guardloop.guard.inference import packed
 from guardloop.guard.inference.forward import decoder_of, label_logits
 from guardloop.guard.prompt.verdict import LabelTokens
-from guardloop.training.fit import Training
-from guardloop.training.loss import Encoded
+from guardloop.training.examples import Encoded
 from guardloop.training.processes import is_child
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.sharding import shard
+from guardloop.training.trainer import PACK_TOKENS, Trainer
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
-PACK = 8192
 Row = tuple[str, float | None, float]
 """A way, its examples per second (None: out of memory), and its peak memory in GiB."""
 
@@ -83,16 +82,16 @@ def _cells(row: Row) -> str:
 def rows(size: Size) -> Iterator[Row]:
     """Every way, with a model of its own; this engine's first."""
     before, examples = _examples()
-    batches = list(_filled(examples, PACK - len(before), len(before)))
+    batches = list(_filled(examples, PACK_TOKENS - len(before), len(before)))
 
     def engine(way: str, share: float, *, nf4: bool = False, compiled: bool = True, liger: bool = False) -> Row:
         model = _adapted(size, nf4)
         if liger:
             _use_liger(model)
-        training = _training(model, before, share)
-        if training.packs:
-            training.packs.compiled = compiled
-        return _steps(way, training, batches, size)
+        trainer = _trainer(model, before, share)
+        if trainer.packs:
+            trainer.packs.compiled = compiled
+        return _steps(way, trainer, batches, size)
 
     yield engine("this engine, nf4, packs of 8k, 60% checkpointed", 0.6, nf4=True)
     yield engine("this engine, bf16, packs of 8k", 0.0)
@@ -113,7 +112,7 @@ def rows(size: Size) -> Iterator[Row]:
 def shared_rows(size: Size, processes: PartialState) -> Iterator[Row]:
     """Both ways to hold the guard, with one pack for each process in a step; memory is that of the fullest GPU."""
     before, examples = _examples()
-    filled = _filled(examples, PACK - len(before), len(before))
+    filled = _filled(examples, PACK_TOKENS - len(before), len(before))
     steps = zip(*[filled] * processes.num_processes, strict=False)
     batches = [[example for row in zip(*packs, strict=False) for example in row] for packs in steps]
 
@@ -121,7 +120,7 @@ def shared_rows(size: Size, processes: PartialState) -> Iterator[Row]:
         model = _adapted(size, nf4=False)
         if sharded:
             shard(model, model.device)
-        _, rate, memory = _steps(way, _training(model, before, 0.0), batches, size)
+        _, rate, memory = _steps(way, _trainer(model, before, 0.0), batches, size)
         return way, rate, max(gather_object([memory]))
 
     yield engine("this engine, bf16, packs of 8k, the guard whole on each GPU", sharded=False)
@@ -134,16 +133,16 @@ def _examples() -> tuple[list[int], list[Encoded]]:
     return before, [Encoded(str(n), tokens, float(n % 3 == 0), 1.0) for n, tokens in enumerate(many)]
 
 
-def _training(model: Any, template: list[int], checkpointed: float) -> Training:
-    settings = TrainingSettings(gradient_checkpointing=checkpointed, pack_tokens=PACK)
-    return Training(model, [template], LABELS, settings)
+def _trainer(model: Any, template: list[int], checkpointed: float) -> Trainer:
+    settings = TrainingSettings(gradient_checkpointing=checkpointed)
+    return Trainer(model, [template], LABELS, settings)
 
 
-def _steps(way: str, training: Training, batches: Sequence[Sequence[Encoded]], size: Size) -> Row:
+def _steps(way: str, trainer: Trainer, batches: Sequence[Sequence[Encoded]], size: Size) -> Row:
     taken = batches[:7] if size is LLAMA_7B else [batch[:16] for batch in batches[:3]]
-    _, rate, memory = _timed(way, lambda n: training.take(taken[n], n + 1, 100), [len(batch) for batch in taken])
-    if training.packs and training.packs.largest < PACK:  # memory ran out, and the step was taken in smaller ones
-        way += f", halved to {training.packs.largest} tokens"
+    _, rate, memory = _timed(way, lambda n: trainer.step(taken[n], n + 1, 100, 1e-4), [len(batch) for batch in taken])
+    if trainer.packs and trainer.max_tokens < PACK_TOKENS:  # memory ran out, and the step was taken in smaller ones
+        way += f", halved to {trainer.max_tokens} tokens"
     return way, rate, memory
 
 

@@ -5,6 +5,7 @@ traffic is answered once, whichever guard lets it pass: responses to a prompt de
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +39,9 @@ from guardloop.core.records import (
 from guardloop.data.sources import read_conversations
 from guardloop.mining.mine import MiningResult
 from guardloop.models.locate import locate
-from guardloop.training.bootstrap import make_guard, told
+from guardloop.training.supervised import make_guard
 from guardloop.training.train import train
+from guardloop.training.watch import Step
 
 console = Console(highlight=False, soft_wrap=True)
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -128,16 +130,19 @@ class Experiment:
     def baseline_guard(self, seed: int) -> Path:
         """The folder of the baseline that is made with `seed`."""
         baseline = self.settings.baseline
-        training = baseline.training.model_copy(update={"seed": seed})
 
         def build(folder: Path) -> None:
-            rows, longest = _taught(baseline), baseline.max_text_tokens
+            rows = _taught(baseline)
             with Stage(f"baseline {seed}") as stage:
-                make_guard(locate(baseline.base), baseline.family, rows, training, folder, longest, told(stage))
+                make_guard(
+                    *(locate(baseline.base), baseline.family, rows, baseline.training, folder),
+                    seed=seed,
+                    max_text_tokens=baseline.max_text_tokens,
+                    on_step=_reporter(stage),
+                )
                 stage.done(len(rows), "made")
 
-        key = baseline.model_copy(update={"training": training}).plain()
-        return self.kept.make(f"default-{seed}", key, build)
+        return self.kept.make(f"default-{seed}", [baseline.plain(), seed], build)
 
     def data(self) -> Path:
         """The traffic without the ordinary prompts that made the baseline, and the test set."""
@@ -217,27 +222,36 @@ class Experiment:
         taught, seed = pair
         arm, before, settings = taught.arm, taught.before, self.settings
         training = settings.training.model_validate({**settings.training.plain(), **arm.training})
-        training = training.model_copy(update={"seed": seed, "checkpoint_steps": 0})
 
         def build(folder: Path) -> None:
             examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
             guard = settings.guard.model_validate(before.guard)
             with Stage(f"{arm.name}, baseline {before.baseline_seed}, seed {seed}") as stage:
-                watch = told(stage)
-                made = train(examples, guard, training, folder / "adapter", lambda _, step: watch(step), checked=False)
+                report = _reporter(stage)
+                made = train(
+                    *(examples, guard, training, folder / "adapter", lambda _, step: report(step)),
+                    seed=seed,
+                    checked=False,
+                )
                 stage.done(len(examples), f"{made.steps} steps")
             test = folder / "test.parquet"
             stages.screen(self.data() / "test.parquet", test, before.guard, adapter=folder / "adapter")
             tables = (before.test, test, taught.folder, folder / "adapter", folder / "gate")
             stages.evaluate(*tables, settings.evaluation.plain(), settings.gate.plain())
 
-        made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain()], build)
+        made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain(), seed], build)
         evaluation = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))
         scores = _scores(made / "test.parquet")
         return Cell(arm.name, before.baseline_seed, seed, scores, evaluation, made, taught.mined, taught.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}
+
+
+def _reporter(stage: Stage) -> Callable[[Step], None]:
+    """Reports the steps of a training to `stage`."""
+    started = time.monotonic()
+    return lambda step: stage.report("step", step.number, step.total, started)
 
 
 def _done(step: Callable[[], Made]) -> Made:

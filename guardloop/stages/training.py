@@ -28,11 +28,11 @@ def train_guard(
 
     Its curves go to MLflow while it trains, where MLFLOW_TRACKING_URI and GUARDLOOP_RUN_ID say where.
     """
-    settings = read_section(TrainingSettings, training, "training").model_copy(update={"seed": seed})
+    settings = read_section(TrainingSettings, training, "training")
     if settings.processes > 1 and not is_child():
-        arguments = {"training_set": str(training_set), "adapter": str(adapter)}
+        arguments = {"training_set": str(training_set), "adapter": str(adapter), "seed": seed}
         sections = {"guard": guard, "training": training, "registry": registry}
-        return train_in_processes(settings.processes, "guardloop.stages", {**arguments, **sections, "seed": seed})
+        return train_in_processes(settings.processes, "guardloop.stages", arguments | sections)
     from guardloop.registry.training_log import TrainingLog
     from guardloop.training.train import train
 
@@ -40,28 +40,29 @@ def train_guard(
     run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
     curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
     with Stage("train_guard") as stage, curves or nullcontext():
-        stage.say("loading the baseline")
+        stage.say("loading the baseline, and scoring the validation examples with it")
         started = time.monotonic()
 
-        def watch(seed: int, step: Any) -> None:
+        def watch(number: int, step: Any) -> None:
             metrics = step.metrics()
-            name = "" if settings.seeds == 1 else f"seed_{seed}/"
+            name = "" if settings.seeds == 1 else f"seed_{number}/"
             if curves:
                 curves.log(step.number, {f"{name}{metric}": value for metric, value in metrics.items()})
             note = f"loss {step.loss:.3f}, {metrics['examples_per_second']:.1f} examples/s"
             stage.report(f"{name}step", step.number, step.total, started, note)
 
-        made = train(examples, read_section(GuardSettings, guard, "guard"), settings, Path(adapter), on_step=watch)
-        stage.done(made.examples, f"{made.steps} steps, loss {made.first_loss:.3f} -> {made.last_loss:.3f}")
+        given = read_section(GuardSettings, guard, "guard")
+        trained = train(examples, given, settings, Path(adapter), on_step=watch, seed=seed)
+        stage.done(trained.examples, f"{trained.steps} steps, loss {trained.first_loss:.3f} -> {trained.last_loss:.3f}")
     figures = {
-        "examples": made.examples,
-        "steps": made.steps,
-        "first_loss": made.first_loss,
-        "last_loss": made.last_loss,
-        "scale": made.scale,
-        "threshold": made.threshold,
-        "response_threshold": made.response_threshold,
-        "temperature": made.temperature,
-        "held_out_auprc": made.held_out_auprc or 0.0,
+        "examples": trained.examples,
+        "steps": trained.steps,
+        "first_loss": trained.first_loss,
+        "last_loss": trained.last_loss,
+        "scale": trained.scale,
+        "threshold": trained.threshold,
+        "response_threshold": trained.response_threshold,
+        "temperature": trained.temperature,
+        "validation_auprc": trained.validation_auprc or 0.0,
     }
     return {k: float(v) for k, v in figures.items()}

@@ -1,7 +1,7 @@
 """The adapter: made, held at a part of its strength, and saved as one that works on the plain base.
 
 Where the baseline has an adapter already, it stays frozen under the new one, and only the new one is trained and
-scaled: W = W_default + scale (W_trained - W_default). Saved, both become one LoRA adapter whose rank is the sum.
+scaled: W = W_baseline + scale (W_trained - W_baseline). Saved, both become one LoRA adapter whose rank is the sum.
 """
 
 import json
@@ -15,45 +15,32 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.errors import GuardLoopError
 from guardloop.guard.inference.forward import decoder_of
-from guardloop.guard.loading import changes_vocabulary
 from guardloop.training.settings import TrainingSettings
 
 TRAINED = "trained"
+ALPHA_PER_RANK = 2  # the update counts twice, whatever the rank
+DROPOUT = 0.05
 Layers = Iterator[tuple[str, Any]]
 
 
-def fresh_adapter(model: Any, settings: TrainingSettings) -> PeftModel:
-    """`model` with a new LoRA adapter, which changes nothing yet, on top of its frozen own one if it has one.
+def fresh_adapter(model: Any, settings: TrainingSettings, dropout: float = DROPOUT) -> PeftModel:
+    """`model` with a new LoRA adapter on its linear layers, which changes nothing yet.
 
-    Raises GuardLoopError for targets that it has not got.
+    If the model has an adapter of its own, that stays, frozen, under the new one.
     """
     layers = model.config.num_hidden_layers
     first = layers - max(1, round(layers * settings.top_layers))
-    targets = linear_names(model) if settings.target_modules == "all-linear" else settings.target_modules
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
+        lora_alpha=ALPHA_PER_RANK * settings.rank,
+        lora_dropout=dropout,
+        target_modules=linear_names(model),
         layers_to_transform=list(range(first, layers)) if first else None,
-        use_rslora=settings.variant == "rslora",
-        use_dora=settings.variant == "dora",
         task_type="CAUSAL_LM",
     )
-    try:
-        adapted = _stacked(model, config) if isinstance(model, PeftModel) else get_peft_model(model, config, TRAINED)
-    except ValueError as error:
-        raise GuardLoopError(
-            f"training.target_modules: {first_line(error)}", "use all-linear, or names of the model's own layers"
-        ) from error
-    if changes_vocabulary(adapted):
-        raise GuardLoopError(
-            "training.target_modules: embeddings and output head cannot have an adapter: scores come of their weights",
-            "leave them out, or use all-linear",
-        )
-    return adapted
+    return _stacked(model, config) if isinstance(model, PeftModel) else get_peft_model(model, config, TRAINED)
 
 
 def linear_names(model: Any) -> list[str]:
@@ -135,10 +122,10 @@ def _stacked(model: PeftModel, config: LoraConfig) -> PeftModel:
     """`model` with a second, trainable adapter over its own."""
     (own,) = model.peft_config
     old = model.peft_config[own]
-    odd = {"DoRA": old.use_dora or config.use_dora, "bias": old.bias != "none", "other modules": old.modules_to_save}
-    if what := [name for name, found in odd.items() if found]:
+    unlike_lora = {"DoRA": old.use_dora, "bias": old.bias != "none", "other modules": old.modules_to_save}
+    if names := [name for name, present in unlike_lora.items() if present]:
         raise GuardLoopError(
-            f"training: an adapter with {what[0]} cannot be joined with another one",
+            f"training: the baseline's adapter has {names[0]}, so that no other one can be joined with it",
             "merge the baseline's adapter into its base, and name that as guard.base",
         )
     model.add_adapter(TRAINED, config)

@@ -5,6 +5,7 @@ A training is known by the hash of its inputs and settings, so that only the sam
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.places import cache_folder
 from guardloop.core.storage import exists, fetch, put
 
 log = logging.getLogger("guardloop")
 STATE = "state"
 BEST, ADAPTER, OPTIMIZER = "best/", "adapter/", "optimizer/"
+
+
+def checkpoint_place() -> str:
+    """Where unfinished trainings are kept: $GUARDLOOP_WORK, a folder or an `s3://` prefix, or the cache folder."""
+    return os.environ.get("GUARDLOOP_WORK") or str(cache_folder() / "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,12 @@ class Checkpoints:
                     tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                     state = json.loads(file.metadata()[STATE])
             except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-                log.warning("the checkpoint %s is broken; training begins anew", self.uri)
+                log.warning("the checkpoint %s is broken: training begins anew", self.uri)
                 return None
         return tensors, state
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Put a checkpoint in place of the one before, whole or not at all. One that fails is told, and no more."""
+        """Put a checkpoint in place of the one before, whole or not at all. Where that fails, training goes on."""
         try:
             with TemporaryDirectory() as folder:
                 path = Path(folder) / "state"
@@ -63,7 +70,7 @@ class Checkpoints:
                 save_file(plain, path, {STATE: json.dumps(state)})
                 put(path, self.uri)
         except (GuardLoopError, OSError, SafetensorError) as error:
-            log.warning("no checkpoint was kept, training goes on: %s", error)
+            log.warning("no checkpoint was kept; training goes on: %s", error)
 
     def clear(self) -> None:
         """Remove a local checkpoint once its adapter is saved; a store has rules of its own for old objects."""

@@ -33,8 +33,8 @@ def train_in_processes(count: int, module: str, arguments: dict[str, Any]) -> di
                 f"train_guard: one of {count} processes failed",
                 "read the lines above; training.processes needs as many GPUs",
             )
-        found: dict[str, float] = json.loads(figures.read_text("utf-8"))
-    return found
+        result: dict[str, float] = json.loads(figures.read_text("utf-8"))
+    return result
 
 
 def child(train: Callable[..., dict[str, float]]) -> None:
@@ -46,8 +46,8 @@ def child(train: Callable[..., dict[str, float]]) -> None:
         for name in ("GUARDLOOP_EVENTS", "GUARDLOOP_RUN_ID"):
             os.environ.pop(name, None)
     try:
-        found = train(**json.loads(call.read_text("utf-8")))
+        result = train(**json.loads(call.read_text("utf-8")))
     except GuardLoopError as error:
         sys.exit(f"{error}")
     if first:
-        figures.write_text(json.dumps(found), "utf-8")
+        figures.write_text(json.dumps(result), "utf-8")

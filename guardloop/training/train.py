@@ -1,9 +1,10 @@
-"""From examples to an adapter: split, train, choose seed, strength and threshold on what was held out, save."""
+"""From examples to an adapter: split, train, choose seed, strength and thresholds on the validation examples, save."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from guardloop.core.errors import GuardLoopError
-from guardloop.core.places import cache_folder
 from guardloop.core.records import Row
 from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
@@ -21,21 +20,24 @@ from guardloop.guard.inference.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
 from guardloop.guard.metadata import guard_metadata, thresholds
 from guardloop.guard.prompt.renderer import Renderer
-from guardloop.guard.prompt.verdict import UNSAFE, label_tokens
+from guardloop.guard.prompt.verdict import label_tokens
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
 from guardloop.models.locate import locate
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
-from guardloop.training.calibrate import CONTRAST, benign_fpr, ranking, same_share, stricter_point, temperature
+from guardloop.training.calibrate import benign_fpr, ranking, same_share, stricter_point, temperature
 from guardloop.training.card import model_card
-from guardloop.training.checkpoint import Checkpoints
-from guardloop.training.fit import Fitted, Look, fit
-from guardloop.training.loss import Encoded
+from guardloop.training.checkpoint import Checkpoints, checkpoint_place
+from guardloop.training.examples import check_examples, encode, is_replay, split, unsafe_count
+from guardloop.training.fit import fit, step_counts
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.sharding import shard
+from guardloop.training.trainer import ValidationResult
 from guardloop.training.watch import Step
 
+log = logging.getLogger("guardloop")
 CARD, METADATA = "README.md", "guard.json"
+OnStep = Callable[[int, Step], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Trial:
 
     seed: int
     scale: float
-    held_out_auprc: float | None
+    validation_auprc: float | None
     benign_fpr: float | None
     chosen: bool = False
 
@@ -54,7 +56,7 @@ class Trained:
     """What training made, beside the adapter itself."""
 
     examples: int
-    held_out: int
+    validation_examples: int
     steps: int
     first_loss: float
     last_loss: float
@@ -63,19 +65,57 @@ class Trained:
     threshold: float
     response_threshold: float
     temperature: float
-    held_out_auprc_baseline: float | None
-    held_out_auprc: float | None
+    validation_auprc_baseline: float | None
+    validation_auprc: float | None
     trials: list[Trial]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best adapter so far."""
+    """One adapter that may be kept."""
 
     trial: Trial
     scores: np.ndarray
+    """Of the validation examples, `float32[N]`."""
     adapter: dict[str, torch.Tensor]
-    fitted: Fitted
+    losses: list[float]
+
+
+@dataclass
+class Work:
+    """The baseline with a trainable adapter, what it is trained and validated on, and how the baseline does there."""
+
+    guard: GuardSettings
+    settings: TrainingSettings
+    training: list[Row]
+    validation: list[Row]
+    processes: PartialState
+    renderer: Renderer
+    model: Any
+    metadata: Row
+    own_adapter: Path | None
+    thresholds: tuple[float, float]
+    """The baseline's, of prompts and of responses."""
+    baseline_scores: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.baseline_scores = self.scores(self.validation)
+
+    def scores(self, rows: Sequence[Row]) -> np.ndarray:
+        """Scores of `rows` with the adapter as it is, `float32[N]`, in order; each process scores its share."""
+        self.model.eval()
+        guard = Guard(self.model, self.renderer, min_label_mass=0.0)
+        rank, count = self.processes.process_index, self.processes.num_processes
+        mine = slice(rank, None, count)
+        whole = is_sharded(self.model)  # then each process has to make every pass
+        verdicts = list(guard.score(rows))[mine] if whole else list(guard.score(rows[mine]))
+        numbered = [(rank + n * count, v.score if v.score is not None else 0.0) for n, v in enumerate(verdicts)]
+        everyone = sorted(gather_object(numbered)) if count > 1 else numbered
+        return np.array([score for _, score in everyone], dtype=np.float32)
+
+    def judged(self, scores: np.ndarray) -> tuple[float | None, float | None]:
+        """AUPRC on the validation examples, and the flagged share of the safe ones at the baseline's threshold."""
+        return ranking(self.validation, scores), benign_fpr(self.validation, scores, self.thresholds[0])
 
 
 def train(
@@ -83,158 +123,65 @@ def train(
     guard: GuardSettings,
     settings: TrainingSettings,
     folder: Path,
-    on_step: Callable[[int, Step], None] = lambda seed, step: None,
+    on_step: OnStep = lambda seed, step: None,
     *,
+    seed: int = 0,
     checked: bool = True,
 ) -> Trained:
     """Train a LoRA adapter for the baseline on `examples` and save it in `folder`.
 
-    The adapter's seed, strength, threshold and temperature are chosen on held-out examples. `on_step` is told the
-    seed and the step. Where torchrun started several processes, each calls this, and the first one saves.
-    Raises GuardLoopError if there are too few examples, or one kind only, unless not `checked`: experiments train
-    on such sets to show what becomes of it.
+    The adapter's seed (`seed` and those after it), strength, thresholds and temperature are chosen on validation
+    examples. `on_step` gets the seed and the step. Where torchrun started several processes, each calls this, and the
+    first one saves.
+    Raises GuardLoopError if there are no examples, or of one kind only, unless not `checked`: experiments train on such
+    sets to show what becomes of it.
     """
-    training, held_out = split(examples, settings.validation, settings.seed)
-    _check(training, settings, checked)
+    training, validation = split(examples, settings.validation, seed)
+    if checked:
+        check_examples(training)
+    work = _prepare(training, validation, guard, settings)
+    _tell_plan(work)
+    data_hash = _hash([dict(row) for row in examples])
+    key = _key(work, data_hash)
+    initial = trained_tensors(work.model)
+    best, trials, stores = None, list[Trial](), list[Checkpoints]()
+    for number in range(seed, seed + settings.seeds):
+        stores.append(Checkpoints(checkpoint_place(), _hash([*key, number])))
+        restart(work.model, initial, number)
+        for choice in _train_seed(work, number, stores[-1], on_step):
+            trials.append(choice.trial)
+            if best is None or (choice.trial.validation_auprc or 0.0) > (best.trial.validation_auprc or 0.0):
+                best = choice
+    assert best is not None  # there is a seed, and a scale
+    trained = _operating_point(work, best, trials)
+    if work.processes.is_main_process:
+        save_adapter(work.model, trained.scale, folder)
+        _describe(work, trained, data_hash, folder)
+        for store in stores:
+            store.clear()
+    work.processes.wait_for_everyone()
+    _tell_outcome(work, trained)
+    return trained
+
+
+def _prepare(training: list[Row], validation: list[Row], guard: GuardSettings, settings: TrainingSettings) -> Work:
     device = pick_device(guard.device)
     processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
     own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
     metadata = {**guard_metadata(base), **(guard_metadata(own_adapter) if own_adapter else {})}
-    renderer = load_renderer(guard)
-    model = _load(base, own_adapter, guard, settings, device)
-    baseline_threshold, default_for_responses = thresholds(metadata, guard.threshold, guard.response_threshold)
-    baseline_scores = _scores(model, renderer, held_out, guard, processes)
-    encoded = [encode(row, renderer) for row in training]
-    data_hash = _hash([dict(row) for row in examples])
-    decisive = settings.model_dump(mode="json", exclude={"checkpoints", "processes", "sharded"})
-    key = [
-        *(data_hash, _hash([example.tokens for example in encoded])),  # the tokens show the policy's content, too
-        *(guard.plain(), baseline_threshold, default_for_responses, _digest(own_adapter), decisive),
-    ]
-
-    def judged(scores: np.ndarray) -> tuple[float | None, float | None]:
-        return ranking(held_out, scores), benign_fpr(held_out, scores, baseline_threshold)
-
-    initial, trials, best = trained_tensors(model), list[Trial](), None
-    stores = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        restart(model, initial, seed)
-        looks: dict[int, np.ndarray] = {}
-
-        def look(step: int, looks: dict[int, np.ndarray] = looks) -> Look:
-            looks.clear()
-            model.eval()
-            looks[step] = _scores(model, renderer, held_out, guard, processes)
-            return Look(step, *judged(looks[step]))
-
-        stores.append(Checkpoints(settings.checkpoints or str(cache_folder() / "checkpoints"), _hash([*key, seed])))
-        fitted = fit(
-            model,
-            renderer.prefixes,
-            label_tokens(renderer),
-            encoded,
-            settings.model_copy(update={"seed": seed}),
-            on_step=lambda step, seed=seed: on_step(seed, step),  # type: ignore[misc]
-            look=look,
-            checkpoints=stores[-1],
-        )
-        for scale in settings.scales:
-            scores = looks.get(fitted.best.step) if scale == 1.0 and fitted.best else None
-            if scores is None:
-                with scaled(model, scale):
-                    scores = _scores(model, renderer, held_out, guard, processes)
-            trials.append(Trial(seed, scale, *judged(scores)))
-            if best is None or _rank(trials[-1], settings) > _rank(best.trial, settings):
-                best = Choice(trials[-1], scores, trained_tensors(model), fitted)
-    assert best is not None  # there is a seed, and a scale
-    put_back(model, best.adapter)
-    taught = [row for row in training if not row["kind"].startswith("replay")]
-    with scaled(model, best.trial.scale):
-        taught_scores = _scores(model, renderer, taught, guard, processes)
-    responses = np.array([row["response"] is not None for row in held_out], dtype=bool)
-    losses = [step.loss for step in best.fitted.steps]
-    tenth = max(1, len(losses) // 10)
-    trained = Trained(
-        examples=len(training),
-        held_out=len(held_out),
-        steps=len(losses),
-        first_loss=float(np.mean(losses[:tenth])),
-        last_loss=float(np.mean(losses[-tenth:])),
-        seed=best.trial.seed,
-        scale=best.trial.scale,
-        threshold=stricter_point(
-            held_out,
-            best.scores,
-            baseline_scores,
-            taught,
-            taught_scores,
-            baseline_threshold,
-            settings.max_newly_blocked,
-        ),
-        response_threshold=same_share(baseline_scores[responses], best.scores[responses], default_for_responses),
-        temperature=temperature(held_out, best.scores),
-        held_out_auprc_baseline=ranking(held_out, baseline_scores),
-        held_out_auprc=best.trial.held_out_auprc,
-        trials=[Trial(**asdict(trial) | {"chosen": trial is best.trial}) for trial in trials],
+    return Work(
+        guard,
+        settings,
+        training,
+        validation,
+        processes,
+        load_renderer(guard),
+        _load(base, own_adapter, guard, settings, device),
+        metadata,
+        own_adapter,
+        thresholds(metadata, guard.threshold, guard.response_threshold),
     )
-    if processes.is_main_process:
-        save_adapter(model, trained.scale, folder)
-        revision = guard.revision or getattr(model.config, "_commit_hash", None)
-        origin = {"family": metadata.get("family", guard.family), "base": guard.base, "base_revision": revision}
-        _describe({**origin, "baseline_adapter": guard.adapter, "data_hash": data_hash}, trained, settings, folder)
-        for store in stores:
-            store.clear()
-    processes.wait_for_everyone()
-    return trained
-
-
-def encode(row: Row, renderer: Renderer) -> Encoded:
-    """A training example as tokens. Trusted categories are in an optional column `codes`, such as `S1,S9`.
-
-    The baseline's label mass on a replayed row is in an optional column `label_mass`, 1 where it is missing.
-    """
-    answer: tuple[int, ...] = ()
-    if row.get("codes") and row["target"] > CONTRAST:
-        written = renderer.answer(f"{UNSAFE}\n{row['codes']}")
-        answer = (*written[len(label_tokens(renderer).lead) :], renderer.tokenizer.eos_token_id)
-    replayed = row["kind"].startswith("replay")
-    mass = row.get("label_mass")
-    return Encoded(
-        id=row["id"],
-        tokens=renderer.render(row["prompt"], row["response"]).tokens,
-        target=row["target"],
-        weight=row["weight"],
-        answer=answer,
-        replayed_mass=min(1.0, 1.0 if mass is None else mass) if replayed else None,  # rounding may take it above 1
-    )
-
-
-def split(examples: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Training and held-out examples; a group falls wholly on one side, by a hash of its key and the seed."""
-
-    def held(row: Row) -> bool:
-        digest = hashlib.sha256(f"{seed}/{row['group']}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64 < share
-
-    return [r for r in examples if not held(r)], [r for r in examples if held(r)]
-
-
-def _check(examples: Sequence[Row], settings: TrainingSettings, checked: bool) -> None:
-    if not checked:
-        return
-    if len(examples) < settings.min_examples:
-        raise GuardLoopError(
-            f"training: {len(examples)} examples are too few (training.min_examples is {settings.min_examples})",
-            "screen more traffic, or sample more responses per prompt",
-        )
-    unsafe = sum(row["target"] > CONTRAST for row in examples)
-    if unsafe in (0, len(examples)):
-        kind = "safe" if unsafe == 0 else "unsafe"
-        raise GuardLoopError(
-            f"training: every example is {kind}; such a training set makes a guard that says {kind} to everything",
-            "mine both positives and negatives, with replay",
-        )
 
 
 def _load(
@@ -259,32 +206,118 @@ def _keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _rank(trial: Trial, settings: TrainingSettings) -> tuple[bool, float]:
-    return Look(0, trial.held_out_auprc, trial.benign_fpr).rank(settings.fpr_limit)
+def _key(work: Work, data_hash: str) -> list[Any]:
+    """All that decides how a training goes, but for its seed."""
+    decisive = work.settings.model_dump(mode="json", exclude={"processes", "sharded"})
+    tokens = _hash([example.tokens for example in encode(work.training, work.renderer)])  # show the policy's text, too
+    return [data_hash, tokens, work.guard.plain(), *work.thresholds, _digest(work.own_adapter), decisive]
 
 
-def _scores(
-    model: Any, renderer: Renderer, rows: Sequence[Row], settings: GuardSettings, processes: PartialState
-) -> np.ndarray:
-    """Scores of `rows`, `float32[N]`, in order; each process scores its share, or all where the model is sharded."""
-    rank, count = processes.process_index, processes.num_processes
-    guard = Guard(model, renderer, batch_tokens=settings.batch_tokens, pack_tokens=settings.pack_tokens, is_guard=False)
-    scored, own = slice(rank, None, count), slice(None)
-    if is_sharded(model):  # every process has to make as many passes as the others
-        scored, own = own, scored
-    verdicts = list(guard.score(rows[scored]))[own]
-    mine = [(rank + i * count, v.score if v.score is not None else 0.0) for i, v in enumerate(verdicts)]
-    found = sorted(gather_object(mine)) if count > 1 else mine
-    return np.array([score for _, score in found], dtype=np.float32)
+def _train_seed(work: Work, seed: int, checkpoints: Checkpoints, on_step: OnStep) -> Iterator[Choice]:
+    """Train one adapter; it is a choice at each of the strengths."""
+    last_validation: tuple[int, np.ndarray] | None = None  # step and scores: spares one pass of scoring at scale 1
+
+    def validate(step: int) -> ValidationResult:
+        nonlocal last_validation
+        last_validation = step, work.scores(work.validation)
+        auprc, fpr = work.judged(last_validation[1])
+        log.info("after step %d: AUPRC %s on the validation examples", step, _shown(auprc))
+        return ValidationResult(step, auprc, fpr)
+
+    fitted = fit(
+        work.model,
+        work.renderer.prefixes,
+        label_tokens(work.renderer),
+        encode(work.training, work.renderer),
+        work.settings,
+        seed,
+        on_step=lambda step: on_step(seed, step),
+        validate=validate,
+        checkpoints=checkpoints,
+    )
+    adapter, losses = trained_tensors(work.model), [step.loss for step in fitted.steps]
+    for scale in work.settings.scales:
+        if scale == 1.0 and fitted.best and last_validation and fitted.best.step == last_validation[0]:
+            scores = last_validation[1]
+        else:
+            with scaled(work.model, scale):
+                scores = work.scores(work.validation)
+        yield Choice(Trial(seed, scale, *work.judged(scores)), scores, adapter, losses)
 
 
-def _describe(origin: Row, trained: Trained, settings: TrainingSettings, folder: Path) -> None:
+def _operating_point(work: Work, best: Choice, trials: Sequence[Trial]) -> Trained:
+    """Put the chosen adapter back, and set its thresholds and temperature."""
+    put_back(work.model, best.adapter)
+    mined = [row for row in work.training if not is_replay(row)]
+    with scaled(work.model, best.trial.scale):
+        mined_scores = work.scores(mined)
+    responses = np.array([row["response"] is not None for row in work.validation], dtype=bool)
+    prompt_threshold, response_threshold = work.thresholds
+    tenth = max(1, len(best.losses) // 10)
+    return Trained(
+        examples=len(work.training),
+        validation_examples=len(work.validation),
+        steps=len(best.losses),
+        first_loss=float(np.mean(best.losses[:tenth])),
+        last_loss=float(np.mean(best.losses[-tenth:])),
+        seed=best.trial.seed,
+        scale=best.trial.scale,
+        threshold=stricter_point(
+            work.validation,
+            best.scores,
+            work.baseline_scores,
+            mined,
+            mined_scores,
+            prompt_threshold,
+            work.settings.max_newly_blocked,
+        ),
+        response_threshold=same_share(work.baseline_scores[responses], best.scores[responses], response_threshold),
+        temperature=temperature(work.validation, best.scores),
+        validation_auprc_baseline=ranking(work.validation, work.baseline_scores),
+        validation_auprc=best.trial.validation_auprc,
+        trials=[replace(trial, chosen=trial is best.trial) for trial in trials],
+    )
+
+
+def _describe(work: Work, trained: Trained, data_hash: str, folder: Path) -> None:
     """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
+    guard = work.guard
     point = {name: getattr(trained, name) for name in ("threshold", "response_threshold", "temperature")}
-    metadata = {**origin, **point, CHECKSUM: checksum(folder / WEIGHTS)}
-    metadata["training"] = {**asdict(trained), "settings": settings.plain()}
+    metadata = {
+        "family": work.metadata.get("family", guard.family),
+        "base": guard.base,
+        "base_revision": guard.revision or getattr(work.model.config, "_commit_hash", None),
+        "baseline_adapter": guard.adapter,
+        "data_hash": data_hash,
+        **point,
+        CHECKSUM: checksum(folder / WEIGHTS),
+        "training": {**asdict(trained), "settings": work.settings.plain()},
+    }
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(model_card(metadata), "utf-8")
+
+
+def _tell_plan(work: Work) -> None:
+    settings = work.settings
+    per_epoch, total = step_counts(len(work.training), settings)
+    log.info(
+        "training on %d examples (%d unsafe), %d more for validation: %d steps of %d examples%s, validated every %d",
+        *(len(work.training), unsafe_count(work.training), len(work.validation), total, settings.batch_size),
+        *(f" for each of {settings.seeds} seeds" if settings.seeds > 1 else "", min(per_epoch, total)),
+    )
+
+
+def _tell_outcome(work: Work, trained: Trained) -> None:
+    log.info(
+        "AUPRC on the validation examples: %s, the baseline's %s. Threshold for prompts %.3f (was %.3f), for responses "
+        "%.3f (was %.3f). Next: the candidate is compared with the baseline on the test set",
+        *(_shown(trained.validation_auprc), _shown(trained.validation_auprc_baseline)),
+        *(trained.threshold, work.thresholds[0], trained.response_threshold, work.thresholds[1]),
+    )
+
+
+def _shown(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.3f}"
 
 
 def _digest(adapter: Path | None) -> list[str]:

@@ -38,7 +38,7 @@ class Step:
     """Peak so far: allocated on the GPU, or resident without one."""
     mfu: float | None = None
     """Share of the device's peak; None where that is unknown."""
-    held_out_auprc: float | None = None
+    validation_auprc: float | None = None
     benign_fpr: float | None = None
 
     def metrics(self) -> dict[str, float]:

@@ -255,11 +255,8 @@ def _hub_account() -> tuple[Verdict, str, str]:
 
 def _s3(settings: Settings) -> list[Check]:
     addresses = [(where, source.path) for where, source in settings.sources() if source.path.startswith("s3://")]
-    checkpoints = settings.training.checkpoints or ""
     addresses += [("guard.adapter", settings.guard.adapter or "")] if settings.guard.adapter else []
     found = [s3_object(f"S3, {where}", path) for where, path in addresses if path.startswith("s3://")]
-    if checkpoints.startswith("s3://"):
-        found.append(Check("S3, training.checkpoints", "not checked", f"{checkpoints}: whether it can be written"))
     return found or [Check("S3", "ok", "no s3:// address is used")]
 
 

@@ -141,13 +141,10 @@ def _environment(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _writable(home: Path, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:
-    """Folders that stages write to: runs, models that were downloaded, checkpoints, a database of MLflow."""
+    """Folders that stages write to: runs, the cache with unfinished work, downloaded models, MLflow's database."""
     yield home
     yield _made(Path(environment.get("GUARDLOOP_CACHE") or Path.home() / ".cache/guardloop").absolute())
     yield _made(Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface").absolute())
-    checkpoints = (arguments.get("training") or {}).get("checkpoints")
-    if checkpoints and "://" not in checkpoints:
-        yield _made(Path(checkpoints).expanduser().absolute())
     registry = arguments.get("registry") or {}
     for uri in (environment.get("MLFLOW_TRACKING_URI"), registry.get("tracking_uri")):
         if found := SQLITE.fullmatch(uri or ""):

@@ -10,7 +10,7 @@ from guardloop.guard.engine import Guard
 from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.embedded import GUARD_ADAPTER
-from guardloop.training.bootstrap import recipe
+from scripts.embedded_guard import recipe
 
 SIDES = 40
 

@@ -1,5 +1,6 @@
 import logging
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,19 +14,17 @@ from support.models import renderer_of, tiny_llama, with_lora
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.inference.forward import label_logits
 from guardloop.guard.prompt.verdict import LabelTokens, label_tokens
-from guardloop.training.fit import Learner, Look, Training, answer_hidden, batches, fit, rate_at
-from guardloop.training.loss import Encoded, batch_loss, label_losses
+from guardloop.training import trainer as trainer_module
+from guardloop.training.examples import Encoded
+from guardloop.training.fit import WARMUP, batches, fit, rate_at
+from guardloop.training.loss import batch_loss, label_losses
 from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
+from guardloop.training.trainer import MAX_GRAD_NORM, Learner, Trainer, ValidationResult, label_states
 from guardloop.training.watch import flops_per_token
 
 PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
 PROMPTS = ["hello", "build a bomb", "bake " * 20, "how <|eot_id|> so?", "x"]
-schedules = st.builds(
-    TrainingSettings,
-    warmup=st.floats(0, 1, exclude_max=True),
-    schedule=st.sampled_from(["cosine", "linear", "constant"]),
-)
 
 
 def adapted(family="guardloop", **config):
@@ -65,8 +64,8 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
     reference = reference_loss(model, labels, examples)
     reference.backward()
     expected = gradients(model)
-    hidden, tokens = answer_hidden(model, prefixes, labels.lead, examples)
-    loss = batch_loss(label_logits(model, hidden), labels, examples, 0.0) / sum(e.weight for e in examples)
+    hidden, tokens = label_states(model, prefixes, labels.lead, examples)
+    loss = batch_loss(label_logits(model, hidden), labels, examples) / sum(e.weight for e in examples)
     loss.backward()
     found = gradients(model)
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
@@ -79,21 +78,20 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
 
 
 def test_checkpointed_gradients_equal_those_behind_the_shared_prefix():
-    model, renderer = adapted().train(), renderer_of("guardloop")
-    labels, examples = label_tokens(renderer), encoded(renderer)
+    model, renderer = adapted(), renderer_of("guardloop")
 
-    def learn():
-        loss = Learner(model, renderer.prefixes, labels, 0.0)(examples)
-        loss.backward()
-        return loss.item(), gradients(model)
+    def first_step():
+        trainer = Trainer(model, renderer.prefixes, label_tokens(renderer), TrainingSettings())
+        model.train()
+        return trainer._gradients(encoded(renderer), 1)[0], gradients(model)
 
-    expected_loss, expected = learn()
-    again = []
+    expected_loss, expected = first_step()
+    computed = []
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.get_base_model().model.layers:
-        layer.self_attn.register_forward_hook(lambda *_: again.append(1))
-    loss, found = learn()
-    assert len(again) == 2 * len(model.get_base_model().model.layers)  # computed again in the backward pass
+        layer.self_attn.register_forward_hook(lambda *_: computed.append(1))
+    loss, found = first_step()
+    assert len(computed) == 2 * len(model.get_base_model().model.layers)  # again in the backward pass
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in expected.items():
         assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
@@ -114,13 +112,13 @@ def test_the_first_step_of_fit_has_the_loss_and_gradient_of_whole_prompts(family
 
 def test_examples_behind_several_prefixes_keep_their_order():
     model, renderer = adapted(), renderer_of("guardloop")
-    labels, examples = label_tokens(renderer), with_codes(renderer)
+    labels, examples = label_tokens(renderer), encoded(renderer)
     shared = renderer.prefixes[0]
-    found, tokens = answer_hidden(model, [shared[:3], [*shared, *examples[1].tokens[len(shared) :][:2]]], (), examples)
-    expected, whole = answer_hidden(model, [], (), examples)
+    found, tokens = label_states(model, [shared[:3], [*shared, *examples[1].tokens[len(shared) :][:2]]], (), examples)
+    expected, whole = label_states(model, [], (), examples)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert tokens < whole
-    assert len(found) == sum(e.positions for e in examples)
+    assert len(found) == len(examples)
     assert labels.lead == ()
 
 
@@ -128,14 +126,14 @@ def test_examples_behind_several_prefixes_keep_their_order():
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-3"])
 def test_packs_have_the_loss_and_gradients_of_batches(family, checkpointed):
     model, renderer = adapted(family), renderer_of(family)
-    labels, examples = label_tokens(renderer), with_codes(renderer)
-    packs = Packs(model, renderer.prefixes, labels.lead, largest=1024, checkpointed=checkpointed, compiled=False)
-    pieces = packs.pieces(examples)
+    labels, examples = label_tokens(renderer), encoded(renderer)
+    packs = Packs(model, renderer.prefixes, labels.lead, max_tokens=1024, checkpointed=checkpointed, compiled=False)
+    pieces = packs.micro_batches(examples)
     assert sorted(e.id for piece in pieces for e in piece) == sorted(e.id for e in examples)
     assert len(pieces) < len(examples)
 
     def learn(packs, pieces):
-        learner = Learner(model, renderer.prefixes, labels, 0.3, packs)
+        learner = Learner(model, renderer.prefixes, labels, packs)
         total = 0.0
         for piece in pieces:
             loss = learner(piece)
@@ -153,9 +151,9 @@ def test_packs_have_the_loss_and_gradients_of_batches(family, checkpointed):
 def test_an_example_too_long_for_a_pack_is_a_piece_by_itself():
     model, renderer = adapted(), renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    packs = Packs(model, renderer.prefixes, labels.lead, largest=128, compiled=False)
+    packs = Packs(model, renderer.prefixes, labels.lead, max_tokens=128, compiled=False)
     long = replace(examples[0], id="long", tokens=[*examples[0].tokens, *examples[0].tokens * 3])
-    pieces = packs.pieces([*examples, long])
+    pieces = packs.micro_batches([*examples, long])
     assert [long] in pieces
     assert packs.hidden([long]) is None
 
@@ -179,116 +177,50 @@ def test_the_label_loss_is_a_cross_entropy_least_at_its_target(logits, target):
     scores = torch.tensor(logits)
     count = len(logits)
     targets = torch.full((count,), target)
-    loss = label_losses(scores, labels, targets, torch.ones(count)).mean()
+    loss = label_losses(scores, labels, targets).mean()
     probabilities = scores.softmax(-1)
     expected = -(target * probabilities[:, 4].log() + (1 - target) * probabilities[:, 2].log()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
     best = torch.full((count, 6), -30.0)
     best[:, 4] = math.log(max(target, 1e-12))
     best[:, 2] = math.log(max(1 - target, 1e-12))
-    least = label_losses(best, labels, targets, torch.ones(count)).mean()
+    least = label_losses(best, labels, targets).mean()
     assert least.item() <= loss.item() + 1e-5
-
-
-def lesson(target, weight=1.0, **values):
-    return Encoded("e", [0], target, weight, **values)
 
 
 def test_a_weight_counts_as_that_many_examples():
     labels = LabelTokens((), safe=0, unsafe=1)
     logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    weighted = batch_loss(logits, labels, [lesson(1.0, 3.0), lesson(0.0)], 0.0)
-    repeated = batch_loss(logits[[0, 0, 0, 1]], labels, [lesson(1.0)] * 3 + [lesson(0.0)], 0.0)
+    thrice, unsafe, safe = (Encoded("e", [0], target, weight) for target, weight in ((1, 3.0), (1, 1.0), (0, 1.0)))
+    weighted = batch_loss(logits, labels, [thrice, safe])
+    repeated = batch_loss(logits[[0, 0, 0, 1]], labels, [unsafe] * 3 + [safe])
     assert weighted.item() == pytest.approx(repeated.item(), rel=1e-6)
-
-
-shares = st.floats(0.01, 0.99)
-
-
-@given(target=shares, mass=st.floats(0.5, 1), other=st.lists(st.floats(-5, 5), min_size=5, max_size=5))
-@PROPERTY
-def test_a_replayed_row_costs_its_divergence_from_the_default_guard(target, mass, other):
-    labels = LabelTokens((), safe=2, unsafe=4)
-    mass = 1.0 if mass > 0.98 else mass
-    row = [lesson(target, replayed_mass=mass)]
-    logits = torch.full((1, 5), -60.0)
-    for token, share in ((2, mass * (1 - target)), (4, mass * target), (0, 1 - mass)):
-        logits[0, token] = math.log(max(share, 1e-30))
-    same = logits.clone().requires_grad_()
-    loss = batch_loss(same, labels, row, 0.0)
-    (gradient,) = torch.autograd.grad(loss, same)
-    assert loss.item() == pytest.approx(0, abs=1e-5)
-    assert gradient.abs().max() < 1e-5
-    p = torch.tensor([other]).softmax(-1)[0]
-    divergence = sum(
-        q * math.log(q / p) if q else 0.0
-        for q, p in ((mass * target, p[4]), (mass * (1 - target), p[2]), (1 - mass, p[0] + p[1] + p[3]))
-    )
-    assert batch_loss(torch.tensor([other]), labels, row, 0.0).item() == pytest.approx(float(divergence), abs=1e-4)
-
-
-def test_a_replayed_row_and_a_lesson_have_the_same_gradient_where_the_label_mass_was_one():
-    labels = LabelTokens((), safe=0, unsafe=1)
-    logits = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    losses = [batch_loss(logits, labels, [lesson(0.3, replayed_mass=mass)], 0.0) for mass in (None, 1.0)]
-    one, other = (torch.autograd.grad(loss, logits)[0] for loss in losses)
-    torch.testing.assert_close(one, other)
-
-
-def with_codes(renderer):
-    """Examples of which some carry a trusted, written answer."""
-    lead = len(label_tokens(renderer).lead)
-    answer = (*renderer.answer("unsafe\nO2,O1")[lead:], renderer.tokenizer.eos_token_id)
-    return [replace(e, answer=answer) if n % 3 == 0 else e for n, e in enumerate(encoded(renderer))]
-
-
-@pytest.mark.parametrize("family", ["llama-guard-1", "llama-guard-3"])
-def test_written_categories_are_learnt_at_their_own_positions(family):
-    model, renderer = adapted(family), renderer_of(family)
-    labels, prefixes, examples = label_tokens(renderer), renderer.prefixes, with_codes(renderer)
-    reference = reference_loss(model, labels, examples) * sum(e.weight for e in examples)
-    for e in examples:
-        if e.answer:
-            row = [*e.tokens, *labels.lead, *e.answer]
-            logits = model(torch.tensor([row])).logits[0, -len(e.answer) : -1]
-            cost = torch.nn.functional.cross_entropy(logits, torch.tensor(e.answer[1:]))
-            reference = reference + 0.25 * e.weight * e.target * cost
-    reference.backward()
-    expected = gradients(model)
-    hidden, _ = answer_hidden(model, prefixes, labels.lead, examples)
-    assert len(hidden) == sum(e.positions for e in examples) > len(examples)
-    loss = batch_loss(label_logits(model, hidden), labels, examples, 0.25)
-    loss.backward()
-    found = gradients(model)
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
-    for name, gradient in expected.items():
-        assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
 
 
 def reference_curve(model, labels, examples, options, total):
     """The losses of a plain loop over whole prompts, one at a time."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     losses = []
-    for step, batch in enumerate(batches(examples, options, total)):
+    for step, batch in enumerate(batches(examples, options.batch_size, 0, total)):
         loss = reference_loss(model, labels, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate_at(step, total, options)
+            group["lr"] = options.learning_rate * rate_at(step, total)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
 
 
-@pytest.mark.slow
-def test_the_loss_curve_lies_on_that_of_whole_prompts_over_fifty_steps():
+def test_the_loss_curve_lies_on_that_of_whole_prompts(monkeypatch):
+    monkeypatch.setattr(trainer_module, "PACK_TOKENS", 100)  # some steps are taken in micro-batches
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    options = TrainingSettings(batch_size=3, epochs=12.5, learning_rate=1e-3, micro_rows=2)
+    options = TrainingSettings(batch_size=3, epochs=6, learning_rate=2e-3)
     fitted = fit(adapted(), renderer.prefixes, labels, examples, options)
-    expected = reference_curve(adapted(), labels, examples, options, 50)
+    expected = reference_curve(adapted(), labels, examples, options, 24)
     assert [step.loss for step in fitted.steps] == pytest.approx(expected, rel=1e-3)
     assert expected[-1] < 0.5 * expected[0]
 
@@ -307,25 +239,24 @@ def test_a_step_of_rows_that_weigh_nothing_teaches_nothing():
     model, renderer = adapted(), renderer_of("guardloop")
     before = {name: p.clone() for name, p in model.named_parameters()}
     idle = [replace(example, weight=0.0) for example in encoded(renderer)]
-    options = TrainingSettings(epochs=1, weight_decay=0.0)
-    steps = fit(model, renderer.prefixes, label_tokens(renderer), idle, options).steps
+    steps = fit(model, renderer.prefixes, label_tokens(renderer), idle, TrainingSettings()).steps
     assert steps and all(step.loss == 0 and step.gradient_norm == 0 for step in steps)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_steps_are_told_as_they_happen():
+def test_steps_are_reported_as_they_happen():
     model, renderer = adapted(), renderer_of("guardloop")
-    told, options = [], TrainingSettings(batch_size=4, epochs=1.5, warmup=0.5)
+    reported, options = [], TrainingSettings(batch_size=4, epochs=1.5)
     args = (model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
-    steps = fit(*args, on_step=told.append).steps
-    assert steps == told
+    steps = fit(*args, on_step=reported.append).steps
+    assert steps == reported
     assert [s.number for s in steps] == [1, 2, 3, 4, 5]
     assert all(s.total == 5 and s.tokens > 0 and s.learning_rate > 0 for s in steps)
 
 
 def test_a_loss_that_blows_up_names_its_examples():
     model, renderer = adapted(), renderer_of("guardloop")
-    options = TrainingSettings(learning_rate=1e30, batch_size=5, epochs=9, warmup=0)
+    options = TrainingSettings(learning_rate=1e30, batch_size=5, epochs=9)
     with pytest.raises(GuardLoopError, match=r"the loss is \S+ and .* at step \d+ \(examples e\d(, e\d){4}\)") as error:
         fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), options)
     assert "training.learning_rate" in error.value.remedy
@@ -352,24 +283,16 @@ def test_a_poisoned_weight_stops_the_first_step_and_leaves_the_adapter_alone():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
-@given(options=schedules, total=st.integers(1, 400))
+@given(total=st.integers(1, 400))
 @PROPERTY
-def test_the_rate_rises_then_falls_within_the_training(options, total):
-    rates = [rate_at(step, total, options) for step in range(total)]
+def test_the_rate_rises_then_falls_within_the_training(total):
+    rates = [rate_at(step, total) for step in range(total)]
     assert all(0 < rate <= 1 for rate in rates)
-    warmup = math.ceil(options.warmup * total)
-    assert warmup <= total
+    warmup = math.ceil(WARMUP * total)
     assert all(a < b for a, b in pairwise(rates[:warmup]))
     assert all(a >= b for a, b in pairwise(rates[warmup:]))
-    if warmup < total:
-        assert rates[warmup] == 1
-    else:
-        assert max(rates) >= 0.5
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_rate_ends_near_nothing(schedule):
-    assert rate_at(999, 1000, TrainingSettings(schedule=schedule)) < 0.01
+    assert total == 1 or rates[warmup] == 1
+    assert total < 300 or rates[-1] < 0.001
 
 
 @given(
@@ -377,34 +300,26 @@ def test_the_rate_ends_near_nothing(schedule):
     rows=st.integers(1, 12),
     epochs=st.integers(1, 3),
     seed=st.integers(0, 9),
-    order=st.sampled_from(["length", "random"]),
 )
 @PROPERTY
-def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed, order):
+def test_every_epoch_takes_every_example_once(lengths, rows, epochs, seed):
     examples = [Encoded(str(n), [0] * length, 0.5, 1.0) for n, length in enumerate(lengths)]
-    options = TrainingSettings(batch_size=rows, seed=seed, order=order)
     per_epoch = math.ceil(len(examples) / rows)
-    made = list(batches(examples, options, per_epoch * epochs))
+    made = list(batches(examples, rows, seed, per_epoch * epochs))
     for epoch in range(epochs):
         taken = [e.id for batch in made[epoch * per_epoch : (epoch + 1) * per_epoch] for e in batch]
         assert sorted(taken) == sorted(e.id for e in examples)
     assert all(0 < len(batch) <= rows for batch in made)
-    assert made == list(batches(examples, options, per_epoch * epochs))
+    assert made == list(batches(examples, rows, seed, per_epoch * epochs))
 
 
-def test_another_seed_gives_another_order():
-    examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(60)]
-    first, second = (list(batches(examples, TrainingSettings(seed=seed), 4)) for seed in (0, 1))
-    assert first != second
-
-
-@pytest.mark.parametrize(("order", "least", "most"), [("length", 0, 16), ("random", 100, 640)])
-def test_a_step_is_of_like_lengths_or_a_fair_sample(order, least, most):
+def test_each_epoch_and_each_seed_has_an_order_of_its_own_and_each_step_a_fair_sample():
     examples = [Encoded(str(n), [0] * n, 0.5, 1.0) for n in range(640)]
-    made = list(batches(examples, TrainingSettings(batch_size=16, order=order), 80))
+    made, other = (list(batches(examples, 16, seed, 80)) for seed in (0, 1))
+    assert made[:40] != made[40:]
+    assert made != other
     spans = [max(lengths) - min(lengths) for lengths in ([len(e.tokens) for e in batch] for batch in made)]
-    assert all(least < span < most for span in spans)
-    assert made[:40] != made[40:]  # each epoch in an order of its own
+    assert all(100 < span < 640 for span in spans)
 
 
 def fitted_state(**options):
@@ -412,7 +327,7 @@ def fitted_state(**options):
     model, renderer, rest = adapted(), renderer_of("guardloop"), options.pop("rest", {})
     before = options.pop("before", lambda model: None)
     before(model)
-    settings = TrainingSettings(**{"batch_size": 4, "epochs": 4, "learning_rate": 1e-3, "dropout": 0.0} | options)
+    settings = TrainingSettings(**{"batch_size": 4, "epochs": 2, "learning_rate": 1e-3} | options)
     fitted = fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), settings, **rest)
     return fitted, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -427,9 +342,10 @@ def test_no_examples_are_refused():
         fit(model, renderer.prefixes, label_tokens(renderer), [], TrainingSettings())
 
 
-@pytest.mark.parametrize("micro_rows", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_micro_batches_change_nothing_but_rounding(micro_rows):
-    (whole, expected), (pieces, found) = fitted_state(), fitted_state(micro_rows=micro_rows)
+def test_micro_batches_change_nothing_but_rounding(monkeypatch):
+    whole, expected = fitted_state()
+    monkeypatch.setattr(trainer_module, "PACK_TOKENS", 1)
+    pieces, found = fitted_state()
     assert [s.loss for s in pieces.steps] == pytest.approx([s.loss for s in whole.steps], rel=1e-4)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-4, rtol=1e-4)
@@ -447,15 +363,16 @@ def computed(model):
     return seen
 
 
-def test_a_step_of_more_tokens_than_a_pack_is_computed_in_pieces_of_like_length():
+def test_a_step_of_more_tokens_than_fit_is_computed_in_micro_batches_of_like_length(monkeypatch):
     renderer, seen = renderer_of("guardloop"), []
     prompts = [f"{n} " + "tea " * (40 * (n % 3) ** 2) for n in range(24)]
     rows = [Encoded(str(n), renderer.render(p, None).tokens, n % 2, 1.0) for n, p in enumerate(prompts)]
     found = []
     for most in (1024, 1024 * 512):
+        monkeypatch.setattr(trainer_module, "PACK_TOKENS", most)
         model = adapted()
         seen.append(computed(model))
-        settings = TrainingSettings(batch_size=24, epochs=1, dropout=0.0, order="random", pack_tokens=most)
+        settings = TrainingSettings(batch_size=24)
         found.append(fit(model, renderer.prefixes, label_tokens(renderer), rows, settings))
     pieces, (whole,) = seen
     assert sum(count for count, _ in pieces) == 24 == whole[0]
@@ -474,15 +391,14 @@ def small_memory(rows):
     return lambda model: model.get_base_model().model.register_forward_pre_hook(check, with_kwargs=True)
 
 
-@pytest.mark.slow
-def test_where_memory_runs_out_the_same_steps_are_taken_in_smaller_pieces(caplog):
+def test_where_memory_runs_out_the_same_steps_are_taken_with_less_at_once(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "guardloop"):
-        fitted, found = fitted_state(before=small_memory(1), batch_size=4)
-    assert [r.message for r in caplog.records] == [
-        "out of memory: from here on 2 examples in a forward pass",
-        "out of memory: from here on 1 examples in a forward pass",
-    ]
-    expected_fitted, expected = fitted_state(micro_rows=1)
+        fitted, found = fitted_state(before=small_memory(1))
+    told = [int(re.search(r"from here on at most (\d+) tokens", r.message)[1]) for r in caplog.records]
+    assert len(told) > 1
+    assert all(after <= before / 2 for before, after in pairwise(told))
+    monkeypatch.setattr(trainer_module, "PACK_TOKENS", 1)
+    expected_fitted, expected = fitted_state()
     assert [s.loss for s in fitted.steps] == [s.loss for s in expected_fitted.steps]
     assert [s.examples for s in fitted.steps] == [s.examples for s in expected_fitted.steps]
     assert same(found, expected)
@@ -491,9 +407,7 @@ def test_where_memory_runs_out_the_same_steps_are_taken_in_smaller_pieces(caplog
 class CompiledNowhere:
     """Packs on a GPU whose compiler cannot do them."""
 
-    largest = 8192
-
-    def pieces(self, share):
+    def micro_batches(self, share):
         return [share]
 
     def hidden(self, piece):
@@ -503,110 +417,79 @@ class CompiledNowhere:
 def test_where_packs_cannot_be_computed_training_goes_on_without_them(caplog):
     renderer, steps = renderer_of("guardloop"), []
     for packs in (None, CompiledNowhere()):
-        training = Training(
-            adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(dropout=0.0, batch_size=4)
-        )
-        training.packs = training.learner.packs = packs
-        steps.append([training.take(encoded(renderer)[:4], number, 2) for number in (1, 2)])
+        trainer = Trainer(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings())
+        trainer.packs = trainer.learner.packs = packs
+        steps.append([trainer.step(encoded(renderer)[:4], number, 2, 1e-3) for number in (1, 2)])
     assert [s.loss for s in steps[0]] == [s.loss for s in steps[1]]
-    assert [r.message for r in caplog.records if "packs" in r.message] == [
-        "packs: no valid Triton configs; training goes on without them, which is slower"
+    assert [r.message for r in caplog.records if "packed" in r.message] == [
+        "packed sequences: no valid Triton configs; training goes on without packing, which is slower"
     ]
 
 
 def test_an_error_after_packs_have_worked_is_raised():
     renderer = renderer_of("guardloop")
-    training = Training(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings(batch_size=4))
-    training.take(encoded(renderer)[:4], 1, 2)
-    training.packs = training.learner.packs = CompiledNowhere()
+    trainer = Trainer(adapted(), renderer.prefixes, label_tokens(renderer), TrainingSettings())
+    trainer.step(encoded(renderer)[:4], 1, 2, 1e-3)
+    trainer.packs = trainer.learner.packs = CompiledNowhere()
     with pytest.raises(RuntimeError, match="no valid Triton configs"):
-        training.take(encoded(renderer)[:4], 2, 2)
+        trainer.step(encoded(renderer)[:4], 2, 2, 1e-3)
 
 
 def test_memory_for_no_example_at_all_is_told():
-    with pytest.raises(GuardLoopError, match="out of memory with 1 examples") as error:
+    with pytest.raises(GuardLoopError, match="out of memory with 1 examples at once") as error:
         fitted_state(before=small_memory(0))
     assert "gradient_checkpointing" in error.value.remedy
 
 
-def test_packs_are_halved_to_whole_squares():
-    model, renderer = adapted(), renderer_of("guardloop")
-    packs = Packs(model, renderer.prefixes, (), largest=8704, compiled=False)
-    sizes = [packs.largest]
-    while packs.halve():
-        sizes.append(packs.largest)
-    assert sizes == [8704, 4352, 2176, 1024]
-    assert packs.largest == 1024
-
-
-def test_packs_without_the_memory_are_named(caplog):
+def test_packs_are_halved_to_whole_blocks_until_they_are_small(caplog, monkeypatch):
+    monkeypatch.setattr(trainer_module, "PACK_TOKENS", 8704)
     model, renderer = adapted(), renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    training = Training(model, renderer.prefixes, labels, TrainingSettings())
-    training.packs = training.learner.packs = Packs(model, renderer.prefixes, (), largest=2048, compiled=False)
+    trainer = Trainer(model, renderer.prefixes, labels, TrainingSettings())
+    trainer.packs = trainer.learner.packs = Packs(
+        model, renderer.prefixes, (), max_tokens=trainer.max_tokens, compiled=False
+    )
 
     def check(module, args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model.get_base_model().model.embed_tokens.register_forward_pre_hook(check)
-    with pytest.raises(GuardLoopError, match="out of memory with a pack of 1024 tokens") as error:
-        training.take(examples, 1, 1)
-    assert "training.pack_tokens" in error.value.remedy
+    with pytest.raises(GuardLoopError, match="out of memory with packs of 1024 tokens") as error:
+        trainer.step(examples, 1, 1, 1e-3)
+    assert "training.gradient_checkpointing" in error.value.remedy
     assert [r.message for r in caplog.records] == [
-        "out of memory: from here on a pack of 1024 tokens in a forward pass"
+        f"out of memory: from here on at most {tokens} tokens in a forward pass" for tokens in (4352, 2176, 1024)
     ]
 
 
-def looks(*values):
-    """What the held-out examples seem to show, step after step: AUPRC, or AUPRC and benign FPR."""
-    taken = iter(values)
-    return lambda step: Look(step, *value) if isinstance(value := next(taken), tuple) else Look(step, value, 0.0)
-
-
 @pytest.mark.parametrize(
-    ("values", "limit", "best"),
-    [
-        ((0.5, 0.9, 0.7, 0.8), 1.0, 2),
-        (((0.9, 0.3), (0.5, 0.1), (0.6, 0.1), (0.95, 0.2)), 0.15, 3),
-        pytest.param(((0.9, 0.3), (0.5, 0.2), (0.6, 0.4), (0.95, 0.5)), 0.1, 2, marks=pytest.mark.slow),
-        pytest.param((None, None, None, None), 1.0, 4, marks=pytest.mark.slow),
-        pytest.param((0.5, 0.5, 0.5, 0.5), 1.0, 1, marks=pytest.mark.slow),
-    ],
+    ("values", "best"),
+    [((0.5, 0.9, 0.7, 0.8), 2), ((None, None, None, None), 4), ((0.5, 0.5, 0.5, 0.5), 1), ((None, 0.2, 0.1, 0.2), 2)],
 )
-def test_the_best_adapter_within_the_limit_is_kept(values, limit, best):
-    options = {"eval_steps": 3, "batch_size": 10, "epochs": 12, "fpr_limit": limit, "patience": 0}
-    fitted, found = fitted_state(rest={"look": looks(*values)}, **options)
-    assert fitted.best.step == 3 * best
-    assert [s.number for s in fitted.steps if s.held_out_auprc is not None or values[0] is None] != []
-    kept = {}
+def test_the_best_adapter_on_the_validation_examples_is_kept(values, best):
+    taken, kept, models = iter(values), {}, []
 
     def keep(step):
-        kept.update({step.number: {n: p.detach().clone() for n, p in trained.items()}})
+        trained = {n: p for n, p in models[0].named_parameters() if p.requires_grad}
+        kept[step.number] = {n: p.detach().clone() for n, p in trained.items()}
 
-    model = adapted()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    renderer = renderer_of("guardloop")
-    settings = TrainingSettings(learning_rate=1e-3, dropout=0.0, **options)
-    fit(model, renderer.prefixes, label_tokens(renderer), encoded(renderer), settings, on_step=keep)
+    rest = {"validate": lambda step: ValidationResult(step, next(taken), 0.0), "on_step": keep}
+    fitted, found = fitted_state(rest=rest, before=models.append, batch_size=4, epochs=4)
+    assert len(fitted.steps) == 12
+    assert fitted.best == ValidationResult(3 * best, values[best - 1], 0.0)
+    assert [step.metrics().get("validation_auprc") for step in fitted.steps[2::3]] == list(values)
+    assert all(step.benign_fpr is None for step in fitted.steps if step.number % 3)
     assert same(found, kept[3 * best])
 
 
-def test_training_ends_where_nothing_gets_better():
-    values = [0.5, 0.6, 0.55, 0.58, 0.7]
-    fitted, _ = fitted_state(rest={"look": looks(*values)}, eval_steps=2, patience=2, epochs=9)
-    assert fitted.best.step == 4
-    assert len(fitted.steps) == 8
-    assert fitted.steps[3].metrics()["held_out_auprc"] == 0.6
-
-
-def test_the_rates_of_a_step_are_told():
+def test_the_figures_of_a_step_are_drawn():
     fitted, _ = fitted_state()
     step = fitted.steps[0]
-    told = step.metrics()
-    assert told["examples_per_second"] == step.examples / step.seconds
-    assert told["train_loss"] == step.loss
-    assert 0.05 < told["memory_gib"] < 60
-    assert "mfu" not in told  # a CPU's peak is not in the table
+    metrics = step.metrics()
+    assert metrics["examples_per_second"] == step.examples / step.seconds
+    assert metrics["train_loss"] == step.loss
+    assert 0.05 < metrics["memory_gib"] < 60
+    assert "mfu" not in metrics  # a CPU's peak is not in the table
 
 
 def test_the_work_of_a_token_counts_the_weights_it_meets():

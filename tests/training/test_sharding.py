@@ -1,11 +1,11 @@
 """A guard that is split among two processes is trained, scored and saved as a whole one is."""
 
-import multiprocessing
 import os
 import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,18 +13,25 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from support.models import renderer_of, tiny_llama, with_lora
+from support.processes import start
 from torch.distributed.tensor import DTensor
-from training.test_fit import encoded, gradients, with_codes
+from training.test_fit import encoded, gradients
 from training.test_train import guard_settings, quick, row, toy_examples
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.prompt.verdict import label_tokens
+from guardloop.training import fit as fit_module
+from guardloop.training import train as train_module
+from guardloop.training import trainer as trainer_module
+from guardloop.training.adapter import fresh_adapter
 from guardloop.training.checkpoint import Checkpoints
-from guardloop.training.fit import Training, fit
+from guardloop.training.examples import split
+from guardloop.training.fit import fit
 from guardloop.training.packs import Packs
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.sharding import shard
-from guardloop.training.train import split, train
+from guardloop.training.train import train
+from guardloop.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +52,7 @@ def in_two_processes(work, folder):
         torch.save(work(), folder / f"{rank}.pt")
         torch.distributed.destroy_process_group()
 
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
+    processes = [start(run, rank) for rank in (0, 1)]
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end and any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
         time.sleep(0.01)
@@ -92,11 +97,12 @@ def test_the_layers_are_split_and_all_else_is_whole(tmp_path):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_split_guard_is_trained_as_a_whole_one(tmp_path, checkpointed):
     renderer = renderer_of("guardloop")
-    labels, examples = label_tokens(renderer), with_codes(renderer)
+    labels, examples = label_tokens(renderer), encoded(renderer)
     # ten examples: in steps of three, one process computes two pieces and the other one, and in the last step none
-    settings = TrainingSettings(batch_size=3, micro_rows=1, epochs=1, dropout=0.0, learning_rate=1e-3)
+    settings = TrainingSettings(batch_size=3, learning_rate=1e-3)
 
     def work(sharded=True):
+        trainer_module.PACK_TOKENS = 1 if sharded else 8192
         model = tiny(sharded)
         if checkpointed:
             model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -114,21 +120,22 @@ def test_packs_of_a_split_guard_have_the_gradients_of_a_whole_one(tmp_path, chec
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
     long = replace(examples[0], tokens=examples[0].tokens * 3)  # in no pack, and in one process only
-    batch = [*with_codes(renderer), long]
+    batch = [*encoded(renderer), long]
 
     def work(sharded=True):
         model = tiny(sharded)
-        training = Training(model, renderer.prefixes, labels, TrainingSettings(micro_rows=1))
+        trainer = Trainer(model, renderer.prefixes, labels, TrainingSettings())
         if sharded:
-            training.packs = training.learner.packs = Packs(
-                model, renderer.prefixes, labels.lead, largest=1024, checkpointed=checkpointed, compiled=False
+            trainer.packs = trainer.learner.packs = Packs(
+                model, renderer.prefixes, labels.lead, max_tokens=1024, checkpointed=checkpointed, compiled=False
             )
-        loss, _ = training._backward(batch, 1)
-        return len(training._pieces(batch, training.accelerator.process_index)), loss, gradients(model)
+        loss, _ = trainer._gradients(batch, 1)
+        shares = [batch[rank::2] for rank in (0, 1)]
+        return [len(trainer._fitting(share)) for share in shares], loss, gradients(model)
 
     _, expected_loss, expected = work(sharded=False)
-    (pieces, *one), (other_pieces, *other) = in_two_processes(work, tmp_path)
-    assert pieces != other_pieces
+    ((count, other_count), *one), (_, *other) = in_two_processes(work, tmp_path)
+    assert count != other_count
     for loss, found in (one, other):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert_close(found, expected)
@@ -137,9 +144,10 @@ def test_packs_of_a_split_guard_have_the_gradients_of_a_whole_one(tmp_path, chec
 def test_the_training_of_a_split_guard_goes_on_from_a_checkpoint(tmp_path):
     renderer = renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    settings = TrainingSettings(batch_size=3, epochs=1, dropout=0.2, learning_rate=1e-3, checkpoint_steps=1)
+    settings = TrainingSettings(batch_size=3, learning_rate=1e-3)
 
     def training(checkpoints, stop_at=None):
+        fit_module.CHECKPOINT_STEPS = 1
         model, steps = tiny(sharded=True), []
 
         def on_step(step):
@@ -159,23 +167,24 @@ def test_the_training_of_a_split_guard_goes_on_from_a_checkpoint(tmp_path):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": 1.0, "variant": "dora"}])
-def test_a_split_guard_is_scored_chosen_and_saved_as_a_whole_one(base, tmp_path, options):
-    given = {"dropout": 0.0, "batch_size": 5, "micro_rows": 2, **options}
-    guard = guard_settings(base, batch_tokens=256)
+@pytest.mark.parametrize("checkpointed", [0.0, 1.0])
+def test_a_split_guard_is_scored_chosen_and_saved_as_a_whole_one(base, tmp_path, monkeypatch, checkpointed):
+    monkeypatch.setattr(train_module, "fresh_adapter", partial(fresh_adapter, dropout=0.0))
+    options = {"batch_size": 5, "gradient_checkpointing": checkpointed}
+    guard = guard_settings(base)
     long = [row(f"long-{n}", "a bomb " * 150, 1.0, "positive") for n in range(99)]
-    # held out, it is a batch by itself, and one process has it
+    # of the validation examples it is a batch by itself, and one process has it
     examples = [*toy_examples(15), split(long, quick().validation, 0)[1][0]]
 
     def work():
-        settings = quick(processes=2, sharded=True, checkpoints=str(tmp_path / "kept"), **given)
-        return train(examples, guard, settings, tmp_path / "split")
+        train_module.fresh_adapter = partial(fresh_adapter, dropout=0.0)
+        return train(examples, guard, quick(processes=2, sharded=True, **options), tmp_path / "split")
 
     one, other = in_two_processes(work, tmp_path)
     assert one == other
-    whole = train(examples, guard, quick(**given), tmp_path / "whole")
+    whole = train(examples, guard, quick(**options), tmp_path / "whole")
     assert np.isclose(one.threshold, whole.threshold, rtol=1e-3)
-    assert one.held_out_auprc == pytest.approx(whole.held_out_auprc)
+    assert one.validation_auprc == pytest.approx(whole.validation_auprc)
     found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "whole"))
     assert_close(found, expected, 1e-3)
 

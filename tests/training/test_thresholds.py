@@ -1,4 +1,4 @@
-"""The two operating points of a trained guard: one for prompts, which lessons move, and one for responses."""
+"""The two operating points of a trained guard: one for prompts, which training moves, and one for responses."""
 
 import json
 
@@ -10,9 +10,10 @@ from support.cases import cases
 
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
-from guardloop.training.calibrate import HAIR, same_share
+from guardloop.training.calibrate import GAP, same_share
+from guardloop.training.examples import split
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.train import split, train
+from guardloop.training.train import train
 
 SCORE = st.floats(-20, 20).map(lambda value: round(value, 3))
 PAIRS = st.lists(st.tuples(SCORE, SCORE), min_size=1, max_size=40)
@@ -27,8 +28,8 @@ def test_as_many_are_flagged_as_before(pairs, threshold):
     assert flagged <= count
     if len(set(after)) == len(after):
         assert flagged == count
-    nearer = threshold + (found - threshold) * 0.9 - np.sign(found - threshold) * 2 * HAIR
-    if abs(found - threshold) > 30 * HAIR:  # what lies well between the two flags another number
+    nearer = threshold + (found - threshold) * 0.9 - np.sign(found - threshold) * 2 * GAP
+    if abs(found - threshold) > 30 * GAP:  # what lies well between the two flags another number
         assert int((after > nearer).sum()) != count
 
 
@@ -48,7 +49,7 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
     words = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker"]
     prompts = [f"tell me about the {one} {other}" for one in words for other in words]
     responses = [("how?", f"the {one} and a {other}") for one in words for other in words]
-    default = GuardSettings(base=str(base), dtype="float32", is_guard=False, policy=str(base / "policy.yaml"))
+    default = GuardSettings(base=str(base), dtype="float32", min_label_mass=0.0, policy=str(base / "policy.yaml"))
     known = [
         verdict.score
         for verdict in Guard.load(default).score(
@@ -62,14 +63,14 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
         example(100 + n, *turns, 1 / (1 + np.exp(-score)), "replay_response")
         for n, (turns, score) in enumerate(zip(responses, known, strict=True))
     ]
-    options = TrainingSettings(epochs=3, rank=4, learning_rate=1e-2, validation=0.4, min_examples=8)
+    options = TrainingSettings(epochs=3, rank=4, learning_rate=1e-2, batch_size=16, validation=0.4)
     trained = train(rows, settings, options, tmp_path / "adapter")
     metadata = json.loads((tmp_path / "adapter" / "guard.json").read_text())
     assert (metadata["threshold"], metadata["response_threshold"]) == (trained.threshold, trained.response_threshold)
 
     candidate = Guard.load(settings, tmp_path / "adapter")
     assert (candidate.threshold, candidate.response_threshold) == (trained.threshold, trained.response_threshold)
-    held_out = [row for row in split(rows, options.validation, options.seed)[1] if row["response"] is not None]
+    held_out = [row for row in split(rows, options.validation, 0)[1] if row["response"] is not None]
     before = sum(verdict.flagged for verdict in Guard.load(settings).score(held_out))
     after = [verdict.flagged for verdict in candidate.score(held_out)]
     assert 0 < before < len(held_out)
@@ -81,7 +82,7 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
 @pytest.mark.slow
 def test_without_replayed_responses_their_threshold_is_the_default_guards(base, tmp_path):
     rows = [example(n, f"cake {n}", None, float(n % 2), "positive" if n % 2 else "passed") for n in range(40)]
-    settings = GuardSettings(base=str(base), dtype="float32", is_guard=False, policy=str(base / "policy.yaml"))
-    options = TrainingSettings(epochs=1, rank=2, learning_rate=1e-2, min_examples=8)
+    settings = GuardSettings(base=str(base), dtype="float32", min_label_mass=0.0, policy=str(base / "policy.yaml"))
+    options = TrainingSettings(rank=2, learning_rate=1e-2)
     trained = train(rows, settings.model_copy(update={"response_threshold": 0.75}), options, tmp_path / "a")
     assert trained.response_threshold == 0.75

@@ -12,12 +12,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from scipy.stats import norm
 from support.cases import cases
-from support.models import agent, renderer_of, tiny_llama, user, with_lora
+from support.models import agent, tiny_llama, user, with_lora
 from torch._dynamo.testing import CompileCounter
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import EXAMPLE, write_table
-from guardloop.core.tracking import Connection
 from guardloop.guard.engine import Guard
 from guardloop.guard.inference import packed
 from guardloop.guard.prompt.renderer import Renderer
@@ -27,8 +26,9 @@ from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training import train as module
 from guardloop.training.adapter import TRAINED, fresh_adapter, scaled
 from guardloop.training.calibrate import operating_point, ranking, stricter_point, temperature
+from guardloop.training.examples import split
 from guardloop.training.settings import TrainingSettings
-from guardloop.training.train import encode, split, train
+from guardloop.training.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -55,12 +55,12 @@ def toy_examples(pairs=60):
 
 
 def guard_settings(base, **options):
-    values = {"dtype": "float32", "is_guard": False, "policy": str(base / "policy.yaml")} | options
+    values = {"dtype": "float32", "min_label_mass": 0.0, "policy": str(base / "policy.yaml")} | options
     return GuardSettings(base=str(base), **values)
 
 
 def quick(**options):
-    return TrainingSettings(**{"epochs": 1, "rank": 4, "learning_rate": 1e-2, "min_examples": 8} | options)
+    return TrainingSettings(**{"rank": 4, "learning_rate": 1e-2, "batch_size": 16, "validation": 0.2} | options)
 
 
 def scores(guard, rows):
@@ -72,19 +72,19 @@ def toy(base, tmp_path_factory):
     """An adapter trained on the toy task, with what was said of it and seen on the way."""
     folder = tmp_path_factory.mktemp("toy")
     steps = []
-    options = quick(epochs=6, rank=16, dropout=0.0, learning_rate=5e-3)
-    trained = train(toy_examples(120), guard_settings(base), options, folder, lambda seed, step: steps.append(step))
+    options = quick(epochs=4, rank=16, learning_rate=8e-3)
+    trained = train(toy_examples(100), guard_settings(base), options, folder, lambda seed, step: steps.append(step))
     return trained, folder, steps
 
 
 def test_training_learns_a_toy_task(base, toy):
     trained, folder, steps = toy
     assert trained.last_loss < 0.1 * trained.first_loss
-    assert trained.held_out_auprc_baseline < 0.7
-    assert trained.held_out_auprc > 0.95
+    assert trained.validation_auprc_baseline < 0.8
+    assert trained.validation_auprc > 0.95
     assert trained.steps == len(steps)
-    guard = Guard.load(guard_settings(base, is_guard=True), folder)
-    _, held_out = split(toy_examples(120), 0.2, 0)
+    guard = Guard.load(guard_settings(base, min_label_mass=0.95), folder)
+    _, held_out = split(toy_examples(100), 0.2, 0)
     unsafe = np.array([r["target"] > 0.5 for r in held_out])
     verdicts = list(guard.score(held_out))
     found, flagged = (np.array([getattr(v, name) for v in verdicts]) for name in ("score", "flagged"))
@@ -99,30 +99,30 @@ def test_the_facts_beside_the_adapter_say_how_it_is_used_and_was_made(base, toy)
     assert metadata["family"] == "guardloop"
     assert metadata["base"] == str(base)
     assert metadata["threshold"] == trained.threshold
-    assert metadata["training"]["examples"] + metadata["training"]["held_out"] == len(toy_examples(120))
+    assert metadata["training"]["examples"] + metadata["training"]["validation_examples"] == len(toy_examples(100))
     assert metadata["training"]["settings"]["rank"] == 16
     files = {"adapter_config.json", "adapter_model.safetensors", "guard.json", "README.md"}
     assert {p.name for p in folder.iterdir()} == files
     assert str(base) not in (folder / "adapter_config.json").read_text()
 
 
-def observed_train(monkeypatch, *args):
-    """Train, and tell which examples were fitted and which scores the threshold was set by."""
+def observed_train(monkeypatch, *args, **kwargs):
+    """Train, and return which examples were fitted and which scores the threshold was set by."""
     seen = {}
 
-    def watched_fit(model, prefixes, labels, examples, options, **rest):
+    def watched_fit(model, prefixes, labels, examples, *rest, **options):
         seen["fitted"] = [e.id for e in examples]
-        return real_fit(model, prefixes, labels, examples, options, **rest)
+        return real_fit(model, prefixes, labels, examples, *rest, **options)
 
     def watched_point(examples, scores, *rest):
-        _, taught, taught_scores, *_ = rest
-        seen.update(held_out=examples, scores=scores, taught=taught, taught_scores=taught_scores)
+        _, mined, mined_scores, *_ = rest
+        seen.update(validation=examples, scores=scores, mined=mined, mined_scores=mined_scores)
         return real_point(examples, scores, *rest)
 
     real_fit, real_point = module.fit, module.stricter_point
     monkeypatch.setattr(module, "fit", watched_fit)
     monkeypatch.setattr(module, "stricter_point", watched_point)
-    return train(*args), seen
+    return train(*args, **kwargs), seen
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
@@ -132,10 +132,10 @@ def test_the_chosen_strength_is_saved_with_the_adapter(monkeypatch, base, tmp_pa
     assert trained.scale == scale
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
     assert loaded.threshold == trained.threshold
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
-    np.testing.assert_allclose(scores(loaded, seen["taught"]), seen["taught_scores"], atol=1e-4)
-    assert {row["id"] for row in seen["taught"]} == set(seen["fitted"])  # there is no replay among them
-    plain = scores(Guard.load(guard_settings(base)), seen["held_out"])
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["mined"]), seen["mined_scores"], atol=1e-4)
+    assert {row["id"] for row in seen["mined"]} == set(seen["fitted"])  # there is no replay among them
+    plain = scores(Guard.load(guard_settings(base)), seen["validation"])
     assert np.abs(plain - seen["scores"]).max() > 0.01
 
 
@@ -145,22 +145,22 @@ def test_the_best_strength_on_the_held_out_examples_is_kept(monkeypatch, base, t
     options = quick(scales=[0.25, 0.5, 0.75])
     trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
     assert trained.scale == 0.5
-    assert [t.held_out_auprc for t in trained.trials] == [0.2, 0.9, 0.4]
+    assert [t.validation_auprc for t in trained.trials] == [0.2, 0.9, 0.4]
     assert [t.chosen for t in trained.trials] == [False, True, False]
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=1e-4)
 
 
-@pytest.mark.parametrize(("scale", "options"), [(0.5, {}), (1.0, {"variant": "rslora", "top_layers": 0.5, "rank": 3})])
+@pytest.mark.parametrize(("scale", "options"), [(0.5, {}), (1.0, {"top_layers": 0.5, "rank": 3})])
 def test_a_second_round_goes_on_from_the_first_adapter(monkeypatch, base, toy, tmp_path, scale, options):
     _, first, _ = toy
     default = guard_settings(base, adapter=str(first))
     second = quick(scales=[scale], learning_rate=1e-3, **options)
     trained, seen = observed_train(monkeypatch, toy_examples(), default, second, tmp_path / "two")
-    assert trained.held_out_auprc_baseline > 0.9
+    assert trained.validation_auprc_baseline > 0.9
     loaded = Guard.load(guard_settings(base), tmp_path / "two")
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
-    before = scores(Guard.load(guard_settings(base), first), seen["held_out"])
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=1e-4)
+    before = scores(Guard.load(guard_settings(base), first), seen["validation"])
     assert np.abs(before - seen["scores"]).max() > 0.01
 
 
@@ -185,16 +185,17 @@ def test_the_strength_of_a_second_round_lies_between_both_guards(base, toy, tmp_
         assert (full[name] - weight).abs().max() > 1e-4
 
 
-def test_a_second_round_that_cannot_be_joined_is_refused(base, toy, tmp_path):
-    with pytest.raises(GuardLoopError, match="DoRA cannot be joined"):
-        train(toy_examples(), guard_settings(base, adapter=str(toy[1])), quick(variant="dora"), tmp_path / "two")
+@pytest.mark.parametrize(("option", "named"), [({"use_dora": True}, "DoRA"), ({"bias": "all"}, "bias")])
+def test_an_adapter_that_cannot_be_joined_is_refused(option, named):
+    with pytest.raises(GuardLoopError, match=f"adapter has {named}"):
+        fresh_adapter(with_lora(tiny_llama(), **option), TrainingSettings())
 
 
 def test_what_is_held_out_is_not_fitted(monkeypatch, base, tmp_path):
     examples = [r | {"group": f"g{n // 3}"} for n, r in enumerate(toy_examples())]
     _, seen = observed_train(monkeypatch, examples, guard_settings(base), quick(), tmp_path / "one")
     groups = {r["id"]: r["group"] for r in examples}
-    fitted, held_out = ({groups[i] for i in ids} for ids in (seen["fitted"], [r["id"] for r in seen["held_out"]]))
+    fitted, held_out = ({groups[i] for i in ids} for ids in (seen["fitted"], [r["id"] for r in seen["validation"]]))
     assert fitted
     assert held_out
     assert not fitted & held_out
@@ -202,7 +203,7 @@ def test_what_is_held_out_is_not_fitted(monkeypatch, base, tmp_path):
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(base, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train(toy_examples(20), guard_settings(base), quick(seed=seed, validation=0.1), tmp_path / name)
+        train(toy_examples(20), guard_settings(base), quick(validation=0.1), tmp_path / name, seed=seed)
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
@@ -232,27 +233,19 @@ def test_examples_of_one_kind_are_refused(base, tmp_path, target, kind):
     assert not (tmp_path / "one").exists()
 
 
-def test_too_few_examples_are_refused(base, tmp_path):
-    for examples in ([], toy_examples(10)):
-        with pytest.raises(GuardLoopError, match=f"{len(split(examples, 0.2, 0)[0])} examples are too few"):
-            train(examples, guard_settings(base), quick(min_examples=32), tmp_path / "one")
+def test_no_examples_are_refused(base, tmp_path):
+    with pytest.raises(GuardLoopError, match="there are no examples"):
+        train([], guard_settings(base), quick(), tmp_path / "one")
 
 
-@pytest.mark.parametrize("targets", [["no_such_layer"], ["lm_head"], ["embed_tokens"]])
-def test_layers_that_cannot_have_an_adapter_are_refused(base, tmp_path, targets):
-    with pytest.raises(GuardLoopError, match=r"training\.targets"):
-        train(toy_examples(), guard_settings(base), quick(targets=targets), tmp_path / "one")
-
-
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_path, targets):
-    options = quick(top_layers=0.5, targets=targets)
+def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_path):
+    options = quick(top_layers=0.5)
     _, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
     weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert all(".layers.1." in name for name in weights)
-    assert len(weights) == 2 * (7 if targets == "all-linear" else 2)
+    assert len(weights) == 2 * 7  # every linear layer
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +254,6 @@ def test_only_the_top_layers_get_an_adapter_where_asked(monkeypatch, base, tmp_p
         {"scales": []},
         {"scales": [0.0]},
         {"scales": [-1.0]},
-        {"warmup": 1.0},
-        {"variant": "dora", "scales": [0.5]},
         {"processes": 1, "sharded": True},
     ],
 )
@@ -277,7 +268,7 @@ def test_a_validation_set_without_positives_still_gives_an_adapter(base, tmp_pat
     dropped = {r["id"] for r in held_out if r["target"] > 0.5}
     kept = [r for r in examples if r["id"] not in dropped]
     trained = train(kept, guard_settings(base), quick(), tmp_path / "one")
-    assert trained.held_out_auprc is None
+    assert trained.validation_auprc is None
     assert (tmp_path / "one" / "adapter_model.safetensors").is_file()
 
 
@@ -406,7 +397,7 @@ def test_ranking_leaves_replay_out():
 @given(scale=st.floats(0.05, 2))
 @settings(PROPERTY, max_examples=cases(10))
 def test_a_scaled_adapter_is_itself_again_afterwards(scale):
-    model = fresh_adapter(with_lora(tiny_llama()), TrainingSettings(rank=4, alpha=12))
+    model = fresh_adapter(with_lora(tiny_llama()), TrainingSettings(rank=4))
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B[TRAINED].weight)
@@ -433,7 +424,7 @@ def test_another_strength_of_the_adapter_needs_no_other_code(monkeypatch):
 
 
 def test_the_default_guards_own_adapter_is_trained_on_as_it_answers():
-    model = fresh_adapter(with_lora(tiny_llama(), lora_dropout=0.9), TrainingSettings(rank=4, dropout=0.0))
+    model = fresh_adapter(with_lora(tiny_llama(), lora_dropout=0.9), TrainingSettings(rank=4), dropout=0.0)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)
@@ -451,14 +442,14 @@ def test_what_was_learnt_of_prompts_leaves_both_roles_scored(base, toy):
 
 
 def test_the_best_of_several_seeds_is_kept(base, tmp_path):
-    options = quick(seeds=2, scales=[0.5, 1.0], seed=4)
-    trained = train(toy_examples(), guard_settings(base), options, tmp_path / "both")
+    options = quick(seeds=2, scales=[0.5, 1.0])
+    trained = train(toy_examples(), guard_settings(base), options, tmp_path / "both", seed=4)
     assert [(t.seed, t.scale) for t in trained.trials] == [(4, 0.5), (4, 1.0), (5, 0.5), (5, 1.0)]
     (chosen,) = [t for t in trained.trials if t.chosen]
-    assert chosen.held_out_auprc == max(t.held_out_auprc for t in trained.trials) == trained.held_out_auprc
+    assert chosen.validation_auprc == max(t.validation_auprc for t in trained.trials) == trained.validation_auprc
     assert (trained.seed, trained.scale) == (chosen.seed, chosen.scale)
-    first = train(toy_examples(), guard_settings(base), quick(scales=[0.5, 1.0], seed=4), tmp_path / "one")
-    assert [t.held_out_auprc for t in first.trials] == [t.held_out_auprc for t in trained.trials[:2]]
+    first = train(toy_examples(), guard_settings(base), quick(scales=[0.5, 1.0]), tmp_path / "one", seed=4)
+    assert [t.validation_auprc for t in first.trials] == [t.validation_auprc for t in trained.trials[:2]]
 
 
 def test_an_earlier_seed_that_was_better_is_the_one_saved(monkeypatch, base, tmp_path):
@@ -467,7 +458,7 @@ def test_an_earlier_seed_that_was_better_is_the_one_saved(monkeypatch, base, tmp
     trained, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), quick(seeds=2), tmp_path / "one")
     assert trained.seed == 0
     loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-4)
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=1e-4)
 
 
 def test_the_card_tells_where_the_adapter_comes_from(base, toy):
@@ -476,53 +467,32 @@ def test_the_card_tells_where_the_adapter_comes_from(base, toy):
     metadata = json.loads((folder / "guard.json").read_text())
     assert card.startswith("---\nlibrary_name: peft\ntags:")
     assert metadata["data_hash"] in card
-    assert f"| {trained.seed} | 1.0 | {trained.held_out_auprc:.3f} |" in card
-    assert "| learning_rate | 0.005 |" in card
+    assert f"| {trained.seed} | 1.0 | {trained.validation_auprc:.3f} |" in card
+    assert "| learning_rate | 0.008 |" in card
     assert f"`{base}`" in card
-
-
-@pytest.mark.parametrize("variant", ["rslora", "dora"])
-def test_other_forms_of_adapters_are_saved_as_they_were_trained(monkeypatch, base, tmp_path, variant):
-    options = quick(variant=variant)
-    _, seen = observed_train(monkeypatch, toy_examples(), guard_settings(base), options, tmp_path / "one")
-    loaded = Guard.load(guard_settings(base), tmp_path / "one")
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=1e-3)
 
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantized_base_is_trained_and_scored_alike(monkeypatch, base, tmp_path, quantization):
     guard = guard_settings(base, quantization=quantization)
-    options = quick(epochs=4, learning_rate=5e-3, dropout=0.0)
+    options = quick(epochs=3, learning_rate=8e-3)
     trained, seen = observed_train(monkeypatch, toy_examples(), guard, options, tmp_path / "one")
     assert trained.last_loss < 0.5 * trained.first_loss
     loaded = Guard.load(guard, tmp_path / "one")
     # on CPUs with AVX512-BF16, bitsandbytes scores 4-bit weights in bfloat16 where no gradient is wanted
     rounding = 0.1 if quantization == "nf4" else 1e-3
-    np.testing.assert_allclose(scores(loaded, seen["held_out"]), seen["scores"], atol=rounding)
+    np.testing.assert_allclose(scores(loaded, seen["validation"]), seen["scores"], atol=rounding)
 
 
 def test_gradient_checkpointing_changes_no_bit_where_the_same_is_computed(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Renderer, "_prefix", lambda self, turns: [])  # with checkpointing, prompts are computed whole
     for name, share in (("off", 0.0), ("on", 1.0)):
-        options = quick(gradient_checkpointing=share, dropout=0.0)
+        options = quick(gradient_checkpointing=share)
         train(toy_examples(20), guard_settings(base), options, tmp_path / name)
     off, on = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("off", "on"))
     assert on.keys() == off.keys()
     assert all(torch.equal(on[name], weight) for name, weight in off.items())
-
-
-def test_the_held_out_examples_are_scored_within_the_guards_own_budgets(monkeypatch, base, tmp_path):
-    given = []
-    monkeypatch.setattr(module, "Guard", lambda *args, **options: given.append(options) or Guard(*args, **options))
-    train(toy_examples(20), guard_settings(base, batch_tokens=300, pack_tokens=1024), quick(), tmp_path / "one")
-    assert len(given) >= 2
-    assert all((options["batch_tokens"], options["pack_tokens"]) == (300, 1024) for options in given)
-
-
-def test_a_label_mass_that_was_rounded_above_one_is_one():
-    renderer, replayed = renderer_of("guardloop"), row(0, "hello", 0.3, "replay_traffic")
-    assert encode(replayed | {"label_mass": 1.0000001}, renderer) == encode(replayed | {"label_mass": 1.0}, renderer)
 
 
 @given(true=st.floats(0.2, 5), seed=st.integers(0, 9))
@@ -534,7 +504,7 @@ def test_the_temperature_is_the_one_that_made_the_targets(true, seed):
     assert temperature([], np.zeros(0)) == 1
 
 
-def test_a_stage_is_watched_in_mlflow_and_on_the_terminal(base, tmp_path, monkeypatch):
+def test_a_stage_is_watched_in_mlflow_on_the_terminal_and_in_the_log(base, tmp_path, monkeypatch, caplog):
     database = f"sqlite:///{tmp_path}/mlflow.db"
     events = tmp_path / "events.jsonl"
     monkeypatch.setenv("GUARDLOOP_RUN_ID", "run-1")
@@ -543,10 +513,13 @@ def test_a_stage_is_watched_in_mlflow_and_on_the_terminal(base, tmp_path, monkey
     registry = RegistrySettings(tracking_uri=database)
     training = quick(seeds=2).plain()
     figures = train_guard(tmp_path, tmp_path / "one", guard_settings(base).plain(), training, registry.plain())
-    (run,) = MlflowClient(database).search_runs([Connection(database).run(registry, "run-1").info.experiment_id])
+    client = MlflowClient(database)
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     watched = {"train_loss", "gradient_norm", "learning_rate", "examples_per_second", "tokens_per_second"}
-    watched |= {"memory_gib", "held_out_auprc", "benign_fpr"}
+    watched |= {"memory_gib", "validation_auprc", "benign_fpr"}
     assert set(run.data.metrics) == {f"seed_{seed}/{name}" for seed in (0, 1) for name in watched}
-    assert len(MlflowClient(database).get_metric_history(run.info.run_id, "seed_1/train_loss")) == figures["steps"]
-    told = [json.loads(line) for line in events.read_text().splitlines()]
-    assert any(re.search(r"loss [\d.]+, [\d.]+ examples/s", event.get("note", "")) for event in told)
+    assert len(client.get_metric_history(run.info.run_id, "seed_1/train_loss")) == figures["steps"]
+    reported = [json.loads(line) for line in events.read_text().splitlines()]
+    assert any(re.search(r"loss [\d.]+, [\d.]+ examples/s", event.get("note", "")) for event in reported)
+    assert re.search(r"training on \d+ examples \(\d+ unsafe\), \d+ more for validation: 7 steps", caplog.text)
+    assert re.search(r"AUPRC on the validation examples: 0\.\d+, the baseline's 0\.\d+\. Threshold", caplog.text)

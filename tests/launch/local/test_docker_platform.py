@@ -43,7 +43,6 @@ def test_stages_write_to_runs_and_caches_and_read_what_the_configuration_names(h
         },
         guard={"base": str(tmp_path / "guard"), "policy": None},
         responder={"model": "hub/model", "others": [{"model": str(tmp_path / "second")}]},
-        training={"checkpoints": str(tmp_path / "checkpoints")},
         evaluation={"benchmarks": [benchmark]},
     )
 
@@ -51,7 +50,6 @@ def test_stages_write_to_runs_and_caches_and_read_what_the_configuration_names(h
         str(home): True,
         str(tmp_path / "me/.cache/guardloop"): True,
         str(tmp_path / "me/.cache/huggingface"): True,
-        str(tmp_path / "checkpoints"): True,
         str(tmp_path / "prompts.csv"): False,
         str(tmp_path / "benchmark.jsonl"): False,
         str(tmp_path / "second"): False,
