@@ -157,7 +157,7 @@ def in_little(folder: Path) -> dict:
     def file(name: str, columns: dict, limit: int) -> dict:
         return {"kind": "file", "path": f"{name}.jsonl", "columns": columns, "limit": limit}
 
-    small = {"rank": 2, "alpha": 2, "epochs": 1, "validation": 0.3, "min_examples": 2}
+    small = {"rank": 2, "validation": 0.3}
     answering = {
         "model": str(responder),
         "samples": 2,

@@ -16,8 +16,9 @@ from guardloop.config import Settings
 from guardloop.core.records import read_table
 from guardloop.core.settings import read_section
 from guardloop.registry import Registry, RegistrySettings
+from guardloop.training import fit
 
-torch.set_num_threads(1)  # a forked child must not wait for threads that only its parent has
+torch.set_num_threads(1)  # as in the processes that drills start
 
 TIMED = {"report.html", "summary.md", "MLmodel", "mlflow.db", "mlflow.db.lock"}
 """Files that tell the time at which they were made, or nothing."""
@@ -38,7 +39,7 @@ class Loop:
             "prepare_data": lambda o: stages.prepare_data(s["dataset"], o / "traffic", o / "test"),
             "screen": lambda o: stages.screen(done / "traffic", o / "verdicts", s["guard"]),
             "generate_responses": lambda o: stages.generate_responses(
-                done / "verdicts", o / "responses", s["responder"]
+                done / "verdicts", o / "responses", s["responders"], max_error_share=1.0
             ),
             "screen responses": lambda o: stages.screen(done / "responses", o / "judged", s["guard"]),
             "mine_feedback": lambda o: stages.mine_feedback(*tables, o / "training_set", s["mining"]),
@@ -100,6 +101,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
     settings = read_section(Settings, plain | {"guard": plain["guard"] | {"threshold": 10.0}}, "drill")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GUARDLOOP_CACHE", str(folder / "cache"))
+        patch.setattr(fit, "CHECKPOINT_STEPS", 1)
         first = Loop(folder / "first", settings.sections())
         (folder / "first").mkdir()
         for stage in ("prepare_data", "screen", "generate_responses", "screen responses"):
@@ -107,7 +109,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Loop:
         tables = (first.folder / "verdicts", first.folder / "judged")
         scores = sorted(row["score"] for table in tables for row in read_table(table))
         guard = plain["guard"] | {"threshold": scores[len(scores) // 2]}  # half of everything passes
-        training = plain["training"] | {"epochs": 4, "batch_size": 4, "checkpoint_steps": 1}
+        training = plain["training"] | {"epochs": 4, "batch_size": 4}
         sections = read_section(Settings, plain | {"guard": guard, "training": training}, "drill").sections()
         done = Loop(folder / "done", sections)
         (folder / "done").mkdir()

@@ -1,6 +1,5 @@
 """A disk that is full, files that are damaged, a clock that jumps, and two at work on one cache."""
 
-import multiprocessing
 import os
 import random
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from faults.conftest import Loop, contents
 from filelock import FileLock
+from support.processes import start
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.responses.work import Work
@@ -161,11 +161,7 @@ def test_two_at_work_on_one_cache_make_the_same(loop: Loop, tmp_path: Path, monk
         children = []
         for folder in folders:
             folder.mkdir(parents=True)
-            children.append(
-                multiprocessing.get_context("fork").Process(target=_quietly, args=(loop.stages()[name], folder))
-            )
-        for child in children:
-            child.start()
+            children.append(start(_quietly, loop.stages()[name], folder))
         for child in children:
             child.join(120)
         codes = sorted(child.exitcode or 0 for child in children)
@@ -188,8 +184,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
         FileLock(tmp_path / "lock").acquire()
         time.sleep(60)
 
-    child = multiprocessing.get_context("fork").Process(target=hold)
-    child.start()
+    child = start(hold)
     time.sleep(0.5)
     child.kill()
     child.join()

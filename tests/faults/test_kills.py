@@ -1,6 +1,5 @@
 """Every stage, killed at random moments and started again, ends with what an undisturbed one makes."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import Loop, contents, database
+from support.processes import start
+
+from guardloop.training import fit
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
@@ -28,13 +30,13 @@ def run(stage: Callable[[Path], object], folder: Path, kill_after: float | None 
     """Run the stage in a process of its own, killed after so many seconds; its exit code."""
 
     def work() -> None:
+        fit.CHECKPOINT_STEPS = 1
         os.environ["GUARDLOOP_CACHE"] = str(folder.parent / f"{folder.name}-cache")
         os.environ["MLFLOW_TRACKING_URI"] = database(folder)
         stage(folder)
         os._exit(0)
 
-    child = multiprocessing.get_context("fork").Process(target=work)
-    child.start()
+    child = start(work)
     child.join(kill_after)
     if child.is_alive():
         assert kill_after is not None and child.pid is not None

@@ -12,6 +12,7 @@ from guardloop import stages
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.storage import fetch, put
 from guardloop.responses import resume
+from guardloop.training import fit
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 FAILING = tuple(kind for kind in KINDS if kind != "slow")
@@ -99,14 +100,14 @@ def test_stages_that_keep_their_work_in_a_bad_store_end_as_with_a_good_one(
     store: S3Server, proxy: FaultyProxy, loop: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(resume, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(fit, "CHECKPOINT_STEPS", 1)
     monkeypatch.setenv("GUARDLOOP_WORK", f"s3://guardloop/work-{seed}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
     proxy.meet(*FAILING, share=0.15)
     s, out = loop.sections, tmp_path / "out"
     out.mkdir()
-    training = s["training"] | {"checkpoints": f"s3://guardloop/checkpoints-{seed}"}
-    stages.generate_responses(loop.folder / "verdicts", out / "responses", s["responder"])
-    stages.train_guard(loop.folder / "training_set", out / "adapter", s["guard"], training, s["registry"])
+    stages.generate_responses(loop.folder / "verdicts", out / "responses", s["responders"], max_error_share=1.0)
+    stages.train_guard(loop.folder / "training_set", out / "adapter", s["guard"], s["training"], s["registry"])
     expected = contents(loop.folder)
     found = contents(out)
     for name in ("responses", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):

@@ -1,10 +1,5 @@
-"""The response stage as a process of its own, which a test may kill at any moment.
+"""The response stage as a process of its own, which a test may kill at any moment."""
 
-Processes are forked by a server that has imported what the stage needs and never computed: a copy of a process in
-which torch has computed may hang.
-"""
-
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.processes import start
 from support.tiny_responder import PROMPTS, screened, tiny_settings
 
 from guardloop import stages
@@ -22,9 +18,6 @@ from guardloop.responses.build import build_responder
 from guardloop.responses.engine import Reply, Request, Responder
 from guardloop.responses.engines import transformers
 from guardloop.responses.settings import ResponderSettings
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
 
 
 class Logged:
@@ -50,7 +43,6 @@ class Logged:
 
 def generate(table: Path, output: Path, settings: ResponderSettings, model: Path, log: Path) -> None:
     """The stage, with a part for every prompt that is done, in batches of four."""
-    torch.set_num_threads(1)
     transformers.BATCH_ROWS = 4
     transformers.pick_dtype = lambda dtype, device: torch.float32
     resume.PART_SECONDS = 0.0
@@ -74,9 +66,7 @@ class Killer:
     def kill_within(self, seconds: float, output: Path, place: Path | None = None) -> int:
         """Run it for at most `seconds`, counted from its first new part at `place` if given; returns its exit code."""
         there = parts(place) if place else {}
-        arguments = (self.table, output, self.settings, self.model, self.log)
-        child = PROCESSES.Process(target=generate, args=arguments)
-        child.start()
+        child = start(generate, self.table, output, self.settings, self.model, self.log)
         while place and child.is_alive() and not parts(place).keys() - there.keys():
             time.sleep(0.005)
         child.join(seconds)

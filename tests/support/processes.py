@@ -8,9 +8,9 @@ from typing import Any
 
 import cloudpickle
 
-PRELOADED = ["torch", "guardloop.stages", "guardloop.training.train", "guardloop.responses", "support.models"]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)  # so that a process does not begin with seconds of imports
+PRELOADED = ["guardloop.stages", "guardloop.training.train", "guardloop.responses.resume", "support.models"]
+_context = multiprocessing.get_context("forkserver")  # of a server that has imported what is needed and never computed
+_context.set_forkserver_preload(PRELOADED)
 
 
 def start(work: Callable[..., object], *arguments: Any) -> BaseProcess:
@@ -19,11 +19,6 @@ def start(work: Callable[..., object], *arguments: Any) -> BaseProcess:
     process = _context.Process(target=_run, args=(dict(os.environ), call))
     process.start()
     return process
-
-
-def counter() -> Any:
-    """A number that processes share; closures cannot hold it, so it is passed to `start` as it is."""
-    return _context.Value("i", 0)
 
 
 def _run(environment: dict[str, str], call: bytes) -> None:

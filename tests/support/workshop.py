@@ -33,7 +33,7 @@ class Workshop:
                 "max_prompt_tokens": 256, "max_error_share": 1.0,
             },
             "mining": {"min_blocked_share": 0.5, "min_positives": 1},
-            "training": {"min_examples": 2, "rank": 2, "alpha": 2, "epochs": 1},
+            "training": {"rank": 2, "batch_size": 16, "validation": 0.2},
             "evaluation": {"resamples": 200, "benchmarks": [_benchmark(folder)]},
             "gate": {"require_response_test": False},
         }  # fmt: skip
