@@ -1,7 +1,6 @@
 """What is checked before a run is submitted, so that it does not fail an hour later on the cluster."""
 
 import ipaddress
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ from launch.checks.check import (
     mlflow_server,
     s3_object,
 )
-from launch.checks.images import NotCheckedError, image_exists
+from launch.checks.images import check_images
 from launch.kubeflow.cluster import Cluster
 from launch.kubeflow.namespace import Namespace, NoAccessError
 from launch.kubeflow.package import Package
@@ -32,7 +31,7 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
     return look(
         [
             lambda: kubeflow(cluster),
-            lambda: _images(package),
+            lambda: check_images(package.images()),
             lambda: _objects(cluster, package),
             lambda: hub_models(settings),
             lambda: _endpoints(settings, package),
@@ -41,32 +40,6 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
             lambda: [_mlflow(settings, package, cluster)],
         ]
     )
-
-
-def _images(package: Package) -> list[Check]:
-    present, missing, unknown = [], [], {}
-    for image in package.images():
-        try:
-            (present if image_exists(image) else missing).append(image)
-        except NotCheckedError as error:
-            unknown.setdefault((error.what.replace(image, "an image"), error.remedy), []).append(image)
-    checks = [Check("images", "ok", f"{len(present)} in the registry")] if present else []
-    if missing:
-        remedy = "`make images`, then `make push REGISTRY=...`, from the commit that is submitted"
-        checks.append(Check("images", "failed", f"not in the registry: {_in_short(missing)}", remedy))
-    for (why, remedy), images in unknown.items():
-        checks.append(Check("images", "not checked", f"{why}: {_in_short(images)}", remedy))
-    return checks
-
-
-def _in_short(images: list[str]) -> str:
-    """registry/{one,another}:tag where registry and tag are the same for all."""
-    parts = [re.fullmatch(r"(.*/)([^/:@]+)(.*)", image) for image in images]
-    alike = {(part[1], part[3]) for part in parts if part}
-    if len(images) < 2 or not all(parts) or len(alike) > 1:
-        return ", ".join(images)
-    ((registry, tag),) = alike
-    return f"{registry}{{{','.join(part[2] for part in parts if part)}}}{tag}"
 
 
 def _objects(cluster: Cluster, package: Package) -> list[Check]:

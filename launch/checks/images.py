@@ -1,97 +1,68 @@
-"""Whether container images exist, asked of their registries (OCI distribution API, version 2)."""
+"""Whether the stages' images exist, asked of their registries by this machine's Docker engine and its logins."""
 
-import base64
-import json
-import os
 import re
-from pathlib import Path
 
-import requests
+from launch.checks.check import Check
 
-from guardloop.core.errors import GuardLoopError
-
-TIMEOUT = (5, 20)
-MANIFESTS = ", ".join(
-    [
-        "application/vnd.oci.image.index.v1+json",
-        "application/vnd.oci.image.manifest.v1+json",
-        "application/vnd.docker.distribution.manifest.list.v2+json",
-        "application/vnd.docker.distribution.manifest.v2+json",
-    ]
-)
+TIMEOUT_SECONDS = 20
+Verdicts = dict[str, tuple[str, str]]
+"""(why an image is not checked, what to do) by image."""
 
 
-class NotCheckedError(GuardLoopError):
-    """The registry could not be asked: the image may exist or not."""
+def check_images(images: list[str]) -> list[Check]:
+    """What is in the registries, what is not, and what could not be looked up."""
+    there, missing, unknown = _look_up(images)
+    checks = [Check("images", "ok", f"{len(there)} in the registry")] if there else []
+    if missing:
+        remedy = "`make images`, then `make push REGISTRY=...`, from the commit that is submitted"
+        checks.append(Check("images", "failed", f"not in the registry: {_in_short(missing)}", remedy))
+    for reason in dict.fromkeys(unknown.values()):
+        alike = [image for image, its_reason in unknown.items() if its_reason == reason]
+        checks.append(Check("images", "not checked", f"{reason[0]}: {_in_short(alike)}", reason[1]))
+    return checks
 
 
-def image_exists(image: str) -> bool:
-    """Whether `image` (registry/name:tag, or @digest) can be pulled with this machine's registry credentials.
+def _look_up(images: list[str]) -> tuple[list[str], list[str], Verdicts]:
+    import docker  # noqa: PLC0415
+    from docker.errors import APIError, DockerException, NotFound  # noqa: PLC0415
 
-    Raises NotCheckedError where that cannot be told: no registry in the name, or one that does not answer or refuses.
-    """
-    registry, name, reference = split_image(image)
-    if not registry:
-        raise NotCheckedError(
-            f"{image} names no registry: it must be on the cluster's nodes", "`make load`, or push it"
-        )
-    scheme = "http" if re.match(r"(localhost|127\.0\.0\.1|\[::1\])(:|$)", registry) else "https"
-    address = f"{scheme}://{registry}/v2/{name}/manifests/{reference}"
-    headers = {"Accept": MANIFESTS}
-    try:
-        reply = requests.head(address, headers=headers, timeout=TIMEOUT, allow_redirects=True)
-        if reply.status_code == 401:
-            headers["Authorization"] = _authorization(reply.headers.get("WWW-Authenticate", ""), registry)
-            reply = requests.head(address, headers=headers, timeout=TIMEOUT, allow_redirects=True)
-    except requests.exceptions.SSLError:
-        raise NotCheckedError(
-            f"{registry}: its TLS certificate is not trusted", "set REQUESTS_CA_BUNDLE to the file of its authority"
-        ) from None
-    except (requests.RequestException, ValueError) as error:
-        raise NotCheckedError(f"{registry} does not answer ({type(error).__name__})", "check the network") from None
-    if reply.status_code in (200, 404):
-        return reply.status_code == 200
-    if reply.status_code in (401, 403):
-        raise NotCheckedError(f"{registry} refuses access to {name}", f"docker login {registry}")
-    raise NotCheckedError(f"{registry} answered {reply.status_code}", "look at the registry's log")
-
-
-def split_image(image: str) -> tuple[str, str, str]:
-    """Registry (empty where none is named), name, and tag or digest."""
-    first, slash, rest = image.partition("/")
-    named = bool(slash) and ("." in first or ":" in first or first == "localhost")
-    registry, path = (first, rest) if named else ("", image)
-    if "@" in path:
-        name, _, reference = path.partition("@")
-        return registry, name.partition(":")[0], reference
-    name, _, tag = path.partition(":")
-    return ("registry-1.docker.io" if registry == "docker.io" else registry), name, tag or "latest"
+    there, missing, unknown = list[str](), list[str](), Verdicts()
+    client = None
+    for image in images:
+        registry = registry_of(image)
+        if not registry:
+            unknown[image] = "no registry is named: it must be on the cluster's nodes", "`make load`, or push it"
+            continue
+        try:
+            client = client or docker.from_env(timeout=TIMEOUT_SECONDS)
+            client.images.get_registry_data(image)
+            there.append(image)
+        except NotFound:
+            missing.append(image)
+        except APIError as error:
+            status = error.response.status_code if error.response is not None else 0
+            refused = status in (401, 403)
+            what = f"{registry} refuses access" if refused else f"{registry} cannot be asked ({error.explanation})"
+            unknown[image] = what, f"docker login {registry}" if refused else "check the network and the registry"
+        except (AttributeError, TypeError, ValueError):  # docker's own reader, of a file that holds something else
+            unknown[image] = "Docker's file of logins cannot be read", "mend config.json in ~/.docker or DOCKER_CONFIG"
+        except DockerException:
+            remedy = "start Docker, or look into the registry yourself"
+            unknown[image] = "no Docker engine is here that could ask the registry", remedy
+    return there, missing, unknown
 
 
-def _authorization(challenge: str, registry: str) -> str:
-    """What the registry asks for: a token of its token server, or the user's name and password."""
-    scheme, _, rest = challenge.partition(" ")
-    login = _docker_login(registry)
-    if scheme.lower() != "bearer":
-        return f"Basic {login}" if login else ""
-    asked = dict(re.findall(r'(\w+)="([^"]*)"', rest))
-    realm = asked.pop("realm", "")
-    reply = requests.get(
-        realm, params=asked, headers={"Authorization": f"Basic {login}"} if login else {}, timeout=TIMEOUT
-    )
-    told = reply.json() if reply.ok else {}
-    return f"Bearer {told.get('token') or told.get('access_token') or ''}"
+def registry_of(image: str) -> str:
+    """The registry that an image's name begins with; empty where it names none."""
+    first, slash, _ = image.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else ""
 
 
-def _docker_login(registry: str) -> str | None:
-    """The login that `docker login` left for the registry, as base64; None where there is none or a helper keeps it."""
-    folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-    try:
-        logins = json.loads((folder / "config.json").read_text("utf-8")).get("auths", {})
-        login = logins.get("https://index.docker.io/v1/" if registry == "registry-1.docker.io" else registry, {})
-        if "auth" in login:
-            base64.b64decode(login["auth"], validate=True)
-            return str(login["auth"])
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
-    return None
+def _in_short(images: list[str]) -> str:
+    """registry/{one,another}:tag where registry and tag are the same for all."""
+    parts = [re.fullmatch(r"(.*/)([^/:@]+)(.*)", image) for image in images]
+    alike = {(part[1], part[3]) for part in parts if part}
+    if len(images) < 2 or not all(parts) or len(alike) > 1:
+        return ", ".join(images)
+    ((registry, tag),) = alike
+    return f"{registry}{{{','.join(part[2] for part in parts if part)}}}{tag}"

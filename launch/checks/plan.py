@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -22,7 +22,9 @@ from launch.checks.rates import GUARDS, Past, Rate, recorded_rates
 SAMPLE_ROWS = 200
 BYTES_PER_TOKEN = 4
 ROUGH_TOKENS = "four bytes of text are taken for a token; the guard's template, read once a batch, is left out"
+ROUGH_BYTES = "rows as large as the sample's, with what the stage adds"
 GIB, MIB, KIB = 2**30, 2**20, 2**10
+Device = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,17 @@ class Number:
         known = self.value is not None and factor is not None
         return Number(self.value * factor if known else None, self.rough or rough)  # type: ignore[operator]
 
+    def plus(self, other: "Number") -> "Number":
+        """The sum of both; not known where one of them is not."""
+        known = self.value is not None and other.value is not None
+        return Number(self.value + other.value if known else None, self.rough or other.rough)  # type: ignore[operator]
+
     def plain(self) -> dict[str, Any]:
         """The number as JSON-ready values."""
         return {"value": self.value, "rough": self.rough}
+
+
+UNKNOWN_SIZE = Number(None, "the size of the adapter follows from the model: a first run tells it")
 
 
 @dataclass(frozen=True)
@@ -54,17 +64,30 @@ class Estimate:
 
     def plain(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
-        told = {name: getattr(self, name) for name in ("items", "tokens", "seconds", "bytes")}
-        return {"stage": self.stage, **{name: number.plain() if number else None for name, number in told.items()}}
+        numbers = {name: getattr(self, name) for name in ("items", "tokens", "seconds", "bytes")}
+        return {"stage": self.stage, **{name: number.plain() if number else None for name, number in numbers.items()}}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One source of rows: how many there are, and what a sample of them is like."""
+    """Tables of rows: how many there are, and by a sample of each how many tokens and how much disk they take."""
 
-    rows: int
-    tokens_per_row: float
-    bytes_per_row: float
+    rows: int = 0
+    tokens: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows(self.rows + other.rows, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage has to do."""
+
+    stage: str
+    items: Number
+    tokens: Number | None
+    bytes: Number
 
 
 @dataclass(frozen=True)
@@ -97,23 +120,12 @@ class Plan:
 
 def make_plan(settings: Settings, past: Past | None) -> Plan:
     """Estimate every stage of the whole pipeline. Raises GuardLoopError where the data cannot be read."""
-    dataset = settings.dataset
-    traffic = measure(dataset.traffic, dataset.seed, "dataset.traffic")
-    tests = [
-        measure(source, dataset.seed, "dataset.test") for source in (dataset.test, dataset.response_test) if source
-    ]
-    benchmarks = [
-        measure(benchmark.source, 0, f"benchmark {benchmark.name}") for benchmark in settings.evaluation.benchmarks
-    ]
-    device = "gpu" if needs_gpu(settings) else "cpu"
-    return Plan(
-        device,
-        f"the run {past.run}" if past else "docs/benchmarks.md, where a rate fits",
-        _Estimator(settings, traffic, tests, benchmarks, past, device).stages(),
-    )
+    device: Device = "gpu" if needs_gpu(settings) else "cpu"
+    source = f"the run {past.run}" if past else "docs/benchmarks.md, where a rate fits"
+    return Plan(device, source, [_estimate(work, settings, past, device) for work in _works(settings, past)])
 
 
-def measure(source: SourceSettings, seed: int, where: str) -> Rows:
+def measure(source: SourceSettings, where: str, seed: int = 0) -> Rows:
     """Count the rows of a source, and measure a sample of them."""
     draw, rows, sample = random.Random(seed), 0, list[Row]()
     for row in read_conversations(source.model_copy(update={"limit": None}), where=where):
@@ -122,11 +134,10 @@ def measure(source: SourceSettings, seed: int, where: str) -> Rows:
             sample.append(row)
         elif (place := draw.randrange(rows)) < SAMPLE_ROWS:
             sample[place] = row
-    texts = [f"{row['prompt']}{row['response'] or ''}".encode() for row in sample]
-    size = max(1, len(sample))
-    return Rows(
-        min(rows, source.limit or rows), sum(map(len, texts)) / BYTES_PER_TOKEN / size, _bytes_on_disk(sample) / size
-    )
+    rows = min(rows, source.limit or rows)
+    scale = rows / max(1, len(sample))
+    text = sum(len(f"{row['prompt']}{row['response'] or ''}".encode()) for row in sample)
+    return Rows(rows, text / BYTES_PER_TOKEN * scale, _bytes_on_disk(sample) * scale)
 
 
 def _bytes_on_disk(rows: list[Row]) -> int:
@@ -136,129 +147,111 @@ def _bytes_on_disk(rows: list[Row]) -> int:
         return path.stat().st_size
 
 
-class _Estimator:
-    """The arithmetic of the loop: how much of each stage's work follows from the data and the settings."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        traffic: Rows,
-        tests: list[Rows],
-        benchmarks: list[Rows],
-        past: Past | None,
-        device: str,
-    ) -> None:
-        self.settings, self.traffic, self.tests, self.benchmarks = settings, traffic, tests, benchmarks
-        self.past, self.device = past, device
-        self.rates = recorded_rates()
-
-    def stages(self) -> list[Estimate]:
-        """All stages, in the order of the pipeline."""
-        settings, traffic = self.settings, self.traffic
-        prompts = Number(traffic.rows)
-        share, why = self._passed_share()
-        passed = prompts.times(share, why)
-        length, why_length = self._response_tokens()
-        responses = passed.times(sum(one.samples for one in settings.responders))
-        written = responses.times(length, why_length)
-        read = responses.times(traffic.tokens_per_row, ROUGH_TOKENS)
-        held_out = settings.mining.held_out
-        lessons = (passed.value or 0) * (1 - held_out)
-        replayed = lessons / 2 + min(lessons / 2, traffic.rows - (passed.value or 0))  # as guardloop.mining mines
-        examples = Number(lessons + replayed, passed.rough)
-        rounds = settings.training.epochs * settings.training.seeds
-        test_rows = sum(table.rows for table in self.tests)
-        test_tokens = sum(table.rows * table.tokens_per_row for table in self.tests)
-        candidate = Number(test_rows + (passed.value or 0) * held_out, passed.rough)
-        row, text = traffic.bytes_per_row, BYTES_PER_TOKEN
-        test_bytes = sum(table.rows * table.bytes_per_row for table in self.tests)
-        wide = "rows as large as the sample's, with what the stage adds"
-        answers = (written.value or 0) * text + (responses.value or 0) * row
-        make = self._estimate
-        return [
-            make("prepare_data", prompts, None, Number(traffic.rows * row + test_bytes, wide)),
-            make("screen prompts", prompts, self._tokens(traffic), Number(traffic.rows * row, wide)),
-            make("generate_responses", responses, written, Number(answers, why_length or wide)),
-            make("screen responses", responses, _sum(read, written), Number(answers, why_length or wide)),
-            make("mine_feedback", examples, None, examples.times(row, wide)),
-            make("train_guard", examples, examples.times(rounds * traffic.tokens_per_row, ROUGH_TOKENS), NOT_SAID),
-            make(
-                "screen test (baseline)", Number(test_rows), Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)
-            ),
-            make("screen test (candidate)", candidate, Number(test_tokens, ROUGH_TOKENS), Number(test_bytes, wide)),
-            *self._scored_benchmarks(),
-            make("evaluate", Number(test_rows), None, Number(test_bytes, wide)),
-        ]
-
-    def _scored_benchmarks(self) -> list[Estimate]:
-        """Both guards score every row."""
-        if not self.benchmarks:
-            return []
-        why = "rows like something in the training set are left out"
-        rows = sum(table.rows for table in self.benchmarks)
-        tokens = sum(table.rows * table.tokens_per_row for table in self.benchmarks)
-        size = sum(table.rows * table.bytes_per_row for table in self.benchmarks)
-        scored = Number(rows).times(GUARDS, why)
-        return [self._estimate("score_benchmarks", scored, Number(GUARDS * tokens, ROUGH_TOKENS), Number(size, why))]
-
-    def _estimate(self, stage: str, items: Number, tokens: Number | None, size: Number) -> Estimate:
-        took = self.past.stages.get(stage) if self.past else None
-        if took and took.bytes is not None and took.items:
-            whole = stage == "train_guard"  # an adapter is as large for one example as for many
-            why = f"as large as in the run {self.past.run}" if self.past else ""
-            size = Number(took.bytes, why) if whole else items.times(took.bytes / took.items, why)
-        return Estimate(stage, items, tokens, self._seconds(stage, items, tokens), size)
-
-    def _seconds(self, stage: str, items: Number, tokens: Number | None) -> Number:
-        took = self.past.stages.get(stage) if self.past else None
-        if took and took.items and self.past:
-            factor = took.seconds / took.items
-            if stage == "train_guard":
-                before, now = self.past.settings.training, self.settings.training
-                factor *= now.epochs * now.seeds / (before.epochs * before.seeds)
-            return items.times(factor, f"as fast as in the run {self.past.run}, the loading of models included")
-        rate = self._rate(stage)
-        if rate is None:
-            return Number(None, "where no rate is known, a first run here gives one")
-        amount = tokens if rate.unit == "tokens" and tokens else items
-        if rate.unit == "examples":
-            amount = items.times(self.settings.training.epochs * self.settings.training.seeds)
-        where = f"as fast as measured in docs/benchmarks.md ({rate.section}), without the loading of models"
-        return amount.times(1 / rate.per_second, where)
-
-    def _rate(self, stage: str) -> Rate | None:
-        kind = "screen" if stage.startswith("screen") or stage == "score_benchmarks" else stage
-        guard = self.settings.guard
-        model = self.settings.responders[0].model if kind == "generate_responses" else guard.base
-        several = kind == "generate_responses" and len(self.settings.responders) > 1
-        quantization = "none" if kind == "generate_responses" else guard.quantization
-        key = (kind, model, self.device, quantization)
-        found = [rate for rate in self.rates if (rate.stage, rate.model, rate.device, rate.quantization) == key]
-        return found[0] if found and not several else None
-
-    def _tokens(self, table: Rows) -> Number:
-        return Number(table.rows * table.tokens_per_row, ROUGH_TOKENS)
-
-    def _passed_share(self) -> tuple[float, str]:
-        if self.past and self.past.passed_share is not None:
-            return self.past.passed_share, f"as large a share of the prompts passes as in the run {self.past.run}"
-        return 1.0, "as if the guard let every prompt pass: an upper bound"
-
-    def _response_tokens(self) -> tuple[float, str]:
-        if self.past and self.past.tokens_per_response is not None:
-            return self.past.tokens_per_response, f"responses as long as in the run {self.past.run}"
-        responders = self.settings.responders
-        mean = sum(one.samples * one.max_new_tokens for one in responders) / sum(one.samples for one in responders)
-        return mean, "as if every response took its max_new_tokens: an upper bound"
+def _works(settings: Settings, past: Past | None) -> list[Work]:
+    """What each stage has to do, in the order of the pipeline: how it follows from the data and the settings."""
+    dataset = settings.dataset
+    traffic = measure(dataset.traffic, "dataset.traffic", settings.seed)
+    tests = [measure(table, "dataset.test", settings.seed) for table in (dataset.test, dataset.response_test) if table]
+    test = sum(tests, Rows())
+    share, why_share = _passed_share(past)
+    length, why_length = _tokens_per_response(settings, past)
+    passed = Number(traffic.rows).times(share, why_share)
+    responses = passed.times(sum(one.samples for one in settings.responders))
+    response_tokens = responses.times(length, why_length)
+    prompt_tokens = responses.times(traffic.tokens / max(1, traffic.rows), ROUGH_TOKENS)
+    examples = _examples(passed, traffic.rows, settings.mining.held_out)
+    per_row = traffic.bytes / max(1, traffic.rows)
+    response_bytes = (response_tokens.value or 0) * BYTES_PER_TOKEN + (responses.value or 0) * per_row
+    held_out = Number(test.rows + (passed.value or 0) * settings.mining.held_out, passed.rough)
+    rounds = settings.training.epochs * settings.training.seeds
+    read = examples.times(rounds * traffic.tokens / max(1, traffic.rows), ROUGH_TOKENS)
+    traffic_tokens, test_tokens = Number(traffic.tokens, ROUGH_TOKENS), Number(test.tokens, ROUGH_TOKENS)
+    test_bytes = Number(test.bytes, ROUGH_BYTES)
+    return [
+        Work("prepare_data", Number(traffic.rows), None, Number(traffic.bytes + test.bytes, ROUGH_BYTES)),
+        Work("screen prompts", Number(traffic.rows), traffic_tokens, Number(traffic.bytes, ROUGH_BYTES)),
+        Work("generate_responses", responses, response_tokens, Number(response_bytes, why_length or ROUGH_BYTES)),
+        Work("screen responses", responses, prompt_tokens.plus(response_tokens), Number(response_bytes, why_length)),
+        Work("mine_feedback", examples, None, examples.times(per_row, ROUGH_BYTES)),
+        Work("train_guard", examples, read, UNKNOWN_SIZE),
+        Work("screen test (baseline)", Number(test.rows), test_tokens, test_bytes),
+        Work("screen test (candidate)", held_out, test_tokens, test_bytes),
+        *_benchmark_works(settings),
+        Work("evaluate", Number(test.rows), None, test_bytes),
+    ]
 
 
-NOT_SAID = Number(None, "the size of the adapter follows from the model: a first run tells it")
+def _benchmark_works(settings: Settings) -> list[Work]:
+    """Both guards score every row of the benchmarks, where there are any."""
+    tables = [measure(benchmark.source, f"benchmark {benchmark.name}") for benchmark in settings.evaluation.benchmarks]
+    if not tables:
+        return []
+    why, table = "rows like something in the training set are left out", sum(tables, Rows())
+    tokens = Number(GUARDS * table.tokens, ROUGH_TOKENS)
+    return [Work("score_benchmarks", Number(table.rows).times(GUARDS, why), tokens, Number(table.bytes, why))]
 
 
-def _sum(*numbers: Number) -> Number:
-    values = [number.value for number in numbers]
-    rough = next((number.rough for number in numbers if number.rough), "")
-    return Number(None if None in values else sum(value for value in values if value is not None), rough)
+def _examples(passed: Number, rows: int, held_out: float) -> Number:
+    """Training examples: the passed prompts that are not held out, and replayed ones, as guardloop.mining adds them."""
+    own = (passed.value or 0) * (1 - held_out)
+    return Number(own + own / 2 + min(own / 2, rows - (passed.value or 0)), passed.rough)
+
+
+def _passed_share(past: Past | None) -> tuple[float, str]:
+    if past and past.passed_share is not None:
+        return past.passed_share, f"as large a share of the prompts passes as in the run {past.run}"
+    return 1.0, "as if the guard let every prompt pass: an upper bound"
+
+
+def _tokens_per_response(settings: Settings, past: Past | None) -> tuple[float, str]:
+    if past and past.tokens_per_response is not None:
+        return past.tokens_per_response, f"responses as long as in the run {past.run}"
+    samples = sum(one.samples for one in settings.responders)
+    mean = sum(one.samples * one.max_new_tokens for one in settings.responders) / samples
+    return mean, "as if every response took its max_new_tokens: an upper bound"
+
+
+def _estimate(work: Work, settings: Settings, past: Past | None, device: Device) -> Estimate:
+    """The time that the work takes, and its storage as an earlier run wrote it."""
+    took = past.stages.get(work.stage) if past else None
+    size = work.bytes
+    if past and took and took.bytes is not None and took.items:
+        why = f"as large as in the run {past.run}"
+        whole = work.stage == "train_guard"  # an adapter is as large for one example as for many
+        size = Number(took.bytes, why) if whole else work.items.times(took.bytes / took.items, why)
+    return Estimate(work.stage, work.items, work.tokens, _seconds(work, settings, past, device), size)
+
+
+def _seconds(work: Work, settings: Settings, past: Past | None, device: Device) -> Number:
+    training = settings.training
+    took = past.stages.get(work.stage) if past else None
+    if past and took and took.items:
+        factor = took.seconds / took.items
+        if work.stage == "train_guard":
+            before = past.settings.training
+            factor *= training.epochs * training.seeds / (before.epochs * before.seeds)
+        return work.items.times(factor, f"as fast as in the run {past.run}, the loading of models included")
+    rate = _rate(work.stage, settings, device)
+    if rate is None:
+        return Number(None, "where no rate is known, a first run here gives one")
+    amount = work.tokens if rate.unit == "tokens" and work.tokens else work.items
+    if rate.unit == "examples":
+        amount = work.items.times(training.epochs * training.seeds)
+    where = f"as fast as measured in docs/benchmarks.md ({rate.section}), without the loading of models"
+    return amount.times(1 / rate.per_second, where)
+
+
+def _rate(stage: str, settings: Settings, device: Device) -> Rate | None:
+    """The measured rate of a stage with these models, or None."""
+    kind = "screen" if stage.startswith("screen") or stage == "score_benchmarks" else stage
+    model, quantization = settings.guard.base, settings.guard.quantization
+    if kind == "generate_responses":
+        if len(settings.responders) > 1:
+            return None
+        model, quantization = settings.responders[0].model, "none"
+    key = (kind, model, device, quantization)
+    fitting = (rate for rate in recorded_rates() if (rate.stage, rate.model, rate.device, rate.quantization) == key)
+    return next(fitting, None)
 
 
 def compare(plan: Plan, past: Past) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_written(guardloop, tmp_path):
 def test_a_wrong_setting(guardloop, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("guard: {bse: x}\ntraining: {rank: '[red]many[/]'}\n")
-    refused(guardloop("config", "show", str(path)), "mine.yaml.guard.bse", "did you mean `base`?", "[red]many[/]")
+    refused(guardloop("config", "show", str(path)), "mine.yaml.guard.bse", "did you mean `base`?", "a valid integer")
 
 
 def test_data_that_is_not_there(guardloop, tmp_path):
@@ -177,7 +177,9 @@ def test_data_that_is_not_there(guardloop, tmp_path):
 def test_a_key_that_is_not_set(guardloop, tmp_path, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     path = tmp_path / "mine.yaml"
-    path.write_text("responder: {kind: openai, model: m, base_url: 'http://localhost/v1', api_key_env: NO_SUCH_KEY}\n")
+    path.write_text(
+        "responders: [{kind: openai, model: m, base_url: 'http://localhost/v1', api_key_env: NO_SUCH_KEY}]\n"
+    )
     refused(guardloop("run", "--config", str(path)), "NO_SUCH_KEY is not set")
 
 

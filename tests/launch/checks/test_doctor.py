@@ -131,10 +131,10 @@ def test_a_driver_that_does_not_answer_is_no_gpu(
 def test_a_package_that_only_the_configuration_asks_for(examine: Doctor) -> None:
     if doctor._version("vllm"):
         pytest.skip("vllm is installed")
-    code, found = examine({"responder": {"kind": "vllm", "model": "./models/mine"}})
+    code, found = examine({"responders": [{"kind": "vllm", "model": "./models/mine"}]})
 
     assert code == 1 and found["packages"]["found"] == "not installed: vllm"
-    assert "responder.kind: vllm needs one" in found["GPU"]["found"]
+    assert "kind: vllm needs one" in found["GPU"]["found"]
 
 
 def test_another_version_than_the_lock_has(examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

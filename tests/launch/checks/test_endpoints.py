@@ -37,10 +37,10 @@ def endpoint(url: str = "https://models.example.org/v1", key: str | None = None,
     return {"kind": "openai", "model": model, "base_url": url, "api_key_env": key}
 
 
-def checked(server: KubeflowServer, of: Package, responder: dict[str, Any]) -> dict[str, Check]:
+def checked(server: KubeflowServer, of: Package, *responders: dict[str, Any]) -> dict[str, Check]:
     """The findings on responders, by their names."""
     cluster = Cluster(find_target(PlatformSettings(kubeflow=KubeflowSettings(host=server.url))))
-    found = check_all(cluster, of, Settings.model_validate({"responder": responder}))
+    found = check_all(cluster, of, Settings.model_validate({"responders": responders}))
     return {check.name: check for check in found if check.name.startswith("responder")}
 
 
@@ -50,7 +50,7 @@ def checked(server: KubeflowServer, of: Package, responder: dict[str, Any]) -> d
 def test_an_endpoint_of_this_machine_is_the_pod_itself(server: KubeflowServer, host: str) -> None:
     check = checked(server, package(), endpoint(f"http://{host}/v1"))["responder m"]
 
-    assert check.verdict == "failed" and "the pod itself" in check.found and "responder.base_url" in check.remedy
+    assert check.verdict == "failed" and "the pod itself" in check.found and "base_url" in check.remedy
 
 
 def test_an_endpoint_elsewhere_is_not_called_ok(server: KubeflowServer) -> None:
@@ -86,7 +86,7 @@ def test_a_key_of_another_stage_does_not_help(server: KubeflowServer) -> None:
 
 def test_every_responder_is_looked_at(server: KubeflowServer) -> None:
     others = [endpoint("http://localhost:1/v1", model="n"), {"kind": "vllm", "model": "org/plain"}]
-    found = checked(server, package(), {**endpoint(), "others": others})
+    found = checked(server, package(), endpoint(), *others)
 
     assert {name: check.verdict for name, check in found.items()} == {
         "responder m": "not checked",

@@ -45,7 +45,8 @@ def data(folder: Path, rows: int, **more: Any) -> dict[str, Any]:
     path = folder / f"{rows}.jsonl"
     path.write_text("".join(json.dumps({"id": f"{i}", "prompt": f"{i:08d}"}) + "\n" for i in range(rows)))
     test = {"kind": "sample", "path": "test", "limit": 6}
-    return {"dataset": {"traffic": {"kind": "file", "path": str(path)}, "test": test}, **more}
+    dataset = {"traffic": {"kind": "file", "path": str(path)}, "test": test}
+    return {"dataset": dataset, "responders": [{}], **more}
 
 
 def finished_run(home: Path, name: str, settings: dict[str, Any], **changes: Any) -> None:
@@ -93,7 +94,7 @@ def test_a_limit_counts_and_all_of_the_data_is_read(tmp_path: Path) -> None:
 
 def test_a_gpu_where_the_configuration_needs_one(tmp_path: Path) -> None:
     values = data(tmp_path, 327, guard={"base": "meta-llama/LlamaGuard-7b"})
-    values["responder"] = {"kind": "vllm", "model": "mistralai/Mistral-7B-Instruct-v0.3"}
+    values["responders"] = [{"kind": "vllm", "model": "mistralai/Mistral-7B-Instruct-v0.3"}]
     plan = make_plan(Settings.model_validate(values), None)
     seconds = {stage.stage: stage.seconds.value for stage in plan.stages}
 
@@ -139,7 +140,7 @@ def test_both_guards_score_every_row_of_a_benchmark(tmp_path: Path) -> None:
 @given(samples=st.integers(1, 8), epochs=st.integers(1, 4))
 def test_work_grows_with_what_causes_it(tmp_path_factory: pytest.TempPathFactory, samples: int, epochs: int) -> None:
     folder = tmp_path_factory.mktemp("plan")
-    values = data(folder, 20, responder={"samples": samples}, training={"epochs": epochs})
+    values = data(folder, 20, responders=[{"samples": samples}], training={"epochs": epochs})
     stages = {stage.stage: stage for stage in make_plan(Settings.model_validate(values), None).stages}
 
     assert stages["generate_responses"].items.value == stages["screen responses"].items.value == 20 * samples

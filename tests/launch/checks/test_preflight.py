@@ -11,16 +11,17 @@ import yaml
 from support.ended import Ended
 from support.kubeflow_server import KubeflowServer
 from support.services import S3Server
-from support.small_servers import Hub, ImageRegistry, Kubernetes, SmallServer
+from support.small_servers import DockerEngine, Hub, Kubernetes, SmallServer
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.config.cluster import ClusterSettings
 from guardloop.config.kubeflow import KubeflowSettings
 from guardloop.core.storage import put
 from launch.checks.check import Check, hub_models
-from launch.checks.cluster import Package, check_all
-from launch.checks.images import NotCheckedError, image_exists, split_image
+from launch.checks.cluster import check_all
+from launch.checks.images import registry_of
 from launch.kubeflow.cluster import Cluster
+from launch.kubeflow.package import Package
 from launch.kubeflow.target import find_target
 
 Look = Callable[..., dict[str, Check]]
@@ -89,53 +90,61 @@ def test_what_cannot_be_seen_is_not_called_ok(look: Look) -> None:
 
 # Images
 
+IMAGE = "r.example/guardloop/screen:abc"
 
-def test_images_in_the_registry(look: Look) -> None:
-    with ImageRegistry({"guardloop/screen:abc"}) as registry:
-        there = look(package(f"{registry.name}/guardloop/screen:abc"))["images"]
-        missing = look(package(f"{registry.name}/guardloop/screen:abd"))["images"]
 
-    assert there == Check("images", "ok", "1 in the registry")
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[DockerEngine]:
+    with DockerEngine({IMAGE}) as running:
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{running.port}")
+        yield running
+
+
+def test_images_in_the_registry(look: Look, engine: DockerEngine) -> None:
+    missing = look(package("r.example/guardloop/screen:abd"))["images"]
+
+    assert look(package(IMAGE))["images"] == Check("images", "ok", "1 in the registry")
     assert missing.verdict == "failed" and "screen:abd" in missing.found and "make push" in missing.remedy
 
 
-def test_a_registry_that_asks_for_a_login(look: Look, tmp_path: Path) -> None:
-    with ImageRegistry({"guardloop/screen:abc"}, login="ada:secret") as registry:
-        image = f"{registry.name}/guardloop/screen:abc"
-        stranger = look(package(image))["images"]
-        login = {"auth": base64.b64encode(b"ada:secret").decode()}
-        (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.name: login}}))
-        known = look(package(image))["images"]
+def test_a_registry_that_asks_for_a_login(look: Look, engine: DockerEngine, tmp_path: Path) -> None:
+    engine.login = "ada:secret"
+    stranger = look(package(IMAGE))["images"]
+    login = {"auth": base64.b64encode(b"ada:secret").decode()}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"r.example": login}}))
+    known = look(package(IMAGE))["images"]
 
-    assert stranger.verdict == "not checked" and "docker login" in stranger.remedy
+    assert stranger.verdict == "not checked" and stranger.remedy == "docker login r.example"
     assert known.verdict == "ok"
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"auths": 3}', '{"auths": {"127.0.0.1:1": 4}}'])
-def test_a_login_file_that_is_damaged(config: str, tmp_path: Path) -> None:
+def test_a_login_file_that_is_damaged(look: Look, engine: DockerEngine, config: str, tmp_path: Path) -> None:
+    engine.login = "ada:secret"
     (tmp_path / "config.json").write_text(config)
-    with ImageRegistry(set(), login="ada:secret") as registry, pytest.raises(NotCheckedError, match="refuses access"):
-        image_exists(f"{registry.name}/x:y")
+
+    assert look(package(IMAGE))["images"].verdict == "not checked"
 
 
 @pytest.mark.parametrize("status", [500, 429])
-def test_a_registry_that_fails_says_nothing_of_its_images(look: Look, status: int) -> None:
-    with ImageRegistry(set(), status=status) as registry:
-        found = look(package(f"{registry.name}/guardloop/screen:abc"))["images"]
-    away = look(package("localhost:9/guardloop/screen:abc"))["images"]
+def test_a_registry_that_fails_says_nothing_of_its_images(look: Look, engine: DockerEngine, status: int) -> None:
+    engine.status = status
+    failing = look(package(IMAGE))["images"]
 
-    assert found.verdict == away.verdict == "not checked"
-    assert str(status) in found.found and "does not answer" in away.found
+    assert failing.verdict == "not checked" and str(status) in failing.found
 
 
-def test_names_of_images() -> None:
-    digest = "sha256:" + "0" * 64
+def test_without_an_engine_nothing_is_known(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    check = look(package(IMAGE))["images"]
 
-    assert split_image("r.example:5000/a/b:tag") == ("r.example:5000", "a/b", "tag")
-    assert split_image(f"r.example/a/b:tag@{digest}") == ("r.example", "a/b", digest)
-    assert split_image("localhost/a:1") == ("localhost", "a", "1")
-    assert split_image("docker.io/guardloop/screen:1") == ("registry-1.docker.io", "guardloop/screen", "1")
-    assert split_image("guardloop/screen:1")[0] == split_image("screen")[0] == ""
+    assert check.verdict == "not checked" and "no Docker engine" in check.found
+
+
+def test_registries_in_names_of_images() -> None:
+    names = ["r.example:5000/a/b:tag", "localhost/a:1", "docker.io/guardloop/screen:1", "guardloop/screen:1", "screen"]
+
+    assert [registry_of(name) for name in names] == ["r.example:5000", "localhost", "docker.io", "", ""]
 
 
 # Kubernetes
@@ -222,7 +231,7 @@ def hub_checks(settings: dict[str, Any]) -> list[Check]:
 def test_access_to_gated_models_and_data(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {
         "guard": {"base": "meta-llama/LlamaGuard-7b", "family": "llama-guard-1"},
-        "responder": {"model": "ada/no-such-model"},
+        "responders": [{"model": "ada/no-such-model"}],
         "dataset": {"traffic": {"kind": "hub", "path": "lmsys/toxic-chat"}},
         "evaluation": {"benchmarks": ["wildguardtest", "xstest"]},
     }
@@ -258,7 +267,7 @@ def test_a_hub_that_is_away_says_nothing_of_access(monkeypatch: pytest.MonkeyPat
 
 
 def test_models_that_no_hub_has_are_not_asked_for(look: Look) -> None:
-    settings = {"responder": {"kind": "openai", "model": "org/model", "base_url": "https://host/v1"}}
+    settings = {"responders": [{"kind": "openai", "model": "org/model", "base_url": "https://host/v1"}]}
 
     assert look(settings=settings)["hub"].verdict == "ok"
 
@@ -271,12 +280,12 @@ def test_files_of_this_machine_are_not_on_the_cluster(look: Look) -> None:
         settings={
             "dataset": {"traffic": traffic, "test": test},
             "guard": {"base": "./my-guard"},
-            "responder": {"others": [{"model": "./my-responder"}]},
+            "responders": [{"model": "./my-responder"}],
             "evaluation": {"benchmarks": [benchmark]},
         }
     )
 
-    places = ("dataset.traffic", "guard.base", "responder.model", "benchmark ours")
+    places = ("dataset.traffic", "guard.base", "responders: ./my-responder", "benchmark ours")
     assert {found[place].verdict for place in places} == {"failed"}
     assert found["dataset.test"].verdict == "not checked" and "s3://" in found["dataset.traffic"].remedy
 

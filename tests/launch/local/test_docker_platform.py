@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def options(home: Path, settings: DockerSettings | None = None, **arguments: dict) -> dict:
+def options(home: Path, settings: DockerSettings | None = None, **arguments: Any) -> dict:
     return docker_runner("run-1", home, arguments, settings or DockerSettings()).container_run_args
 
 
@@ -42,7 +43,7 @@ def test_stages_write_to_runs_and_caches_and_read_what_the_configuration_names(h
             "test": {"kind": "file", "path": "s3://bucket/test.csv"},
         },
         guard={"base": str(tmp_path / "guard"), "policy": None},
-        responder={"model": "hub/model", "others": [{"model": str(tmp_path / "second")}]},
+        responders=[{"model": "hub/model"}, {"model": str(tmp_path / "second")}],
         evaluation={"benchmarks": [benchmark]},
     )
 
@@ -72,7 +73,7 @@ def test_stages_get_their_own_variables_and_no_others(
     (tmp_path / "ca.pem").touch()
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
 
-    found = options(home, responder={"others": [{"api_key_env": "MY_KEY"}]})
+    found = options(home, responders=[{"api_key_env": "MY_KEY"}])
 
     assert found["environment"].items() >= {**given, "GUARDLOOP_RUN_ID": "run-1"}.items()
     assert not {"OTHER_TOKEN", "PATH", "PYTHONPATH"} & set(found["environment"])
