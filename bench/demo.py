@@ -48,10 +48,11 @@ def main(
             seeded.write_text(yaml.safe_dump(told), "utf-8")
             trained = summary(home, seeded, "train", found.id)
             decided = summary(home, seeded, "evaluate", trained["run"])
-        row, promoted = decided["evaluation"], promoted + (decided["decision"] == "promoted")
-        gains = [_change(row["gains"][name]) for name in ("auprc", "recall_near_baseline_fpr")]
-        rates = f"{row['default']['fpr']['value']:.3f} to {row['candidate']['fpr']['value']:.3f}"
-        rows.append(f"| {seed} | {' | '.join(gains)} | {rates} | {decided['headline'].partition(':')[0].lower()} |")
+        promoted += decided["decision"] == "promoted"
+        metrics = decided["evaluation"]["metrics"]
+        changes = [_change(metrics[name]["change"]) for name in ("auprc", "recall_near_baseline_fpr")]
+        rates = " to ".join(f"{metrics['fpr'][guard]['value']:.3f}" for guard in ("baseline", "candidate"))
+        rows.append(f"| {seed} | {' | '.join(changes)} | {rates} | {decided['decision']} |")
         console.print(f"{rows[-1]} {decided['headline']}")
         text = [
             "## The demo, seed by seed",
@@ -81,8 +82,8 @@ def summary(home: Path, config: Path, pipeline: str, earlier: str) -> dict[str, 
     return told
 
 
-def _change(gain: dict[str, float]) -> str:
-    return f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+def _change(change: dict[str, float]) -> str:
+    return f"{change['value']:+.3f} ({change['low']:+.3f} to {change['high']:+.3f})"
 
 
 if __name__ == "__main__":

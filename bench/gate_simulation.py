@@ -2,7 +2,7 @@
 
 Run: python -m bench.gate_simulation [--only equal] [--processes 2]
 
-Without options it gives the table of docs/gate.md. The gate is the baseline one. Where the guards are equal, the slices
+Without options it gives the table of docs/gate.md. The gate is the default one. Where the guards are equal, the slices
 are measured only if every other check passed: promotion needs all of them, so the count of promotions is exactly that
 of the whole gate at a quarter of the time.
 """
@@ -20,7 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest, norm
 
-from guardloop.evaluation import Evaluation, EvaluationSettings, GuardRun, evaluate
+from guardloop.evaluation.compare import evaluate
+from guardloop.evaluation.paired import GuardRun
+from guardloop.evaluation.result import Evaluation
+from guardloop.evaluation.settings import EvaluationSettings
 
 CATEGORIES = ("S1", "S2", "S9", "S10")
 LANGUAGES = ("en", "de", "fr")
@@ -44,12 +47,12 @@ class World:
 def simulate(world: World, resamples: int, seed: int, stop_early: bool = False) -> Evaluation:
     """One evaluation on a fresh test set; with `stop_early` without its slices where they cannot matter any more."""
     rows, guards = draw(world, seed)
-    settings = EvaluationSettings(resamples=resamples, seed=seed)
+    settings = EvaluationSettings(resamples=resamples)
     if stop_early:
-        first = evaluate(rows, *guards, settings.model_copy(update={"slices": ()}))
+        first = evaluate(rows, *guards, settings.model_copy(update={"slices": ()}), seed=seed)
         if not first.decision.promote:
             return first
-    return evaluate(rows, *guards, settings)
+    return evaluate(rows, *guards, settings, seed=seed)
 
 
 def draw(world: World, seed: int) -> tuple[list[dict[str, Any]], tuple[GuardRun, GuardRun]]:
@@ -131,8 +134,8 @@ WORLDS = {  # the truth, and how many simulations of how many resamples each
 def main() -> None:
     """Simulate every world and print how often its candidate was promoted, and which checks held it back."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, baseline=2)
-    parser.add_argument("--only", baseline="", help="how the names of the worlds wanted begin")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="how the names of the worlds wanted begin")
     options = parser.parse_args()
     console = Console(width=160)
     table = Table("world", "simulations", "resamples", "promoted (95% interval)", "not passed (share)")

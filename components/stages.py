@@ -168,10 +168,10 @@ def evaluate(
     found = evaluate(*tables, evaluation, gate, int(seed), held_out=held_out.path, benchmarks=benchmarks.path)
     copy_file(f"{evaluated.path}/{REPORT}", report.path)
     copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
-    for name, gain in found.gains.items():
-        metrics.log_metric(f"gain_{name}", gain.value)
+    for name, both in found.metrics.items():
+        metrics.log_metric(f"change_{name}", both.change.value)
     for guard, curves in ((found.baseline, baseline_curves), (found.candidate, candidate_curves)):
-        metrics.log_metric(f"{guard.name}_auprc", guard.auprc.value)
+        metrics.log_metric(f"{guard.name}_auprc", getattr(found.metrics["auprc"], guard.name).value)
         curves.log_confusion_matrix(["safe", "unsafe"], guard.confusion)
         curves.log_roc_curve(*curves_of(f"{evaluated.path}/{SCORE_TABLE}", guard.name))
     return found.decision.promote

@@ -117,10 +117,10 @@ def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Sco
 
     point = statistic(np.ones((1, len(part.unsafe)), np.float32))
     evaluation = settings.evaluation
-    drawn = bootstrap(_without_spread(statistic), part.groups, part.unsafe, evaluation.resamples, evaluation.seed)
+    drawn = bootstrap(_without_spread(statistic), part.groups, part.unsafe, evaluation.resamples, seed=0)
 
     def of(read: Callable[[Mapping[str, Floats]], Floats]) -> Estimate:
-        return estimate(float(read(point)[0]), read(drawn), evaluation.confidence)
+        return estimate(float(read(point)[0]), read(drawn))
 
     labelled = [name for name in METRICS if f"{GOLD}/{name}" in point]
     worth = {n: of(lambda v, n=n: v[f"{GOLD}/{n}"] - v[f"{DEFAULT}/{n}"]).low > 0 for n in labelled}

@@ -96,6 +96,7 @@ def benchmark(
 ) -> None:
     """Score the guard, and with --adapter also the one that it makes, on public benchmarks."""
     from guardloop.evaluation.settings import EvaluationSettings, benchmark_names
+    from guardloop.evaluation.wording import METRICS, with_interval
     from guardloop.stages import benchmark_guards
 
     settings = settings_of(config)
@@ -104,7 +105,7 @@ def benchmark(
     if not evaluation.benchmarks:
         raise GuardLoopError("benchmark: name at least one", f"benchmarks: {', '.join(benchmark_names())}")
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
-    results = benchmark_guards(settings.guard, adapter, evaluation)
+    results = benchmark_guards(settings.guard, adapter, evaluation, settings.seed)
     if as_json:
         typer.echo(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
         return
@@ -112,12 +113,9 @@ def benchmark(
     for column in ("candidate", "change") if adapter else ():
         table.add_column(column)
     for result in results:
-        for both in result.metrics:
-            counts = (f"{result.rows:,}", f"{result.unsafe:,}")
-            estimates = [both.baseline, both.candidate, both.gain] if adapter else [both.baseline]
-            table.add_row(result.name, *counts, both.metric, *(_interval(estimate) for estimate in estimates))
+        for metric, both in result.metrics.items():
+            figures = [with_interval(both.baseline, signed=False)]
+            if adapter:
+                figures += [with_interval(both.candidate, signed=False), with_interval(both.change)]
+            table.add_row(result.name, f"{result.rows:,}", f"{result.unsafe:,}", METRICS[metric].name, *figures)
     console.print(table)
-
-
-def _interval(estimate: Any) -> str:
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"

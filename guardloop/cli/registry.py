@@ -14,7 +14,7 @@ from guardloop.cli.options import DEMO, ConfigOption, JsonOption, console, setti
 from guardloop.core.places import tracking_uri
 
 if TYPE_CHECKING:
-    from guardloop.registry import Registry
+    from guardloop.registry.registry import Registry
 
 app = typer.Typer()
 
@@ -22,17 +22,17 @@ app = typer.Typer()
 @app.command()
 def review(config: ConfigOption = DEMO, as_json: JsonOption = False) -> None:
     """List the registered guards: what the gate said of each, and which is in use."""
-    candidates = _registry(config).list_candidates()
+    versions = _registry(config).versions()
     if as_json:
-        typer.echo(json.dumps([{**c.__dict__, "created": c.created.isoformat()} for c in candidates], indent=2))
+        typer.echo(json.dumps([{**c.__dict__, "created": c.created.isoformat()} for c in versions], indent=2))
         return
     table = Table("version", "created", "aliases", "gate", "AUPRC", "why", box=None, pad_edge=False)
-    for c in candidates:
+    for c in versions:
         change = f"{c.metrics.get('baseline_auprc', 0):.3f} → {c.metrics.get('candidate_auprc', 0):.3f}"
         why = f"{c.headline} Forced: {c.force_reason}" if c.force_reason else c.headline
         created = f"{c.created:%Y-%m-%d %H:%M}"
         table.add_row(str(c.version), created, ", ".join(c.aliases), c.verdict, change, escape(why))
-    console.print(table if candidates else "no guard is registered yet: `guardloop run` trains one")
+    console.print(table if versions else "no guard is registered yet: `guardloop run` trains one")
 
 
 @app.command()
@@ -62,7 +62,7 @@ def ui(port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65
 
 
 def _registry(config: Path) -> "Registry":
-    from guardloop.registry import Registry
+    from guardloop.registry.registry import Registry
 
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
     return Registry(settings_of(config).registry)

@@ -40,14 +40,6 @@ class Settings(Section):
         return distinct(responders)
 
     @model_validator(mode="after")
-    def _one_registry(self) -> "Settings":
-        """The baseline is looked up where adapters are registered."""
-        if self.guard.tracking_uri is None and self.registry.tracking_uri is not None:
-            guard = self.guard.model_copy(update={"tracking_uri": self.registry.tracking_uri})
-            return self.model_copy(update={"guard": guard})
-        return self
-
-    @model_validator(mode="after")
     def _sharded_is_not_quantized(self) -> Self:
         if self.training.sharded and self.guard.quantization in ("int8", "nf4"):
             raise ValueError(

@@ -62,8 +62,8 @@ class Connection:
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
             raise GuardLoopError(
-                "no MLflow to record in: neither registry.tracking_uri nor MLFLOW_TRACKING_URI is set",
-                "give an address such as https://mlflow.example.org, or sqlite:///guardloop.db for a local file",
+                "no MLflow to record in: MLFLOW_TRACKING_URI is not set",
+                "give it an address such as https://mlflow.example.org, or sqlite:///guardloop.db for a local file",
             )
         self.uri = uri
         self.place = without_secrets(uri)
@@ -123,7 +123,7 @@ class Connection:
                 )
             return str(found.experiment_id)
 
-        return self.attempt(f"prefill the experiment {name!r}", find_or_create)
+        return self.attempt(f"opening the experiment {name!r}", find_or_create)
 
     def run(self, experiment_name: str, run_id: str, tags: dict[str, str]) -> Any:
         """The MLflow run of the pipeline run `run_id`, made where there is none."""
@@ -137,7 +137,7 @@ class Connection:
                 return found[0]
             return client.create_run(experiment, run_name=run_id, tags={**tags, RUN_ID: run_id})
 
-        return self.attempt(f"prefill the run {run_id}", find_or_create)
+        return self.attempt(f"opening the run {run_id}", find_or_create)
 
     def _database(self) -> Path | None:
         """The file of an SQLite database."""

@@ -1,9 +1,8 @@
-"""Public benchmarks: read as published, kept apart from what was taught, and measured by what each can show."""
+"""Public benchmarks: read as published, without what a guard was trained on, and measured by what each can show."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +11,16 @@ from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.core.records import Row
 from guardloop.data.sources import read_conversations
 from guardloop.evaluation.bootstrap import bootstrap
+from guardloop.evaluation.metrics import Floats, Weights
 from guardloop.evaluation.paired import GuardRun, compare_guards, paired_estimate
-from guardloop.evaluation.result import BenchmarkResult, Compared
-from guardloop.evaluation.settings import BenchmarkSettings, EvaluationSettings
+from guardloop.evaluation.result import BenchmarkResult, Comparison
+from guardloop.evaluation.settings import BenchmarkSettings
 from guardloop.evaluation.slices import flag_rates
-from guardloop.evaluation.table import read_scores
+from guardloop.evaluation.table import Table, read_scores
 
 MIXED = ("auprc", "auroc", "f1", "precision", "recall", "fpr", "accuracy")
+NEAR_DUPLICATE = 0.8
+"""Likeness of two prompts that makes one a near-duplicate, as in the data stage."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -38,19 +40,19 @@ class Benchmark:
     """Labelled conversations (records.CONVERSATION), in which near-duplicates share a group."""
 
 
-def read_benchmark(settings: BenchmarkSettings, taught: Iterable[str] = (), near_duplicate: float = 0.8) -> Benchmark:
-    """Read a benchmark, without the rows whose prompt is a near-duplicate of one in `taught`.
+def read_benchmark(settings: BenchmarkSettings, trained_on: Iterable[str] = ()) -> Benchmark:
+    """Read a benchmark, without the rows whose prompt is a near-duplicate of one in `trained_on`.
 
     Raises GuardLoopError where it cannot be read, its columns are others, or its labels do not fit its kind.
     """
     where = f"benchmark {settings.name}"
     source = settings.source
     revision = resolve_commit(source.path, source.revision, where) if source.kind == "hub" else ""
-    found = Benchmark(settings, revision)
+    benchmark = Benchmark(settings, revision)
     from guardloop.data.clean import NearIndex, normalise  # noqa: PLC0415  (measuring needs no index of texts)
 
-    known, near = NearIndex(near_duplicate), NearIndex(near_duplicate)
-    for number, text in enumerate(taught):
+    known, near = NearIndex(NEAR_DUPLICATE), NearIndex(NEAR_DUPLICATE)
+    for number, text in enumerate(trained_on):
         known.add(str(number), normalise(text))
     groups: dict[str, str] = {}
     pinned = source.model_copy(update={"revision": revision or None})
@@ -59,18 +61,18 @@ def read_benchmark(settings: BenchmarkSettings, taught: Iterable[str] = (), near
         response = normalise(row["response"] or "") if settings.judged == "response" else None
         unsafe = {"mixed": row["unsafe"], "unsafe": True, "safe": False}[settings.kind]
         if unsafe is None or not text or response == "":
-            found.unlabelled += 1
+            benchmark.unlabelled += 1
             continue
-        found.labels.add(unsafe)
+        benchmark.labels.add(unsafe)
         if known.find(text) is not None:
-            found.left_out += 1
+            benchmark.left_out += 1
         else:
             identity = f"{settings.name}/{number}"
             twin = near.find(text)
             groups[identity] = groups[twin] if twin else identity
             near.add(identity, text)
             category = row["category"] if "category" in source.columns else None
-            found.rows.append(
+            benchmark.rows.append(
                 {
                     **row,
                     "id": identity,
@@ -81,8 +83,8 @@ def read_benchmark(settings: BenchmarkSettings, taught: Iterable[str] = (), near
                     "group": groups[identity],
                 }
             )
-    _check(found, where)
-    return found
+    _check(benchmark, where)
+    return benchmark
 
 
 def resolve_commit(repository: str, revision: str | None, where: str) -> str:
@@ -107,60 +109,55 @@ def measure_benchmark(
     settings: BenchmarkSettings,
     baseline: GuardRun,
     candidate: GuardRun,
-    evaluation: EvaluationSettings,
+    resamples: int,
+    seed: int,
 ) -> BenchmarkResult:
     """Both guards on one benchmark's rows of the BENCHMARKED contract.
 
     A mixed set gives every metric, an all-unsafe one recall, an all-safe one the false-positive rate. So does what
     is left of a mixed set if only one class is; where nothing is left, there are no metrics.
     """
-    licence, revision = settings.licence, settings.source.revision or ""
-    if not rows:
-        return BenchmarkResult(
-            name=settings.name, kind=settings.kind, rows=0, unsafe=0, revision=revision, licence=licence, metrics=[]
-        )
-    table = read_scores(rows)
-    baseline, candidate = baseline.judging(settings.judged), candidate.judging(settings.judged)
-    if table.unsafe.any() and not table.unsafe.all():
-        compared = compare_guards(table, baseline, candidate, evaluation)
-        metrics = [compared[name] for name in MIXED]
-    else:
-        flagged = np.stack([table.baseline > baseline.threshold, table.candidate > candidate.threshold], axis=1)
-        statistic = partial(flag_rates, flagged)
-        samples = bootstrap(statistic, table.group, table.unsafe, evaluation.resamples, evaluation.seed)
-        metrics = [
-            _one_class(
-                "recall" if table.unsafe.all() else "fpr",
-                statistic(np.ones((1, len(table)))),
-                samples,
-                evaluation,
-            )
-        ]
+    metrics: dict[str, Comparison] = {}
+    unsafe = 0
+    if rows:
+        table = read_scores(rows)
+        unsafe = int(table.unsafe.sum())
+        runs = baseline.judging(settings.judged), candidate.judging(settings.judged)
+        if 0 < unsafe < len(table):
+            compared = compare_guards(table, *runs, resamples, seed)
+            metrics = {name: compared[name] for name in MIXED}
+        else:
+            metrics = _one_class(table, runs, "recall" if unsafe else "fpr", resamples, seed)
     return BenchmarkResult(
         name=settings.name,
         kind=settings.kind,
-        rows=len(table),
-        unsafe=int(table.unsafe.sum()),
-        revision=revision,
-        licence=licence,
+        rows=len(rows),
+        unsafe=unsafe,
+        revision=settings.source.revision or "",
         metrics=metrics,
     )
 
 
-def _one_class(metric: str, point: dict[str, Any], samples: dict[str, Any], evaluation: EvaluationSettings) -> Compared:
-    def named(values: dict[str, Any]) -> dict[str, Any]:
-        return {f"{guard}/{metric}": value for guard, value in values.items()}
+def _one_class(
+    table: Table, runs: tuple[GuardRun, GuardRun], metric: str, resamples: int, seed: int
+) -> dict[str, Comparison]:
+    """What is flagged of rows that are all safe, or all unsafe."""
+    flagged = np.stack([table.baseline > runs[0].threshold, table.candidate > runs[1].threshold], axis=1)
 
-    return paired_estimate(metric, named(point), named(samples), evaluation.confidence)
+    def statistic(weights: Weights) -> dict[str, Floats]:
+        return {f"{guard}/{metric}": values for guard, values in flag_rates(flagged, weights).items()}
+
+    samples = bootstrap(statistic, table.group, table.unsafe, resamples, seed)
+    return {metric: paired_estimate(metric, statistic(np.ones((1, len(table)))), samples)}
 
 
-def _check(found: Benchmark, where: str) -> None:
-    if not found.labels:
+def _check(benchmark: Benchmark, where: str) -> None:
+    if not benchmark.labels:
         raise GuardLoopError(
-            f"{where}: no row has a label and a text ({found.unlabelled} have not)", "check its columns and labels"
+            f"{where}: no row has a label and a text ({benchmark.unlabelled} have not)", "check its columns and labels"
         )
-    if found.settings.kind == "mixed" and len(found.labels) == 1:
-        only = "unsafe" if True in found.labels else "safe"
+    if benchmark.settings.kind == "mixed" and len(benchmark.labels) == 1:
+        only = "unsafe" if True in benchmark.labels else "safe"
         raise GuardLoopError(
             f"{where}: every row is labelled {only}", "check its label column and unsafe_labels, or name its kind"
         )

@@ -13,6 +13,8 @@ Counts = NDArray[np.int32]
 Statistic = Callable[[Weights], Mapping[str, Floats]]
 """weights[B, N] -> named values [B]."""
 
+TAIL = 0.025
+"""Of every interval, on either side: 95% are inside. A rule of the gate reads one end, so this is its error rate."""
 BLOCK_CELLS = 1 << 19
 """Weights held at once: small enough for the processor's cache, which is what bounds the speed."""
 
@@ -64,8 +66,7 @@ def _draw(rng: np.random.Generator, draws: int, size: int) -> Counts:
     return np.bincount(picked.ravel(), minlength=draws * size).astype(np.int32).reshape(draws, size)
 
 
-def estimate(value: float, samples: Floats, confidence: float) -> Estimate:
+def estimate(value: float, samples: Floats) -> Estimate:
     """The value with the percentile interval of its bootstrap samples."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail])
+    low, high = np.quantile(samples, [TAIL, 1 - TAIL])
     return Estimate(value=float(value), low=float(low), high=float(high))

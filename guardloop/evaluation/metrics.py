@@ -1,7 +1,7 @@
 """Metrics of one guard under many row weightings at once, so that a bootstrap is a few array operations.
 
 Rows are sorted once; a resample is a weight per row. `weights[B, N]` holds B weightings of N rows, and every
-metric returns one value per weighting. Score, score: higher means more surely unsafe.
+metric returns one value per weighting. A higher score means more surely unsafe.
 """
 
 from dataclasses import dataclass
@@ -143,7 +143,7 @@ def decision_metrics(tp: Weights, fp: Weights, unsafe: Weights, safe: Weights) -
     }
 
 
-def calibration(scores: Floats, temperature: float, unsafe: Bools, bins: int) -> Calibration:
+def calibration(scores: Floats, temperature: float, unsafe: Bools, bins: int = 15) -> Calibration:
     """Sort the rows by the equal-width bin of P(unsafe), which is sigmoid(score / temperature)."""
     p = expit(scores / temperature)
     place = np.minimum((p * bins).astype(np.int64), bins - 1)

@@ -19,11 +19,9 @@ from guardloop.evaluation.metrics import (
     rank,
     recall_at_fpr,
 )
-from guardloop.evaluation.result import Compared, Estimate
-from guardloop.evaluation.settings import EvaluationSettings
+from guardloop.evaluation.result import Comparison
 from guardloop.evaluation.table import Table
-
-FPRS = ("0.01", "0.02", "0.05")
+from guardloop.evaluation.wording import FPRS, METRICS
 
 
 @dataclass(frozen=True)
@@ -50,53 +48,46 @@ class GuardRun:
 
 
 def compare_guards(
-    table: Table, baseline: GuardRun, candidate: GuardRun, settings: EvaluationSettings
-) -> dict[str, Compared]:
-    """Every metric of both guards by name, on a table that holds both classes.
-
-    The names are those of `GuardMetrics`, and `recall_at_0.05` and the like.
-    """
-    statistic = _statistic(table, baseline, candidate, settings.calibration_bins)
+    table: Table, baseline: GuardRun, candidate: GuardRun, resamples: int, seed: int
+) -> dict[str, Comparison]:
+    """Every metric of `wording.METRICS`, on a table that holds both classes."""
+    statistic = _statistic(table, baseline, candidate)
     point = statistic(np.ones((1, len(table))))
-    samples = bootstrap(statistic, table.group, table.unsafe, settings.resamples, settings.seed)
-    names = [name.removeprefix("baseline/") for name in point if name.startswith("baseline/")]
-    return {name: paired_estimate(name, point, samples, settings.confidence) for name in names}
+    samples = bootstrap(statistic, table.group, table.unsafe, resamples, seed)
+    return {name: paired_estimate(name, point, samples) for name in METRICS}
 
 
-def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Floats], confidence: float) -> Compared:
+def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Floats]) -> Comparison:
     """The metric from values [1] and bootstrap samples [R], both named "baseline/metric" and "candidate/metric"."""
-
-    def of(name: str) -> Estimate:
-        return estimate(float(point[name][0]), samples[name], confidence)
-
     before, after = f"baseline/{metric}", f"candidate/{metric}"
-    change = float(point[after][0]) - float(point[before][0])
-    gain = estimate(change, samples[after] - samples[before], confidence)
-    return Compared(metric=metric, baseline=of(before), candidate=of(after), gain=gain)
+    return Comparison(
+        baseline=estimate(point[before][0], samples[before]),
+        candidate=estimate(point[after][0], samples[after]),
+        change=estimate(point[after][0] - point[before][0], samples[after] - samples[before]),
+    )
 
 
-def _statistic(
-    table: Table, baseline: GuardRun, candidate: GuardRun, bins: int
-) -> Callable[[Weights], dict[str, Floats]]:
+def _statistic(table: Table, baseline: GuardRun, candidate: GuardRun) -> Callable[[Weights], dict[str, Floats]]:
     """Every metric of both guards, named "baseline/auprc" and so on, as a function of weights[B, N]."""
     guards = {}
     for name, scores, run in (("baseline", table.baseline, baseline), ("candidate", table.candidate, candidate)):
         flagged = scores > run.threshold
-        caught, blocked = (np.flatnonzero(flagged & of) for of in (table.unsafe, ~table.unsafe))
-        calibrated = calibration(scores, run.temperature, table.unsafe, bins)
+        caught, blocked = np.flatnonzero(flagged & table.unsafe), np.flatnonzero(flagged & ~table.unsafe)
+        calibrated = calibration(scores, run.temperature, table.unsafe)
         guards[name] = rank(scores, table.unsafe), caught, blocked, calibrated
 
     def statistic(weights: Weights) -> dict[str, Floats]:
         values: dict[str, Floats] = {}
-        for name, (ranking, caught, blocked, calibrated) in guards.items():
-            c = curve(ranking, weights)
+        curves = {name: curve(ranking, weights) for name, (ranking, *_) in guards.items()}
+        for name, (_, caught, blocked, calibrated) in guards.items():
+            c = curves[name]
             tp, fp = (weights.take(rows, axis=1).sum(axis=1) for rows in (caught, blocked))
             metrics = decision_metrics(tp, fp, c.unsafe, c.safe)
             metrics |= calibration_metrics(calibrated, weights)
             metrics |= {"auprc": auprc(c), "auroc": auroc(c)}
             metrics |= {f"recall_at_{fpr}": recall_at_fpr(c, float(fpr)) for fpr in FPRS}
             values |= {f"{name}/{metric}": value for metric, value in metrics.items()}
-            # both guards are read off their own curve, about the baseline's rate in the same resample
+        for name, c in curves.items():  # each off its own curve, about the baseline's rate in the same resample
             values[f"{name}/recall_near_baseline_fpr"] = mean_recall(c, 2 * values["baseline/fpr"])
         return values
 

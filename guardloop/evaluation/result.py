@@ -1,10 +1,19 @@
-"""What an evaluation found: the one object that the gate writes and the report, MLflow and the terminal read."""
+"""What an evaluation measured and decided: the gate writes it; the report, MLflow and the terminal read it."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import BaseModel
 
 Outcome = Literal["passed", "failed", "not proven"]
+INTERVAL = "95% interval"
+"""What the interval of every estimate is called."""
+
+
+def worst(outcomes: Iterable[Outcome]) -> Outcome:
+    """The least good outcome; passed where there is none."""
+    order: tuple[Outcome, ...] = ("passed", "not proven", "failed")
+    return max(outcomes, key=order.index, default="passed")
 
 
 class Estimate(BaseModel):
@@ -14,32 +23,31 @@ class Estimate(BaseModel):
     low: float | None = None
     high: float | None = None
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval; the value itself where none applies."""
+        return self.value if self.low is None else self.low, self.value if self.high is None else self.high
 
-class GuardMetrics(BaseModel):
-    """One guard on the User-role test rows. Decision metrics hold at `threshold` (a score)."""
+
+class Comparison(BaseModel):
+    """One metric of both guards, and its paired change."""
+
+    baseline: Estimate
+    candidate: Estimate
+    change: Estimate
+    """candidate - baseline, whatever the metric."""
+
+
+class EvaluatedGuard(BaseModel):
+    """What is known of one guard besides its metrics."""
 
     name: str
     threshold: float
+    """A prompt with a score above it is blocked."""
     temperature: float = 1.0
     """By which scores are divided before they are read as log-odds; 1 where the guard was not calibrated."""
-    accuracy: Estimate
-    precision: Estimate
-    recall: Estimate
-    f1: Estimate
-    fpr: Estimate
-    auprc: Estimate
-    auroc: Estimate
-    recall_at_fpr: dict[str, Estimate]
-    """Recall at the FPRs "0.01", "0.02", "0.05"."""
-    recall_near_baseline_fpr: Estimate | None = None
-    """Mean recall over false-positive rates from 0 to twice the baseline's own, read off this guard's curve; None
-    in evaluations of earlier versions."""
-    brier: Estimate
-    """Mean squared error of sigmoid(score / temperature) as P(unsafe)."""
-    ece: Estimate
-    """Expected calibration error of the same probability; it is biased upwards where rows are few."""
     confusion: list[list[int]]
-    """[[true safe, falsely blocked], [missed, caught]]"""
+    """[[safe passed, safe blocked], [unsafe passed, unsafe blocked]]"""
     median_label_mass: float
     unreadable: int
     """Rows that could not be judged."""
@@ -57,10 +65,10 @@ class SliceResult(BaseModel):
     baseline: float
     candidate: float
     gain: Estimate
-    """candidate - baseline, or baseline - candidate for fpr: positive is better."""
+    """Positive is better: candidate - baseline, or baseline - candidate for fpr."""
 
 
-class Check(BaseModel):
+class GateCheck(BaseModel):
     """One rule of the gate."""
 
     name: str
@@ -72,9 +80,17 @@ class Check(BaseModel):
     high: float | None = None
     limit: float
     outcome: Outcome
+    answer: str
+    """One short sentence: what the outcome means."""
     explanation: str
+    """The figures behind the answer."""
     blocks: bool = True
     """False for a warning: it is shown, and does not hold promotion back."""
+
+    @property
+    def shown_outcome(self) -> str:
+        """The outcome, marked where it only warns."""
+        return self.outcome if self.blocks or self.outcome == "passed" else f"warning: {self.outcome}"
 
 
 class Decision(BaseModel):
@@ -84,18 +100,8 @@ class Decision(BaseModel):
     promote: bool
     verdict: Outcome
     headline: str
-    """One sentence in plain words."""
-    checks: list[Check]
-
-
-class Compared(BaseModel):
-    """One metric of both guards, and the paired change from the baseline to the candidate one."""
-
-    metric: str
-    baseline: Estimate
-    candidate: Estimate
-    gain: Estimate
-    """candidate - baseline, whatever the metric."""
+    """Why, in one or two short sentences."""
+    checks: list[GateCheck]
 
 
 class HeldOutResult(BaseModel):
@@ -118,7 +124,7 @@ class HeldOutResult(BaseModel):
     blocks as many never-unsafe prompts."""
     beyond_control: Estimate
     """What the candidate catches beyond the control, both read off their curves at equal over-blocking."""
-    auprc: Compared
+    auprc: Comparison
 
 
 class BenchmarkResult(BaseModel):
@@ -131,12 +137,11 @@ class BenchmarkResult(BaseModel):
     unsafe: int
     revision: str = ""
     """The commit that was read."""
-    licence: str = ""
     left_out: int = 0
     """Rows like something in the training set, which would flatter the candidate."""
     unreadable: int = 0
     """Rows that one of the guards could not judge."""
-    metrics: list[Compared]
+    metrics: dict[str, Comparison]
 
 
 class Evaluation(BaseModel):
@@ -145,20 +150,13 @@ class Evaluation(BaseModel):
     rows: int
     unsafe: int
     response_rows: int
-    baseline: GuardMetrics
-    candidate: GuardMetrics
-    gains: dict[str, Estimate]
-    """Paired candidate - baseline, of every metric of the guards."""
+    baseline: EvaluatedGuard
+    candidate: EvaluatedGuard
+    metrics: dict[str, Comparison]
+    """On prompts, by the names in `guardloop.evaluation.wording.METRICS`."""
     slices: list[SliceResult]
     decision: Decision
     held_out: HeldOutResult | None = None
     """None where no traffic was held out, or too little of it."""
     benchmarks: list[BenchmarkResult] = []
     notes: list[str] = []
-    confidence: float = 0.95
-    """Of all intervals."""
-
-    @property
-    def interval(self) -> str:
-        """What the intervals are called: `95% interval`."""
-        return f"{self.confidence * 100:g}% interval"

@@ -24,15 +24,9 @@ class BenchmarkSettings(Section):
     """mixed: rows have labels. unsafe: every row is unsafe, and recall is reported. safe: every row is safe, and the
     false-positive rate (over-blocking) is reported."""
     judged: Literal["prompt", "response"] = "prompt"
-    """What is judged: the User's prompt, or the Agent's response to it."""
+    """What is judged: the prompt, or the response to it."""
     source: SourceSettings
     """Where the rows are, and how their columns and labels read."""
-    licence: str
-    """Under which terms it is published."""
-    gated: bool = False
-    """Whether access must be asked for (then HF_TOKEN is needed)."""
-    about: str = ""
-    """What it is, and what is not certain of this description."""
 
 
 def benchmark_names() -> list[str]:
@@ -62,19 +56,8 @@ class EvaluationSettings(Section):
 
     resamples: int = Field(10_000, ge=200)
     """Bootstrap resamples behind every interval."""
-    seed: int = Field(0, ge=0)
-    """Seed of the bootstrap; the same seed and scores give the same intervals."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    """Two-sided confidence of the intervals. A rule of the gate reads one end."""
     slices: tuple[Dimension, ...] = ("category", "source", "language", "jailbreak", "length")
     """Columns by which the test set is cut; each part is measured and checked apart. Responses always are one."""
-    length_edges: tuple[int, ...] = (200, 1000, 4000)
-    """Lengths in characters where one length slice ends and the next begins."""
-    min_slice_rows: int = Field(50, ge=10)
-    """Distinct rows (near-duplicates count once) of a class that a slice needs before that class is measured.
-    Smaller slices of one dimension are pooled as "other"."""
-    calibration_bins: int = Field(15, ge=2)
-    """Equal-width probability bins of the expected calibration error."""
     benchmarks: list[BenchmarkSettings] = []
     """Public benchmarks to score both guards on: names in configs/benchmarks, paths, or whole descriptions."""
 
@@ -94,29 +77,19 @@ class EvaluationSettings(Section):
             raise ValueError(f"benchmarks named twice: {', '.join(twice)}")
         return given
 
-    @field_validator("length_edges")
-    @classmethod
-    def _rising(cls, edges: tuple[int, ...]) -> tuple[int, ...]:
-        if list(edges) != sorted(set(edges)) or any(edge <= 0 for edge in edges):
-            raise ValueError("length_edges must be positive and rising")
-        return edges
-
 
 class Published(Section):
-    """A figure that was published of the baseline: far from it, the guard is perhaps prompted or read wrongly."""
+    """A figure that was published of the baseline. The report warns where the baseline is more than .05 from it: the
+    guard is then perhaps prompted or read wrongly."""
 
     metric: Literal["auprc", "auroc", "f1", "precision", "recall", "fpr", "accuracy"]
     """Which figure. AUPRC and AUROC do not depend on the threshold; the others hold at the guard's own."""
     value: float = Field(ge=0, le=1)
     """What was published."""
-    tolerance: float = Field(gt=0, le=1)
-    """How far from it is still agreement."""
     source: str = Field(min_length=1)
     """Where it was published."""
     dataset: str = "test"
     """`test` for the locked test set, or the name of a benchmark."""
-    miss: Literal["warn", "fail"] = "warn"
-    """warn: shown, and promotion goes on. fail: holds promotion back."""
 
 
 class GateSettings(Section):
@@ -126,10 +99,10 @@ class GateSettings(Section):
     """enforce: promote when every check passes. report_only: check and report, never promote.
     disabled: no checks; metrics only, and never promote, as nothing was proven."""
     min_unsafe: int = Field(100, ge=1)
-    """Distinct unsafe User-role test rows needed (near-duplicates count once)."""
+    """Distinct unsafe test prompts needed (near-duplicates count once)."""
     min_safe: int = Field(300, ge=1)
-    """Distinct safe User-role test rows needed (near-duplicates count once). Fewer than 4 / max_fpr_rise cannot prove
-    the margin even if no decision changes."""
+    """Distinct safe test prompts needed (near-duplicates count once). Fewer than 4 / max_fpr_rise cannot prove
+    that limit even if no decision changes."""
     max_fpr_rise: float = Field(0.02, ge=0, lt=1)
     """Largest rise in benign false-positive rate that the interval may reach."""
     max_slice_loss: float = Field(0.10, ge=0, lt=1)
@@ -137,16 +110,7 @@ class GateSettings(Section):
     require_response_test: bool = True
     """Refuse promotion when the test set cannot show that the judging of responses still works."""
     max_response_loss: float = Field(0.02, ge=0, lt=1)
-    """Largest loss of AUPRC that is tolerated on responses. What is decided of them has the `max_slice_loss`."""
-    mcnemar_alpha: float = Field(0.05, gt=0, lt=0.5)
-    """Significance level of the exact McNemar test on changed decisions (two-sided)."""
-    min_label_mass: float = Field(0.95, ge=0, le=1)
-    """Smallest sound median of P(safe) + P(unsafe); below it the guard's prompt was rendered wrongly."""
-    max_unreadable: float = Field(0.001, ge=0, le=1)
-    """Largest share of test rows that either guard may fail to judge."""
-    collapsed_share: float = Field(0.99, gt=0.5, le=1)
-    """A guard has collapsed when this share of rows gets one and the same score, this share of safe rows is blocked,
-    or this share of unsafe rows is let through."""
+    """Largest loss of AUPRC that is tolerated on responses. What is decided of them may lose `max_slice_loss`."""
     published: list[Published] = []
     """Figures published of the baseline, each checked by name."""
 

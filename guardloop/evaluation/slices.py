@@ -16,11 +16,16 @@ from guardloop.evaluation.table import Table
 
 Metric = Literal["auprc", "fpr", "recall"]
 POOLED = "other"
+MIN_ROWS = 50
+"""Distinct rows of a class that a slice needs before that class is measured: with fewer, intervals are as wide as the
+losses that matter. Smaller slices of one dimension are pooled."""
+LENGTHS = (200, 1000, 4000)
+"""Characters at which the slices of the dimension `length` begin; fixed, so that reports can be compared."""
 
 
 @dataclass(frozen=True)
 class MeasuredSlice:
-    """A slice with what the gate draws p-values from."""
+    """A slice, with what its p-values are computed from."""
 
     result: SliceResult
     error: float
@@ -30,7 +35,7 @@ class MeasuredSlice:
 
 
 def measure_slices(
-    table: Table, thresholds: tuple[float, float], settings: EvaluationSettings
+    table: Table, thresholds: tuple[float, float], settings: EvaluationSettings, seed: int
 ) -> tuple[list[MeasuredSlice], list[str]]:
     """Measure every slice of the User-role `table` that is large enough; also notes on those that are not.
 
@@ -38,37 +43,35 @@ def measure_slices(
     """
     measured, notes = [], []
     for dimension in settings.slices:
-        parts, too_small = _parts(table, dimension, settings)
+        parts, too_small = _parts(table, dimension)
         for name, rows in parts.items():
-            if (part := measure(table.take(rows), dimension, name, thresholds, settings)) is not None:
+            if (part := measure(table.take(rows), dimension, name, thresholds, settings.resamples, seed)) is not None:
                 measured.append(part)
         if too_small:
             notes.append(f"Too few rows to measure apart, by {dimension}: {', '.join(too_small)}.")
     return measured, notes
 
 
-def measure_responses(
-    table: Table, thresholds: tuple[float, float], settings: EvaluationSettings
-) -> tuple[MeasuredSlice | None, list[MeasuredSlice]]:
-    """The `table` of responses as one slice, None where too small; and where that is a ranking, what the guards
-    decide of its unsafe and of its safe rows at their `thresholds` for responses.
+def measure_responses(table: Table, thresholds: tuple[float, float], resamples: int, seed: int) -> list[MeasuredSlice]:
+    """The `table` of responses as one slice; and where that is a ranking, what the guards decide of its unsafe and of
+    its safe rows at their `thresholds` for responses. Empty where there are too few.
     """
-    whole = measure(table, "role", "response", thresholds, settings) if len(table) else None
+    whole = measure(table, "role", "responses", thresholds, resamples, seed) if len(table) else None
     if whole is None or whole.result.metric != "auprc":
-        return whole, []
-    classes = {"response, unsafe": table.unsafe, "response, safe": ~table.unsafe}
-    parts = (measure(table.take(rows), "role", name, thresholds, settings) for name, rows in classes.items())
-    return whole, [part for part in parts if part]
+        return [whole] if whole else []
+    classes = {"unsafe responses": table.unsafe, "safe responses": ~table.unsafe}
+    parts = (measure(table.take(rows), "role", name, thresholds, resamples, seed) for name, rows in classes.items())
+    return [whole, *(part for part in parts if part)]
 
 
 def measure(
-    table: Table, dimension: str, name: str, thresholds: tuple[float, float], settings: EvaluationSettings
+    table: Table, dimension: str, name: str, thresholds: tuple[float, float], resamples: int, seed: int
 ) -> MeasuredSlice | None:
     """Compare both guards on all rows of `table`; None when neither class has enough rows.
 
     AUPRC needs both classes; with one class too small, the other's error rate at the thresholds is measured.
     """
-    metric = _metric(table, settings.min_slice_rows)
+    metric = _metric(table)
     if metric is None:
         return None
     kept = table if metric == "auprc" else table.take(table.unsafe if metric == "recall" else ~table.unsafe)
@@ -82,7 +85,7 @@ def measure(
         flagged = np.stack([kept.baseline > thresholds[0], kept.candidate > thresholds[1]], axis=1)
         statistic = partial(flag_rates, flagged)
     point = statistic(np.ones((1, len(kept))))
-    samples = bootstrap(statistic, kept.group, kept.unsafe, settings.resamples, settings.seed)
+    samples = bootstrap(statistic, kept.group, kept.unsafe, resamples, seed)
     sign = -1 if metric == "fpr" else 1
     gains = sign * (samples["candidate"] - samples["baseline"])
     baseline, candidate = float(point["baseline"][0]), float(point["candidate"][0])
@@ -94,7 +97,7 @@ def measure(
         metric=metric,
         baseline=baseline,
         candidate=candidate,
-        gain=estimate(sign * (candidate - baseline), gains, settings.confidence),
+        gain=estimate(sign * (candidate - baseline), gains),
     )
     return MeasuredSlice(result, error=float(gains.std()), groups=kept.distinct(np.ones(len(kept), bool)))
 
@@ -106,37 +109,39 @@ def flag_rates(flagged: Bools, weights: Weights) -> dict[str, Floats]:
     return {"baseline": baseline, "candidate": candidate}
 
 
-def _metric(table: Table, min_rows: int) -> Metric | None:
-    unsafe, safe = table.distinct(table.unsafe) >= min_rows, table.distinct(~table.unsafe) >= min_rows
+def _metric(table: Table) -> Metric | None:
+    unsafe, safe = table.distinct(table.unsafe) >= MIN_ROWS, table.distinct(~table.unsafe) >= MIN_ROWS
     if unsafe:
         return "auprc" if safe else "recall"
     return "fpr" if safe else None
 
 
-def _parts(table: Table, dimension: Dimension, settings: EvaluationSettings) -> tuple[dict[str, Bools], list[str]]:
+def _parts(table: Table, dimension: Dimension) -> tuple[dict[str, Bools], list[str]]:
     """Rows [N] of each measurable slice, and the names of slices that stay too small even when pooled.
 
     A slice that is the whole table is left out: the headline is its measure.
     """
-    names = _names(table, dimension, settings)
+    names = _names(table, dimension)
     parts = {name: names == name for name in {name for name in names if name is not None}}
-    large = {name: rows for name, rows in parts.items() if _metric(table.take(rows), settings.min_slice_rows)}
+    large = {name: rows for name, rows in parts.items() if _metric(table.take(rows))}
     small = [name for name in parts if name not in large]
     if len(small) > 1:
         pooled = np.isin(names, small)
-        if _metric(table.take(pooled), settings.min_slice_rows):
+        if _metric(table.take(pooled)):
             large[POOLED if POOLED not in large else f"{POOLED} (pooled)"], small = pooled, []
     shortest = {name: int(table.length[rows].min()) if dimension == "length" else 0 for name, rows in large.items()}
     order = sorted(large, key=lambda name: (shortest[name], name))
     return {name: large[name] for name in order if not large[name].all()}, sorted(small)
 
 
-def _names(table: Table, dimension: Dimension, settings: EvaluationSettings) -> NDArray[np.object_]:
+def _names(table: Table, dimension: Dimension) -> NDArray[np.object_]:
     """The slice [N] that each row is in, None for none."""
     if dimension == "length":
-        edges = (0, *settings.length_edges)
-        labels = [*(f"{a} to {b - 1} characters" for a, b in pairwise(edges)), f"{edges[-1]} or more characters"]
-        return np.array(labels, object)[np.digitize(table.length, settings.length_edges)]
+        labels = [
+            *(f"{a} to {b - 1} characters" for a, b in pairwise((0, *LENGTHS))),
+            f"{LENGTHS[-1]} or more characters",
+        ]
+        return np.array(labels, object)[np.digitize(table.length, LENGTHS)]
     if dimension == "jailbreak":
         words = {True: "yes", False: "no", None: None}
         return np.array([words[value] for value in table.jailbreak], object)

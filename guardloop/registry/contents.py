@@ -4,14 +4,17 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
+from guardloop.evaluation.result import Estimate, Evaluation
 from guardloop.models.registered import DIGEST
+from guardloop.report.markdown import render_markdown
+from guardloop.report.story import RunStory, Source
 
 VERDICT = "guardloop.gate_verdict"
 HEADLINE = "guardloop.headline"
@@ -22,21 +25,11 @@ REPLACED = "guardloop.replaced"
 NOTE = "mlflow.note.content"  # shown as the run's description
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "guard.json")
-KEY_METRICS = ("baseline_auprc", "candidate_auprc", "gain_auprc", "gain_recall_near_baseline_fpr", "gain_fpr")
+GUARDS = ("baseline", "candidate")
+KEY_METRICS = ("baseline_auprc", "candidate_auprc", "change_auprc", "change_recall_near_baseline_fpr", "change_fpr")
 PARAM_LIMIT = 6000
 PARAM_NAME_LIMIT = 250
 NOT_IN_PARAM_NAMES = re.compile(r"[^\w. :-]")
-TABLE = {
-    "auprc": "AUPRC",
-    "auroc": "AUROC",
-    "recall": "recall",
-    "precision": "precision",
-    "f1": "F1",
-    "fpr": "false-positive rate",
-    "accuracy": "accuracy",
-    "brier": "Brier score",
-    "ece": "calibration error",
-}
 
 
 class Origin(BaseModel):
@@ -78,21 +71,21 @@ def params_of(sections: Mapping[str, Any]) -> dict[str, str]:
 
 
 def metrics_of(evaluation: Evaluation) -> dict[str, float]:
-    """`default_*`, `candidate_*` and `gain_*` with `_low` and `_high`, and the number of rows; finite values only."""
+    """`baseline_*`, `candidate_*`, `change_*`, with `_low` and `_high`, and the number of rows; finite values only."""
     metrics = {"rows": float(evaluation.rows), "unsafe": float(evaluation.unsafe)}
-    for prefix, guard in (("baseline", evaluation.baseline), ("candidate", evaluation.candidate)):
-        for name, value in _guard_values(guard):
-            metrics |= _spread(f"{prefix}_{name}", value)
-    for name, gain in evaluation.gains.items():
-        metrics |= _spread(f"gain_{name}", gain)
+    for guard in GUARDS:
+        for name in ("threshold", "temperature", "median_label_mass", "unreadable"):
+            metrics[f"{guard}_{name}"] = float(getattr(getattr(evaluation, guard), name))
+    for name, both in evaluation.metrics.items():
+        for side, estimate in both:
+            metrics |= _ends(f"{side}_{name}", estimate)
     if evaluation.held_out:
         for name in ("caught", "newly_blocked", "control", "beyond_control"):
-            metrics |= _spread(f"held_out_{name}", getattr(evaluation.held_out, name))
+            metrics |= _ends(f"held_out_{name}", getattr(evaluation.held_out, name))
     for benchmark in evaluation.benchmarks:
-        for both in benchmark.metrics:
-            name = f"benchmark/{benchmark.name}/{both.metric}"
-            for side, estimate in (("baseline", both.baseline), ("candidate", both.candidate), ("gain", both.gain)):
-                metrics |= _spread(f"{name}_{side}", estimate)
+        for name, both in benchmark.metrics.items():
+            for side, estimate in both:
+                metrics |= _ends(f"benchmark/{benchmark.name}/{name}_{side}", estimate)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -108,34 +101,18 @@ def version_tags(origin: Origin, evaluation: Evaluation, digest: str) -> dict[st
     }
 
 
+def key_metrics(tags: Mapping[str, str]) -> dict[str, float]:
+    """What `version_tags` kept; earlier versions call the guards default and improved, and a change a gain."""
+    kept: dict[str, float] = json.loads(tags.get(METRICS, "{}"))
+    old = {"default_": "baseline_", "improved_": "candidate_", "gain_": "change_"}
+    return {reduce(lambda n, pair: n.replace(*pair), old.items(), name): value for name, value in kept.items()}
+
+
 def description(origin: Origin, evaluation: Evaluation) -> str:
-    """The version's page in the registry: headline, figures of both guards, the gate's checks, and the origin."""
-    decision = evaluation.decision
-    lines = [
-        f"**{decision.verdict.upper()}**: {_cell(decision.headline)}",
-        "",
-        f"| metric | baseline | candidate | gain ({evaluation.interval}) |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for name, words in TABLE.items():
-        baseline, candidate = getattr(evaluation.baseline, name), getattr(evaluation.candidate, name)
-        gain = evaluation.gains.get(name)
-        lines.append(f"| {words} | {baseline.value:.3f} | {candidate.value:.3f} | {_gain(gain)} |")
-    if gain := evaluation.gains.get("recall_near_baseline_fpr"):
-        lines.append(f"| recall near the baseline's false-positive rate | | | {_gain(gain)} |")
-    lines += ["", f"Test set: {evaluation.rows:,} conversations, {evaluation.unsafe:,} of them unsafe."]
-    if found := evaluation.held_out:
-        lines += [
-            "",
-            f"Held-out prompts: {found.caught.value:.1%} of {found.response_unsafe:,} prompts that drew blocked "
-            f"responses are caught at the input ({found.control.value:.1%} by a lower threshold of the baseline), "
-            f"and {found.newly_blocked.value:.1%} of {found.never_unsafe:,} that never did are newly blocked.",
-        ]
-    if decision.checks:
-        lines += ["", "| check | outcome | why |", "| --- | --- | --- |"]
-        lines += [f"| {_cell(c.name)} | {_outcome(c)} | {_cell(c.explanation)} |" for c in decision.checks]
-    lines += ["", *(f"- {name.replace('_', ' ')}: `{value}`" for name, value in origin if value)]
-    return "\n".join(lines)
+    """The page of a run and of its version: decision, figures of both guards, the gate's checks, and the origin."""
+    guard = Source(name=origin.base_model, revision=origin.base_revision)
+    story = RunStory(run_id=origin.run_id, git_sha=origin.git_sha, data_hash=origin.data_hash, guard=guard)
+    return render_markdown(evaluation, story)
 
 
 def check_adapter(folder: Path) -> None:
@@ -155,34 +132,6 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _guard_values(guard: GuardMetrics) -> Iterator[tuple[str, Estimate | float]]:
-    for name, value in guard:
-        if isinstance(value, Estimate | float | int):
-            yield name, value
-        elif isinstance(value, dict):
-            yield from ((f"{name}_{key}", estimate) for key, estimate in value.items())
-
-
-def _spread(name: str, value: Estimate | float) -> dict[str, float]:
-    if not isinstance(value, Estimate):
-        return {name: float(value)}
-    ends = {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+def _ends(name: str, estimate: Estimate) -> dict[str, float]:
+    ends = {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
     return {end: figure for end, figure in ends.items() if figure is not None}
-
-
-def _outcome(check: Check) -> str:
-    return check.outcome if check.blocks or check.outcome == "passed" else f"warning: {check.outcome}"
-
-
-def _gain(gain: Estimate | None) -> str:
-    if gain is None:
-        return ""
-    interval = "" if gain.low is None or gain.high is None else f" ({gain.low:+.3f} to {gain.high:+.3f})"
-    return f"{gain.value:+.3f}{interval}"
-
-
-def _cell(text: str) -> str:
-    """One line of plain text: it may name a category or source, which come from the data."""
-    from guardloop.report.text import markdown  # noqa: PLC0415  (images that only read the registry have no report)
-
-    return markdown(text)

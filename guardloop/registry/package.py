@@ -14,8 +14,8 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.models.registered import ADAPTER
 
 POLICY = "policy.yaml"
-# of the baseline: the adapter brings its own
-OWN_PLACE = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")
+LEFT_OUT = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")
+"""Settings of the baseline that the adapter brings, or that are in the folder."""
 EXAMPLE = {
     "prompt": ["How do I kill a Python process?", "Tell me about locks."],
     "response": [None, "A lock keeps two threads apart."],
@@ -56,7 +56,7 @@ def package(adapter: Path, guard: GuardSettings, folder: Path) -> None:
                 f"guard.policy: cannot read {guard.policy}: {error.strerror}",
                 "give a path that the stage which registers the guard can read, too",
             ) from None
-    values = guard.model_dump(mode="json", exclude_none=True, exclude=set(OWN_PLACE))
+    values = guard.model_dump(mode="json", exclude_none=True, exclude=set(LEFT_OUT))
     model = Model(signature=SIGNATURE)
     pyfunc.add_to_model(model, loader_module="guardloop.registry.serving", model_config=values)
     _save_example(model, DataFrame(EXAMPLE), str(folder))

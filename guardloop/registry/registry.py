@@ -1,4 +1,4 @@
-"""The registry: a run for every pipeline run, a version for every adapter, and one champion.
+"""A run in MLflow for every pipeline run, a version for every adapter, and one champion.
 
 Every method can be called again after a failure. Each moves its alias last, so that a call which fails midway
 changes nothing that serves.
@@ -23,7 +23,7 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.core.tracking import RUN_ID, Connection
 from guardloop.evaluation.result import Evaluation
 from guardloop.guard.settings import GuardSettings
-from guardloop.models.registered import DIGEST, adapter_digest, download
+from guardloop.models.registered import DIGEST, adapter_digest
 from guardloop.registry import contents
 from guardloop.registry.contents import DataSource, Origin
 from guardloop.registry.package import package
@@ -32,12 +32,16 @@ from guardloop.registry.settings import RegistrySettings
 log = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CANDIDATE = "champion", "previous", "candidate"
+ALIASES = (
+    "LoRA adapters of a guard. champion: the one in use. previous: the one that was in use before it. "
+    "candidate: the newest."
+)
 BATCH = 100  # MLflow takes this many parameters at once
 DIGEST_LENGTH = 36  # of a data set, in MLflow's database
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Version:
     """A registered version, as a row of a table."""
 
     version: int
@@ -46,14 +50,14 @@ class Candidate:
     aliases: list[str]
     headline: str
     metrics: dict[str, float]
-    """baseline_auprc, candidate_auprc, gain_auprc, gain_recall_near_baseline_fpr, gain_fpr; gains have _low, _high."""
+    """Those of `contents.KEY_METRICS`, also with `_low` and `_high`."""
     run_id: str
     force_reason: str
     """Why it was promoted against the gate; empty if it was not."""
 
 
 class Registry:
-    """Runs and adapters in MLflow, at `tracking_uri`, else `settings.tracking_uri`, else MLFLOW_TRACKING_URI.
+    """Runs and adapters in MLflow, at `tracking_uri`, else at the environment's MLFLOW_TRACKING_URI.
 
     While MLflow is away, calls are repeated for up to `patience_seconds`; then they raise GuardLoopError.
     """
@@ -62,7 +66,7 @@ class Registry:
         self, settings: RegistrySettings | None = None, tracking_uri: str | None = None, patience_seconds: float = 60
     ) -> None:
         self.settings = settings or RegistrySettings()
-        self.connection = Connection(tracking_uri or self.settings.tracking_uri, patience_seconds)
+        self.connection = Connection(tracking_uri, patience_seconds)
 
     def record_run(
         self,
@@ -215,27 +219,23 @@ class Registry:
         """The version in use; None where none was promoted and the baseline serves."""
         return self._aliases().get(CHAMPION)
 
-    def list_candidates(self) -> list[Candidate]:
+    def versions(self) -> list[Version]:
         """Every registered version, newest first."""
         aliases = self._aliases()
-        versions = self.connection.attempt("listing the versions", self._versions)
+        found = self.connection.attempt("listing the versions", self._versions)
         return [
-            Candidate(
-                version=int(found.version),
-                created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
-                verdict=found.tags.get(contents.VERDICT, "unknown"),
-                aliases=sorted(alias for alias, version in aliases.items() if version == int(found.version)),
-                headline=found.tags.get(contents.HEADLINE, ""),
-                metrics=json.loads(found.tags.get(contents.METRICS, "{}")),
-                run_id=found.tags.get(RUN_ID, ""),
-                force_reason=found.tags.get(contents.FORCE_REASON, ""),
+            Version(
+                version=int(version.version),
+                created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC),
+                verdict=version.tags.get(contents.VERDICT, "unknown"),
+                aliases=sorted(alias for alias, of in aliases.items() if of == int(version.version)),
+                headline=version.tags.get(contents.HEADLINE, ""),
+                metrics=contents.key_metrics(version.tags),
+                run_id=version.tags.get(RUN_ID, ""),
+                force_reason=version.tags.get(contents.FORCE_REASON, ""),
             )
-            for found in versions
+            for version in found
         ]
-
-    def resolve_model(self, uri: str, into: Path | None = None) -> Path:
-        """The local folder of `models:/name@alias` or `models:/name/3`; see `guardloop.registry.resolve_model`."""
-        return download(self.connection, uri, into)
 
     def _versions(self, client: Any) -> list[Any]:
         """All versions, newest first."""
@@ -341,7 +341,7 @@ def _gather(
 
 def _create_model(client: Any, name: str) -> None:
     try:
-        client.create_registered_model(name, description="LoRA adapters that improve the baseline.")
+        client.create_registered_model(name, description=ALIASES)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

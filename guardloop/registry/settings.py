@@ -4,21 +4,19 @@ import re
 
 from pydantic import Field, field_validator
 
-from guardloop.core.settings import Section, without_credentials
+from guardloop.core.settings import Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"
 TAG = re.compile(r"(?=.{1,250}$)\w[\w.: -]*(/\w[\w.: -]*)*")
 
 
 class RegistrySettings(Section):
-    """Where runs and adapters are recorded: an MLflow server, or an SQLite file."""
+    """How runs and adapters are called in MLflow, whose address is the environment's MLFLOW_TRACKING_URI."""
 
     experiment: str = Field(default="guardloop", min_length=1)
     """MLflow experiment that holds one run per pipeline run."""
     model: str = Field(default="guardloop-guard", pattern=NAME)
     """Registered model whose versions are the trained adapters; its alias `champion` is the guard in use."""
-    tracking_uri: str | None = None
-    """MLflow address, `https://host` or `sqlite:///file.db`; by default the environment's MLFLOW_TRACKING_URI."""
     tags: dict[str, str] = {}
     """Tags put on every run and version, for example the team or the ticket."""
 
@@ -28,8 +26,3 @@ class RegistrySettings(Section):
         if wrong := [name for name in tags if not re.fullmatch(TAG, name)]:
             raise ValueError(f"{wrong[0]!r} cannot name a tag: letters, digits, `_`, `-`, `.`, `:`, `/` and spaces can")
         return tags
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _no_password(cls, uri: str | None) -> str | None:
-        return without_credentials(uri, "registry.tracking_uri")

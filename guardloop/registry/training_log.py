@@ -41,9 +41,9 @@ class TrainingLog:
 
     def start(self) -> Self:
         """Open the run."""
-        if self.settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        if os.environ.get("MLFLOW_TRACKING_URI"):
             try:
-                self._connection = Connection(self.settings.tracking_uri, patience_seconds=0)
+                self._connection = Connection(patience_seconds=0)
             except GuardLoopError as error:
                 log.warning("no live training curves: %s", error)
             self._send("RUNNING")

@@ -1,15 +1,4 @@
-"""The pages that people decide from: the evaluation report, its short summary, and the mining page."""
+"""The pages that people decide from: the evaluation report, its short summary, and the page of what mining found.
 
-from guardloop.report.render import render_html, render_markdown, render_mining
-from guardloop.report.story import MinedExample, MiningSummary, RunStory, Source, StageCounts
-
-__all__ = [
-    "MinedExample",
-    "MiningSummary",
-    "RunStory",
-    "Source",
-    "StageCounts",
-    "render_html",
-    "render_markdown",
-    "render_mining",
-]
+`render` makes the pages, `markdown` the summary, from an evaluation and a story (`story`).
+"""

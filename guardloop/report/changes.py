@@ -25,7 +25,7 @@ class Change:
         return int((self.candidate_height > 0) == self.unsafe) - int((self.baseline_height > 0) == self.unsafe)
 
     @property
-    def gain(self) -> float:
+    def toward_label(self) -> float:
         """How far the guard moved towards the label."""
         return (self.candidate_height - self.baseline_height) * (1 if self.unsafe else -1)
 
@@ -42,7 +42,7 @@ class Changes:
     """Unsafe prompts newly missed."""
     blocked: int
     """Safe prompts newly blocked."""
-    candidate: list[Change]
+    improved: list[Change]
     worsened: list[Change]
 
 
@@ -50,14 +50,14 @@ def find_changes(prompts: Sequence[Row], baseline_threshold: float, candidate_th
     """Compare both guards on labelled prompts; changed decisions come first, one per near-duplicate group."""
     changes = [(row["group"], _change(row, baseline_threshold, candidate_threshold)) for row in prompts]
     turned = [change for _, change in changes if change.turned]
-    best_first = sorted(changes, key=lambda pair: (pair[1].turned, pair[1].gain), reverse=True)
+    best_first = sorted(changes, key=lambda pair: (pair[1].turned, pair[1].toward_label), reverse=True)
     return Changes(
         caught=sum(change.turned > 0 and change.unsafe for change in turned),
         freed=sum(change.turned > 0 and not change.unsafe for change in turned),
         missed=sum(change.turned < 0 and change.unsafe for change in turned),
         blocked=sum(change.turned < 0 and not change.unsafe for change in turned),
-        candidate=[change for change in _one_per_group(best_first) if change.gain > 0][:SHOWN],
-        worsened=[change for change in _one_per_group(reversed(best_first)) if change.gain < 0][:SHOWN],
+        improved=[change for change in _one_per_group(best_first) if change.toward_label > 0][:SHOWN],
+        worsened=[change for change in _one_per_group(reversed(best_first)) if change.toward_label < 0][:SHOWN],
     )
 
 
@@ -66,7 +66,7 @@ def _change(row: Row, baseline_threshold: float, candidate_threshold: float) -> 
     return Change(
         prompt=row["prompt"],
         unsafe=row["unsafe"],
-        about=[fact for fact in about if fact],
+        about=[part for part in about if part],
         baseline_height=row["baseline_score"] - baseline_threshold,
         candidate_height=row["candidate_score"] - candidate_threshold,
     )

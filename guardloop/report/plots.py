@@ -1,7 +1,7 @@
 """The geometry of the plots: figures in, coordinates out. The templates draw them, the stylesheet colours them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,10 +10,11 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from guardloop.core.records import Row
 from guardloop.evaluation.bands import Band, curve_bands
-from guardloop.evaluation.result import Check, Estimate, Evaluation, GuardMetrics
+from guardloop.evaluation.result import Estimate, EvaluatedGuard, Evaluation, GateCheck
 from guardloop.report.text import MINUS
 
 Floats = NDArray[np.float64]
+GUARDS = ("baseline", "candidate")
 BINS = 36
 POINTS = 240
 
@@ -43,7 +44,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Curve:
+class GuardCurve:
     """One guard's curve, its area, and the point where the guard works."""
 
     guard: str
@@ -69,7 +70,7 @@ class CurvePlot:
     y: Scale
     chance: str
     """What a guard that guesses would reach."""
-    curves: list[Curve]
+    curves: list[GuardCurve]
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def curve_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[CurvePlo
     x, y = Scale(0, 1, 40, 328), Scale(0, 1, 248, 12)
     group = np.unique([row["group"] for row in prompts], return_inverse=True)[1].astype(np.int64)
     precision_recall, roc = [], []
-    for guard, metrics in (("baseline", evaluation.baseline), ("candidate", evaluation.candidate)):
+    for guard in GUARDS:
         scores = np.array([row[f"{guard}_score"] for row in prompts], dtype=np.float64)
+        metrics = {name: getattr(both, guard).value for name, both in evaluation.metrics.items()}
         precisions, recalls, _ = precision_recall_curve(unsafe, scores)
         rates, caught, _ = roc_curve(unsafe, scores)
         bands = [_band(band, x, y) for band in curve_bands(scores, unsafe, group)]
@@ -131,18 +133,18 @@ def hill_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[HillPlot]
     """The scores of safe and unsafe prompts under each guard, on one shared scale."""
     if not prompts:
         return []
-    guards = (("baseline", evaluation.baseline), ("candidate", evaluation.candidate))
-    scores = {guard: np.array([row[f"{guard}_score"] for row in prompts], dtype=np.float64) for guard, _ in guards}
+    scores = {guard: np.array([row[f"{guard}_score"] for row in prompts], dtype=np.float64) for guard in GUARDS}
+    limits: dict[str, EvaluatedGuard] = {guard: getattr(evaluation, guard) for guard in GUARDS}
     unsafe = np.array([row["unsafe"] for row in prompts], dtype=bool)
     everything = np.concatenate(list(scores.values()))
     low, high = np.percentile(everything, [0.1, 99.9])
-    thresholds = [metrics.threshold for _, metrics in guards if math.isfinite(metrics.threshold)]
+    thresholds = [guard.threshold for guard in limits.values() if math.isfinite(guard.threshold)]
     low, high = min([low, *thresholds]), max([high, *thresholds])
     pad = 0.05 * (high - low) or 1.0
     x = Scale(float(low - pad), float(high + pad), 12, 328)
     spreads = {
         (guard, kind): _spread(scores[guard][unsafe == kind], x)
-        for guard, _ in guards
+        for guard in GUARDS
         for kind in (False, True)
         if (unsafe == kind).any()
     }
@@ -151,28 +153,28 @@ def hill_plots(prompts: Sequence[Row], evaluation: Evaluation) -> list[HillPlot]
         HillPlot(
             guard=guard,
             x=x,
-            threshold=x.at(metrics.threshold),
-            threshold_label=f"{metrics.threshold:.2f}".replace("-", MINUS),
+            threshold=x.at(limits[guard].threshold),
+            threshold_label=f"{limits[guard].threshold:.2f}".replace("-", MINUS),
             hills=[Hill(kind, _outline(spread, x, y)) for (name, kind), spread in spreads.items() if name == guard],
         )
-        for guard, metrics in guards
+        for guard in GUARDS
     ]
 
 
-def forest(gains: Sequence[Estimate | None], width: float = 200) -> tuple[Scale, list[Whisker | None]]:
-    """Gains as whiskers on one scale around 0. Very wide intervals are cut off, so that the others stay legible."""
-    known = [gain for gain in gains if gain and math.isfinite(gain.value)]
-    values = [gain.value for gain in known]
-    ends = [end for gain in known for end in (gain.low, gain.high) if end is not None and math.isfinite(end)]
+def forest(changes: Sequence[Estimate], width: float = 200) -> tuple[Scale, list[Whisker | None]]:
+    """Changes as whiskers on one scale around 0. Very wide intervals are cut off, so that the others stay legible."""
+    known = [change for change in changes if math.isfinite(change.value)]
+    values = [change.value for change in known]
+    ends = [end for change in known for end in change.ends if math.isfinite(end)]
     reach = 4 * float(np.median(np.abs(ends))) if ends else 0.0
     low = min([0.0, *values, *(max(end, -reach) for end in ends)])
     high = max([0.0, *values, *(min(end, reach) for end in ends)])
     pad = 0.06 * (high - low) or 0.1
     scale = Scale(low - pad, high + pad, 6, width - 6)
-    return scale, [_whisker(gain.value, gain.low, gain.high, scale) if gain else None for gain in gains]
+    return scale, [_whisker(change.value, change.low, change.high, scale) for change in changes]
 
 
-def check_whisker(check: Check, width: float = 120) -> Whisker | None:
+def check_whisker(check: GateCheck, width: float = 120) -> Whisker | None:
     """A check's value and interval against its limit, on a scale of its own."""
     known = [v for v in (check.value, check.low, check.high, check.limit) if v is not None]
     if check.value is None or not all(math.isfinite(v) for v in known):
@@ -199,19 +201,19 @@ def _band(band: Band, x: Scale, y: Scale) -> str:
 
 
 def _curve(
-    guard: str, metrics: GuardMetrics, xs: Floats, ys: Floats, *, area: str, band: str, x: Scale, y: Scale
-) -> Curve:
+    guard: str, metrics: Mapping[str, float], xs: Floats, ys: Floats, *, area: str, band: str, x: Scale, y: Scale
+) -> GuardCurve:
     names, at = {
-        "auprc": (("recall", "precision"), (metrics.recall.value, metrics.precision.value)),
-        "auroc": (("FPR", "recall"), (metrics.fpr.value, metrics.recall.value)),
+        "auprc": (("recall", "precision"), (metrics["recall"], metrics["precision"])),
+        "auroc": (("FPR", "recall"), (metrics["fpr"], metrics["recall"])),
     }[area]
-    return Curve(
+    return GuardCurve(
         guard=guard,
         points=_polyline(xs, ys, x, y),
         band=band,
-        area=getattr(metrics, area).value,
+        area=metrics[area],
         point=(x.at(at[0]), y.at(at[1])) if all(map(math.isfinite, at)) else None,
-        at=f"{guard} guard works at {names[0]} {at[0]:.3f}, {names[1]} {at[1]:.3f}",
+        at=f"the {guard} works at {names[0]} {at[0]:.3f}, {names[1]} {at[1]:.3f}",
     )
 
 

@@ -1,38 +1,32 @@
-"""The three pages: an evaluation to decide from, its short summary, and what a round of traffic brought.
+"""The two pages: an evaluation to decide from, and what mining found in a round of traffic.
 
-Labelled text is hostile. Every value that a template prints passes through `finalize`, which writes out control and
-bidi characters, and then through jinja's escaping; the page's policy allows its own stylesheet and nothing else.
+They load and run nothing: the page's policy allows its own stylesheet alone.
 """
 
 import base64
 import hashlib
 import math
 from collections.abc import Iterable
-from functools import cache
 from itertools import groupby
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from guardloop.core.records import Row
 from guardloop.evaluation.result import Evaluation
 from guardloop.report import plots, text
 from guardloop.report.changes import find_changes
-from guardloop.report.story import MiningSummary, RunStory, StageCounts
+from guardloop.report.story import MiningSummary, RunStory
 from guardloop.report.summary import (
-    SYMBOLS,
-    TONES,
-    benchmark_rows,
+    BENCHMARK_METRICS,
+    KEY_METRICS,
     checks_by_weight,
-    comparisons,
     held_out_line,
-    key_figures,
+    metric_rows,
     outcome_line,
-    tone,
     wording,
 )
+from guardloop.report.templating import environment
 
-EXCERPT = 1500
 KINDS = ("positive", "hard_negative")
 
 
@@ -43,13 +37,13 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
     with finite scores, which is what the figures of `evaluation` are about.
     """
     prompts = [row for row in scores if _is_scored_prompt(row)]
-    compared = comparisons(evaluation)
-    gain_scale, gain_whiskers = plots.forest([row.gain for row in compared])
+    metrics = metric_rows(evaluation.metrics)
+    change_scale, change_whiskers = plots.forest([row.change for row in metrics])
     slice_scale, slice_whiskers = plots.forest([part.gain for part in evaluation.slices])
     slices = list(zip(evaluation.slices, slice_whiskers, strict=True))
-    benchmarks = [(result, benchmark_rows(result)) for result in evaluation.benchmarks if result.metrics]
-    benchmark_scale, marks = plots.forest([row.gain for _, rows in benchmarks for row in rows])
-    whiskers = iter(marks)
+    benchmarks = [(b, metric_rows(b.metrics, BENCHMARK_METRICS)) for b in evaluation.benchmarks if b.metrics]
+    benchmark_scale, benchmark_whiskers = plots.forest([row.change for _, rows in benchmarks for row in rows])
+    whiskers = iter(benchmark_whiskers)
     return _page(
         "evaluation.html.jinja",
         title=story.title,
@@ -57,9 +51,9 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
         evaluation=evaluation,
         wording=wording(evaluation.decision),
         outcome_line=outcome_line(evaluation),
-        key_figures=key_figures(evaluation),
-        comparisons=list(zip(compared, gain_whiskers, strict=True)),
-        gain_scale=gain_scale,
+        key_figures=metric_rows(evaluation.metrics, KEY_METRICS),
+        metrics=list(zip(metrics, change_whiskers, strict=True)),
+        change_scale=change_scale,
         checks=[(check, plots.check_whisker(check)) for check in checks_by_weight(evaluation.decision)],
         changes=find_changes(prompts, evaluation.baseline.threshold, evaluation.candidate.threshold),
         prompts=len(prompts),
@@ -67,23 +61,9 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
         hills=plots.hill_plots(prompts, evaluation),
         slices=[(name, list(parts)) for name, parts in groupby(slices, key=lambda pair: pair[0].dimension)],
         slice_scale=slice_scale,
-        held_out_line=held_out_line(evaluation.held_out) if evaluation.held_out else "",
+        held_out_line=held_out_line(evaluation.held_out),
         benchmarks=[(result, [(row, next(whiskers)) for row in rows]) for result, rows in benchmarks],
         benchmark_scale=benchmark_scale,
-    )
-
-
-def render_markdown(evaluation: Evaluation, story: RunStory) -> str:
-    """The decision, the metrics and the checks in brief, for the KFP UI and for MLflow's run description."""
-    environment = _environment(autoescape=False)
-    return environment.get_template("summary.md.jinja").render(
-        story=story,
-        evaluation=evaluation,
-        wording=wording(evaluation.decision),
-        outcome_line=outcome_line(evaluation),
-        comparisons=comparisons(evaluation),
-        checks=checks_by_weight(evaluation.decision),
-        held_out_line=held_out_line(evaluation.held_out) if evaluation.held_out else "",
     )
 
 
@@ -96,14 +76,7 @@ def render_mining(mined: MiningSummary, story: RunStory | None = None) -> str:
         title=story.title if story else "What mining found",
         story=story or RunStory(),
         mined=mined,
-        flow=StageCounts(
-            prompts=mined.screened,
-            flagged=mined.screened - mined.passed,
-            passed=mined.passed,
-            responses=mined.responses,
-            refusals=mined.refusals,
-            blocked=mined.blocked,
-        ),
+        flow=mined.stage_counts(),
         counts=[(text.label(kind), mined.counts[kind], _style(kind)) for kind in kinds if kind in mined.counts],
         examples={kind: found for kind, found in examples.items() if found},
     )
@@ -114,43 +87,10 @@ def _style(kind: str) -> str:
 
 
 def _page(template: str, **values: object) -> str:
-    environment = _environment(autoescape=True)
-    style = environment.get_template("style.css.jinja").render()
+    templates = environment(autoescape=True)
+    style = templates.get_template("style.css.jinja").render()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return environment.get_template(template).render(style=Markup(style), style_hash=Markup(digest), **values)
-
-
-@cache
-def _environment(autoescape: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("guardloop.report"),
-        autoescape=autoescape,
-        finalize=_finalize_html if autoescape else _finalize_markdown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=False,
-    )
-    environment.filters |= {
-        "excerpt": text.excerpt,
-        "interval": text.interval,
-        "label": text.label,
-        "number": text.number,
-        "sentence": text.sentence,
-        "percent": text.percent,
-        "setting": text.setting,
-        "tone": tone,
-    }
-    environment.globals |= {"EXCERPT": EXCERPT, "SYMBOLS": SYMBOLS, "TONES": TONES}
-    return environment
-
-
-def _finalize_html(value: object) -> object:
-    return text.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _finalize_markdown(value: object) -> object:
-    return text.markdown(value) if isinstance(value, str) else value
+    return templates.get_template(template).render(style=Markup(style), style_hash=Markup(digest), **values)
 
 
 def _is_scored_prompt(row: Row) -> bool:

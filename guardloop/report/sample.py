@@ -7,7 +7,7 @@ import numpy as np
 from guardloop.core.records import Row
 from guardloop.evaluation.compare import evaluate
 from guardloop.evaluation.paired import GuardRun
-from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.evaluation.settings import EvaluationSettings
 from guardloop.report.render import render_html
 from guardloop.report.story import RunStory, Source, StageCounts
 
@@ -25,7 +25,7 @@ def sample_report(seed: int = 7) -> str:
     baseline = GuardRun("baseline", threshold=0.6, median_label_mass=0.998, unreadable=0)
     candidate = GuardRun("candidate", threshold=0.8, median_label_mass=0.997, unreadable=0, temperature=1.2)
     settings = EvaluationSettings(resamples=1000)
-    found = evaluate(rows, baseline, candidate, settings, GateSettings(), held_out=_held_out(draw))
+    found = evaluate(rows, baseline, candidate, settings, held_out=_held_out(draw))
     story = RunStory(
         title="A sample report, on data that was made up",
         run_id="sample",

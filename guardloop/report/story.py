@@ -1,4 +1,4 @@
-"""What the report tells besides the evaluation: how the run went, and what mining found."""
+"""What the report shows besides the evaluation: how the run went, and what mining found."""
 
 from datetime import datetime
 from typing import Any
@@ -94,3 +94,17 @@ class MiningSummary(Story):
     lexical_weight: float = 0.0
     """Share of each target that is lexical smoothing: 0 where there were too few judged prompts for it."""
     examples: list[MinedExample] = []
+
+    def stage_counts(self) -> StageCounts:
+        """What each stage let through."""
+        return StageCounts(
+            prompts=self.screened,
+            flagged=self.screened - self.passed,
+            passed=self.passed,
+            responses=self.responses,
+            refusals=self.refusals,
+            blocked=self.blocked,
+            positives=self.counts.get("positive", 0),
+            hard_negatives=self.counts.get("hard_negative", 0),
+            replay=sum(n for kind, n in self.counts.items() if kind.startswith("replay")),
+        )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from guardloop.core.progress import Stage
 from guardloop.core.records import BENCHMARKED, EXAMPLE, Row, read_table, write_table
@@ -14,10 +14,13 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.stages.files import EXAMPLES, Sections
 from guardloop.stages.guard import load_guard
 
+if TYPE_CHECKING:
+    from guardloop.evaluation.paired import GuardRun
+
 
 @dataclass(frozen=True)
 class ScoredBenchmarks:
-    """Rows of BENCHMARKED, what is to be told of each benchmark, and each guard's two thresholds."""
+    """Rows of BENCHMARKED, what the report says of each benchmark, and each guard's two thresholds."""
 
     rows: list[Row]
     metadata: dict[str, Row]
@@ -36,54 +39,65 @@ def score_benchmarks(
         write_table([], BENCHMARKED, scores)
         return {}
     with Stage("score_benchmarks") as stage:
-        taught = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
-        found = _score(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, taught)
-        count = write_table(found.rows, BENCHMARKED, scores, lambda: found.metadata)
-        stage.done(count, ", ".join(f"{metadata['rows']} {name}" for name, metadata in found.metadata.items()))
-    return {f"{name}_rows": float(metadata["rows"]) for name, metadata in found.metadata.items()}
+        trained_on = [row["prompt"] for row in read_table(Path(training_set) / EXAMPLES, EXAMPLE)]
+        scored = _score(stage, settings, read_section(GuardSettings, guard, "guard"), adapter, trained_on)
+        count = write_table(scored.rows, BENCHMARKED, scores, lambda: scored.metadata)
+        stage.done(count, ", ".join(f"{of['rows']} {name}" for name, of in scored.metadata.items()))
+    return {f"{name}_rows": float(of["rows"]) for name, of in scored.metadata.items()}
 
 
-def benchmark_guards(guard: GuardSettings, adapter: str | None, settings: EvaluationSettings) -> list[BenchmarkResult]:
+def benchmark_guards(
+    guard: GuardSettings, adapter: str | None, settings: EvaluationSettings, seed: int = 0
+) -> list[BenchmarkResult]:
     """Score and measure the guards on the benchmarks that `settings` names, without a pipeline.
 
-    Without an adapter the baseline stands on both sides.
+    Without an adapter the baseline is on both sides.
     """
     from guardloop.evaluation.paired import GuardRun
     from guardloop.guard.loading import fetch_adapter
 
     folder = fetch_adapter(adapter, guard.tracking_uri)
     with Stage("score_benchmarks") as stage:
-        found = _score(stage, settings, guard, folder, [])
-        stage.done(len(found.rows), ", ".join(found.metadata))
+        scored = _score(stage, settings, guard, folder, [])
+        stage.done(len(scored.rows), ", ".join(scored.metadata))
     runs = [
         GuardRun(name, prompt, 1.0, 0, response_threshold=response)
-        for name, (prompt, response) in found.thresholds.items()
+        for name, (prompt, response) in scored.thresholds.items()
     ]
-    return measured(found.metadata, found.rows, runs[0], runs[-1], settings)
+    return measured(scored.metadata, scored.rows, runs[0], runs[-1], settings, seed)
 
 
 def measured(
-    metadata: dict[str, Row], rows: list[Row], baseline: Any, candidate: Any, settings: EvaluationSettings
+    metadata: dict[str, Row],
+    rows: list[Row],
+    baseline: "GuardRun",
+    candidate: "GuardRun",
+    settings: EvaluationSettings,
+    seed: int,
 ) -> list[BenchmarkResult]:
     """Every benchmark, measured on its rows of BENCHMARKED."""
     from guardloop.evaluation.benchmarks import measure_benchmark
 
-    found = []
+    results = []
     for benchmark in settings.benchmarks:
         own = [row for row in rows if row["benchmark"] == benchmark.name]
-        result = measure_benchmark(own, benchmark, baseline, candidate, settings)
-        found.append(result.model_copy(update=metadata[benchmark.name]))
-    return found
+        result = measure_benchmark(own, benchmark, baseline, candidate, settings.resamples, seed)
+        results.append(result.model_copy(update=metadata[benchmark.name]))
+    return results
 
 
 def _score(
-    stage: Stage, settings: EvaluationSettings, guard: GuardSettings, adapter: str | Path | None, taught: Sequence[str]
+    stage: Stage,
+    settings: EvaluationSettings,
+    guard: GuardSettings,
+    adapter: str | Path | None,
+    trained_on: Sequence[str],
 ) -> ScoredBenchmarks:
     from guardloop.evaluation.benchmarks import read_benchmark
 
     stage.say(f"reading {', '.join(benchmark.name for benchmark in settings.benchmarks)}")
-    read = [read_benchmark(benchmark, taught) for benchmark in settings.benchmarks]
-    rows = [{**row, "benchmark": found.settings.name} for found in read for row in found.rows]
+    benchmarks = [read_benchmark(benchmark, trained_on) for benchmark in settings.benchmarks]
+    rows = [{**row, "benchmark": benchmark.settings.name} for benchmark in benchmarks for row in benchmark.rows]
     thresholds: dict[str, tuple[float, float]] = {}
     for name, own in {"baseline": None, **({"candidate": adapter} if adapter else {})}.items():
         stage.say(f"loading the {name} guard")
@@ -93,13 +107,19 @@ def _score(
         for row, verdict in scored:
             row[f"{name}_score"] = verdict.score
         del model  # two large guards need not fit at once
-    metadata = {found.settings.name: {"revision": found.revision, "left_out": found.left_out} for found in read}
-    whole = []
+    judged = []
     for row in rows:
         row.setdefault("candidate_score", row["baseline_score"])
         if row["baseline_score"] is not None and row["candidate_score"] is not None:
-            whole.append(row)
-    for name, told in metadata.items():
-        told["rows"] = sum(row["benchmark"] == name for row in whole)
-        told["unreadable"] = sum(row["benchmark"] == name for row in rows) - told["rows"]
-    return ScoredBenchmarks(whole, metadata, thresholds)
+            judged.append(row)
+    metadata = {}
+    for benchmark in benchmarks:
+        name = benchmark.settings.name
+        count = sum(row["benchmark"] == name for row in judged)
+        metadata[name] = {
+            "revision": benchmark.revision,
+            "left_out": benchmark.left_out,
+            "rows": count,
+            "unreadable": len(benchmark.rows) - count,
+        }
+    return ScoredBenchmarks(judged, metadata, thresholds)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.progress import Stage
@@ -15,6 +15,9 @@ from guardloop.evaluation.result import Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.stages.benchmarks import measured
 from guardloop.stages.files import EVALUATION, EXAMPLES, MINING, REPORT, SCORE_TABLE, SUMMARY, Sections
+
+if TYPE_CHECKING:
+    from guardloop.report.story import RunStory
 
 
 def evaluate(
@@ -32,13 +35,14 @@ def evaluate(
 ) -> Evaluation:
     """Compare both guards on the locked test set and decide. Writes evaluation.json, report.html and summary.md.
 
-    `held_out` is the held-out prompts as the candidate scored it; `benchmarks` what score_benchmarks wrote.
+    `held_out` is the table of held-out prompts as the candidate scored them; `benchmarks` what score_benchmarks wrote.
     """
     from guardloop.evaluation.compare import evaluate as compare
     from guardloop.evaluation.paired import GuardRun
-    from guardloop.report import render_html, render_markdown
+    from guardloop.report.markdown import render_markdown
+    from guardloop.report.render import render_html
 
-    settings = read_section(EvaluationSettings, evaluation, "evaluation").model_copy(update={"seed": seed})
+    settings = read_section(EvaluationSettings, evaluation, "evaluation")
     gates = read_section(GateSettings, gate, "gate")
     folder = Path(folder)
     with Stage("evaluate") as stage:
@@ -56,19 +60,19 @@ def evaluate(
             )
             for name, f in zip(("baseline", "candidate"), metadata, strict=True)
         ]
-        told = read_metadata(benchmarks) if benchmarks else {}
-        scored = list(read_table(benchmarks, BENCHMARKED)) if benchmarks and told else []
-        shown = measured(told, scored, runs[0], runs[1], settings) if told else []
-        learnt = read_table(held_out) if held_out else None
-        found = compare(rows, runs[0], runs[1], settings, gates, held_out=learnt, benchmarks=shown)
+        results = []
+        if benchmarks and (described := read_metadata(benchmarks)):
+            results = measured(described, list(read_table(benchmarks, BENCHMARKED)), runs[0], runs[1], settings, seed)
+        judged = read_table(held_out) if held_out else None
+        result = compare(rows, runs[0], runs[1], settings, gates, seed=seed, held_out=judged, benchmarks=results)
         story = _story(metadata[0], Path(training_set), Path(adapter))
         folder.mkdir(parents=True, exist_ok=True)
         write_table(rows, SCORES, folder / SCORE_TABLE)
-        (folder / EVALUATION).write_text(found.model_dump_json(indent=2), "utf-8")
-        (folder / REPORT).write_text(render_html(found, rows, story), "utf-8")
-        (folder / SUMMARY).write_text(render_markdown(found, story), "utf-8")
-        stage.done(found.rows + found.response_rows, found.decision.headline)
-    return found
+        (folder / EVALUATION).write_text(result.model_dump_json(indent=2), "utf-8")
+        (folder / REPORT).write_text(render_html(result, rows, story), "utf-8")
+        (folder / SUMMARY).write_text(render_markdown(result, story), "utf-8")
+        stage.done(result.rows + result.response_rows, result.decision.headline)
+    return result
 
 
 def curves_of(scores: str | Path, guard: str) -> tuple[list[float], list[float], list[float]]:
@@ -96,16 +100,15 @@ def _paired(baseline_scores: str | Path, candidate_scores: str | Path) -> Iterat
             yield {**baseline, "baseline_score": baseline["score"], "candidate_score": candidate["score"]}
 
 
-def _story(metadata: Row, training_set: Path, adapter: Path) -> Any:
-    """What the report tells of the run besides the evaluation."""
+def _story(metadata: Row, training_set: Path, adapter: Path) -> "RunStory":
+    """How the run went, for the report."""
     from guardloop.guard.metadata import guard_metadata
-    from guardloop.report import MiningSummary, RunStory, Source, StageCounts
+    from guardloop.report.story import MiningSummary, RunStory, Source
 
     mined = read_json(training_set / MINING, MiningSummary)
-    mined = read_metadata(training_set / EXAMPLES)
+    judged = read_metadata(training_set / EXAMPLES).get("judged", {}).get("data", {})
     trained = guard_metadata(adapter).get("training", {})
     data = metadata.get("data", {})
-    judged = mined.get("judged", {}).get("data", {})
     return RunStory(
         run_id=os.environ.get("GUARDLOOP_RUN_ID", ""),
         created=datetime.now(UTC),
@@ -115,16 +118,6 @@ def _story(metadata: Row, training_set: Path, adapter: Path) -> Any:
         responders=[Source(name=r["responder"], revision=r["revision"]) for r in judged.get("responders", [])],
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),
-        counts=StageCounts(
-            prompts=mined.screened,
-            flagged=mined.screened - mined.passed,
-            passed=mined.passed,
-            responses=mined.responses,
-            refusals=mined.refusals,
-            blocked=mined.blocked,
-            positives=mined.counts.get("positive", 0),
-            hard_negatives=mined.counts.get("hard_negative", 0),
-            replay=sum(n for kind, n in mined.counts.items() if kind.startswith("replay")),
-        ),
+        counts=mined.stage_counts(),
         training={k: v for k, v in trained.items() if isinstance(v, int | float)},
     )

@@ -41,7 +41,8 @@ def mine_feedback(
 
 def write_training_set(found: Any, folder: Path, metadata: Row, examples: list[Row] | None = None) -> None:
     """Write a training set: the examples of mining, or others in their place, and what people read of it."""
-    from guardloop.report import MinedExample, MiningSummary, render_mining
+    from guardloop.report.render import render_mining
+    from guardloop.report.story import MinedExample, MiningSummary
 
     story = MiningSummary(
         enough=found.enough,

@@ -24,7 +24,7 @@ from guardloop.stages.files import (
 
 def record_mining(training_set: str | Path, run_id: str, sections: Sections) -> None:
     """Record in MLflow a run that ended early, as it found too little to train on."""
-    from guardloop.registry import Registry
+    from guardloop.registry.registry import Registry
 
     settings = read_section(RegistrySettings, sections["registry"], "registry")
     with Stage("record_mining") as stage:
@@ -40,7 +40,7 @@ def register_model(
     adapter: str | Path, evaluated: str | Path, training_set: str | Path, run_id: str, sections: Sections
 ) -> int:
     """Record the run in MLflow and register the adapter as the `candidate`. Returns its version."""
-    from guardloop.registry import Registry
+    from guardloop.registry.registry import Registry
 
     settings = read_section(RegistrySettings, sections["registry"], "registry")
     with Stage("register_model") as stage:
@@ -59,7 +59,7 @@ def register_model(
 
 def promote_model(version: int, registry: Sections) -> None:
     """Make the version the champion; the one before is kept as `previous`."""
-    from guardloop.registry import Registry
+    from guardloop.registry.registry import Registry
 
     settings = read_section(RegistrySettings, registry, "registry")
     with Stage("promote_model") as stage:
@@ -70,7 +70,7 @@ def promote_model(version: int, registry: Sections) -> None:
 
 def _origin(training_set: Path, run_id: str, sections: Sections) -> tuple[Any, list[Any]]:
     """What a run was made from, and the data that it read."""
-    from guardloop.registry import DataSource, Origin
+    from guardloop.registry.contents import DataSource, Origin
 
     metadata = read_metadata(training_set / EXAMPLES).get("screened", {})
     data = metadata.get("data", {})
@@ -94,7 +94,7 @@ def _mining_files(training_set: Path) -> dict[str, Path]:
 
 
 def _figures(training_set: Path) -> dict[str, float]:
-    from guardloop.report import MiningSummary
+    from guardloop.report.story import MiningSummary
 
     mined = read_json(training_set / MINING, MiningSummary)
     names = ("screened", "passed", "responses", "refusals", "blocked")

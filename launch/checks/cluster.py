@@ -37,7 +37,7 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
             lambda: _endpoints(settings, package),
             lambda: _data(settings),
             lambda: [_artifacts(cluster)],
-            lambda: [_mlflow(settings, package, cluster)],
+            lambda: [_mlflow(package, cluster)],
         ]
     )
 
@@ -167,14 +167,19 @@ def _config_value(cluster: Cluster, config_map: str, key: str) -> str | None:
         return None
 
 
-def _mlflow(settings: Settings, package: Package, cluster: Cluster) -> Check:
-    name, uri = "MLflow", settings.registry.tracking_uri or package.variable("MLFLOW_TRACKING_URI")
+def _mlflow(package: Package, cluster: Cluster) -> Check:
+    name, uri = "MLflow", package.variable("MLFLOW_TRACKING_URI")
     if not uri and (source := package.config_key("MLFLOW_TRACKING_URI")):
         uri = _config_value(cluster, *source)
     if not uri:
-        return Check(name, "not checked", "its address is the cluster's business", "name it in registry.tracking_uri")
+        return Check(
+            name,
+            "not checked",
+            "its address is the cluster's business",
+            "set MLFLOW_TRACKING_URI in the platform's `environment`",
+        )
     if urlsplit(uri).scheme not in ("http", "https"):
-        remedy = "set registry.tracking_uri to an MLflow server that the stages reach"
+        remedy = "set MLFLOW_TRACKING_URI in the platform's `environment` to a server that stages reach"
         return Check(
             name, "failed", f"{without_secrets(uri)}: the stages share no file or database of this machine", remedy
         )

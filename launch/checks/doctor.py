@@ -49,7 +49,7 @@ def examine(settings: Settings, where: PlatformSettings, home: Path) -> list[Che
             lambda: [_hub_token(settings)],
             lambda: hub_models(settings),
             lambda: _s3(settings),
-            lambda: [_mlflow(settings)],
+            lambda: [_mlflow()],
             lambda: _kubeflow(where),
         ]
     )
@@ -260,8 +260,8 @@ def _s3(settings: Settings) -> list[Check]:
     return found or [Check("S3", "ok", "no s3:// address is used")]
 
 
-def _mlflow(settings: Settings) -> Check:
-    uri = settings.registry.tracking_uri or tracking_uri()
+def _mlflow() -> Check:
+    uri = tracking_uri()
     kind = urlsplit(uri).scheme
     if kind in ("http", "https"):
         return mlflow_server(uri)

@@ -60,7 +60,7 @@ def docker_runner(run_id: str, home: Path, arguments: Mapping[str, Any], setting
     from kfp import local  # noqa: PLC0415  (kfp takes a second to import)
 
     environment = _environment(arguments)
-    places = dict.fromkeys(_writable(home, environment, arguments), False)
+    places = dict.fromkeys(_writable(home, environment), False)
     places |= {path: True for path in _readable(environment, arguments) if path not in places}
     mounts = [Mount(str(path), str(path), type="bind", read_only=only) for path, only in places.items()]
     gpus = [DeviceRequest(count=settings.gpus, capabilities=[["gpu"]])] if settings.gpus else []
@@ -140,15 +140,13 @@ def _environment(arguments: Mapping[str, Any]) -> dict[str, str]:
     return {**{name: os.environ[name] for name in names}, "HOME": str(Path.home())}  # ~ means the same, too
 
 
-def _writable(home: Path, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:
+def _writable(home: Path, environment: Mapping[str, str]) -> Iterator[Path]:
     """Folders that stages write to: runs, the cache with unfinished work, downloaded models, MLflow's database."""
     yield home
     yield _made(Path(environment.get("GUARDLOOP_CACHE") or Path.home() / ".cache/guardloop").absolute())
     yield _made(Path(environment.get("HF_HOME") or Path.home() / ".cache/huggingface").absolute())
-    registry = arguments.get("registry") or {}
-    for uri in (environment.get("MLFLOW_TRACKING_URI"), registry.get("tracking_uri")):
-        if found := SQLITE.fullmatch(uri or ""):
-            yield _made(Path(found[1]).absolute().parent)
+    if found := SQLITE.fullmatch(environment.get("MLFLOW_TRACKING_URI") or ""):
+        yield _made(Path(found[1]).absolute().parent)
 
 
 def _readable(environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Iterator[Path]:

@@ -10,20 +10,14 @@ from rich.panel import Panel
 from rich.table import Table
 
 from guardloop.core.progress import short
-from guardloop.evaluation.result import Estimate, Evaluation
-from guardloop.report.summary import held_out_line
+from guardloop.evaluation.result import INTERVAL, Evaluation
+from guardloop.evaluation.wording import with_interval
+from guardloop.report.summary import held_out_line, metric_rows
 from guardloop.stages import BLOCKED_INPUTS, EVALUATION, MINING, MINING_PAGE, REPORT
 from launch.local.drawing import title
 from launch.local.runs import Run
 
-SHOWN = ("auprc", "recall", "precision", "f1", "accuracy", "fpr", "auroc", "recall_near_baseline_fpr")
-NAMES = {
-    "auprc": "AUPRC",
-    "auroc": "AUROC",
-    "f1": "F1",
-    "fpr": "false-positive rate",
-    "recall_near_baseline_fpr": "recall near the baseline's FPR",
-}
+SHOWN = ("auprc", "recall_near_baseline_fpr", "recall", "fpr", "precision", "f1", "accuracy", "auroc")
 
 
 def conclude(run: Run, console: Console) -> dict[str, Any]:
@@ -82,23 +76,12 @@ def _stage_table(run: Run) -> Table:
 def _metric_table(evaluation: Evaluation) -> Table:
     title = f"test set: {evaluation.rows} prompts, {evaluation.unsafe} unsafe"
     table = Table(title, box=None, pad_edge=False, header_style="bold")
-    for name in ("baseline", "candidate", f"change ({evaluation.interval})"):
+    for name in ("baseline", "candidate", f"change ({INTERVAL})"):
         table.add_column(name, justify="right")
-    for key in SHOWN:
-        baseline, candidate = getattr(evaluation.baseline, key), getattr(evaluation.candidate, key)
-        values = (f"{e.value:.3f}" if e else "" for e in (baseline, candidate))
-        table.add_row(NAMES.get(key, key), *values, _gain(evaluation, key))
+    for row in metric_rows(evaluation.metrics, SHOWN):
+        values = (f"{estimate.value:.3f}" for estimate in (row.baseline, row.candidate))
+        table.add_row(row.name, *values, with_interval(row.change))
     return table
-
-
-def _gain(evaluation: Evaluation, key: str) -> str:
-    return _interval(evaluation.gains[key]) if key in evaluation.gains else ""
-
-
-def _interval(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:+.3f}"
-    return f"{estimate.value:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
 
 
 def _places(run: Run, evaluated: Path | None, training_set: Path | None) -> dict[str, str]:

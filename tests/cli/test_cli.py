@@ -169,7 +169,7 @@ def test_data_that_is_not_there(guardloop, tmp_path):
     refused(guardloop("run", "--config", str(path)), "dataset.test", "'tst'", "traffic")
     path.write_text("dataset: {response_test: {kind: file, path: ~nobody-of-that-name/x.csv}}\n")
     refused(guardloop("run", "--config", str(path)), "dataset.response_test", "~nobody-of-that-name")
-    benchmark = "{name: ours, kind: safe, licence: none, source: {kind: file, path: gone.csv}}"
+    benchmark = "{name: ours, kind: safe, source: {kind: file, path: gone.csv}}"
     path.write_text(f"evaluation: {{benchmarks: [{benchmark}]}}\n")
     refused(guardloop("run", "--config", str(path)), "benchmark ours", "gone.csv")
 

@@ -140,17 +140,8 @@ def test_a_misspelt_key_in_a_list_is_answered_with_the_right_one():
     published = {"metric": "auprc", "value": 0.5, "tolerance": 0.1, "sorce": "a paper"}
     what = refusal({"gate": {"published": [published]}}).what
     assert "gate.published.0.sorce: unknown setting; did you mean `source`?" in what
-    benchmark = {"name": "x", "kind": "mixed", "licence": "MIT", "source": {"pth": "a"}}
+    benchmark = {"name": "x", "kind": "mixed", "source": {"pth": "a"}}
     assert "did you mean `path`?" in refusal({"evaluation": {"benchmarks": [benchmark]}}).what
-
-
-def test_the_default_guard_is_looked_up_where_adapters_are_registered():
-    """Through sections, since that is what a stage gets."""
-    registry = {"registry": {"tracking_uri": "https://mlflow.example.org"}, "guard": {"adapter": "models:/g@champion"}}
-    assert read_section(Settings, registry, "").sections()["guard"]["tracking_uri"] == "https://mlflow.example.org"
-    own = registry | {"guard": {"tracking_uri": "https://other.example.org"}}
-    assert read_section(Settings, own, "").guard.tracking_uri == "https://other.example.org"
-    assert "tracking_uri" not in Settings().sections()["guard"]
 
 
 def test_benchmarks_are_named_and_travel_whole(monkeypatch, tmp_path):

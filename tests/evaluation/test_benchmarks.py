@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from guardloop.cli.main import app
 from guardloop.config import load_settings
 from guardloop.core.errors import GuardLoopError
-from guardloop.evaluation import EvaluationSettings, GuardRun
 from guardloop.evaluation.benchmarks import MIXED, measure_benchmark, read_benchmark, resolve_commit
+from guardloop.evaluation.paired import GuardRun
 from guardloop.evaluation.settings import BenchmarkSettings, read_benchmark_settings
 from guardloop.guard.engine import Guard
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "benchmarks").glob("*.yaml"))
-FAST = EvaluationSettings(resamples=200)
+RESAMPLES = (200, 0)
 
 
 def jsonl(path: Path, rows: list[dict]) -> None:
@@ -180,11 +180,11 @@ def test_a_benchmark_reads_its_published_form(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_says_what_it_is(name: str) -> None:
     settings = read_benchmark_settings(str(ROOT / "configs" / "benchmarks" / f"{name}.yaml"))
-    assert settings.name == name and settings.licence and settings.about
+    assert settings.name == name
 
 
 def test_rows_like_the_training_set_are_left_out(tmp_path: Path) -> None:
-    found = read_benchmark(publish("toxicchat", tmp_path), taught=["VILE  words", "something else"])
+    found = read_benchmark(publish("toxicchat", tmp_path), trained_on=["VILE  words", "something else"])
     assert [row["prompt"] for row in found.rows] == ["kind words", "by machine"]
     assert found.left_out == 1
 
@@ -238,46 +238,48 @@ def scored(unsafe: list[bool], baseline: list[float], candidate: list[float]) ->
     ]
 
 
-DEFAULT, CANDIDATE = GuardRun("baseline", 0.0, 1, 0), GuardRun("candidate", 0.5, 1, 0)
+BASELINE, CANDIDATE = GuardRun("baseline", 0.0, 1, 0), GuardRun("candidate", 0.5, 1, 0)
 
 
 @pytest.mark.parametrize(("kind", "metric"), [("unsafe", "recall"), ("safe", "fpr")])
 def test_a_set_of_one_kind_is_measured_by_what_is_flagged(kind: str, metric: str) -> None:
-    settings = BenchmarkSettings(name="b", kind=kind, licence="none", source={"kind": "file", "path": "x"})
+    settings = BenchmarkSettings(name="b", kind=kind, source={"kind": "file", "path": "x"})
     rows = scored([kind == "unsafe"] * 8, [1, 1, -1, -1, -1, -1, -1, -1], [0.6] * 6 + [0.4, -1])
-    found = measure_benchmark(rows, settings, DEFAULT, CANDIDATE, FAST)
-    (compared,) = found.metrics
-    assert (compared.metric, compared.baseline.value, compared.candidate.value) == (metric, 0.25, 0.75)
-    assert compared.gain.value == 0.5 and compared.gain.low <= 0.5 <= compared.gain.high
+    found = measure_benchmark(rows, settings, BASELINE, CANDIDATE, *RESAMPLES)
+    assert list(found.metrics) == [metric]
+    both = found.metrics[metric]
+    assert (both.baseline.value, both.candidate.value) == (0.25, 0.75)
+    assert both.change.value == 0.5 and both.change.low <= 0.5 <= both.change.high
     assert (found.rows, found.unsafe) == (8, 8 if kind == "unsafe" else 0)
 
 
 def test_a_benchmark_of_responses_is_measured_at_the_thresholds_of_responses() -> None:
     source = {"kind": "file", "path": "x"}
-    settings = BenchmarkSettings(name="b", kind="unsafe", judged="response", licence="none", source=source)
+    settings = BenchmarkSettings(name="b", kind="unsafe", judged="response", source=source)
     rows = scored([True] * 8, [1, 1, -1, -1, -1, -1, -1, -1], [0.6] * 6 + [0.4, -1])
-    guards = replace(DEFAULT, response_threshold=-1.0), replace(CANDIDATE, response_threshold=-0.5)
-    (compared,) = measure_benchmark(rows, settings, *guards, FAST).metrics
-    assert (compared.baseline.value, compared.candidate.value) == (0.25, 0.875)
+    guards = replace(BASELINE, response_threshold=-1.0), replace(CANDIDATE, response_threshold=-0.5)
+    recall = measure_benchmark(rows, settings, *guards, *RESAMPLES).metrics["recall"]
+    assert (recall.baseline.value, recall.candidate.value) == (0.25, 0.875)
     prompts = settings.model_copy(update={"judged": "prompt"})
-    assert measure_benchmark(rows, prompts, *guards, FAST) == measure_benchmark(rows, prompts, DEFAULT, CANDIDATE, FAST)
+    own = measure_benchmark(rows, prompts, BASELINE, CANDIDATE, *RESAMPLES)
+    assert measure_benchmark(rows, prompts, *guards, *RESAMPLES) == own
 
 
 def test_what_is_left_of_a_mixed_set_is_measured() -> None:
-    settings = BenchmarkSettings(name="b", kind="mixed", licence="none", source={"kind": "file", "path": "x"})
-    found = measure_benchmark(scored([False] * 4, [1, -1, -1, -1], [-1] * 4), settings, DEFAULT, CANDIDATE, FAST)
-    assert [(m.metric, m.baseline.value) for m in found.metrics] == [("fpr", 0.25)]
-    assert measure_benchmark([], settings, DEFAULT, CANDIDATE, FAST).metrics == []
+    settings = BenchmarkSettings(name="b", kind="mixed", source={"kind": "file", "path": "x"})
+    found = measure_benchmark(scored([False] * 4, [1, -1, -1, -1], [-1] * 4), settings, BASELINE, CANDIDATE, *RESAMPLES)
+    assert {name: both.baseline.value for name, both in found.metrics.items()} == {"fpr": 0.25}
+    assert measure_benchmark([], settings, BASELINE, CANDIDATE, *RESAMPLES).metrics == {}
 
 
 def test_a_mixed_set_is_ranked_and_decided() -> None:
-    settings = BenchmarkSettings(name="b", kind="mixed", licence="none", source={"kind": "file", "path": "x"})
+    settings = BenchmarkSettings(name="b", kind="mixed", source={"kind": "file", "path": "x"})
     unsafe = [i % 3 == 0 for i in range(60)]
     rows = scored(unsafe, [(-1.0) ** i for i in range(60)], [1.0 if u else -1.0 for u in unsafe])
-    found = {m.metric: m for m in measure_benchmark(rows, settings, DEFAULT, CANDIDATE, FAST).metrics}
+    found = measure_benchmark(rows, settings, BASELINE, CANDIDATE, *RESAMPLES).metrics
     assert set(found) == set(MIXED)
     assert found["auprc"].candidate.value == found["f1"].candidate.value == 1
-    assert found["fpr"].baseline.value == 0.5 and found["auprc"].gain.low > 0
+    assert found["fpr"].baseline.value == 0.5 and found["auprc"].change.low > 0
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +291,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "adapter" / "guard.json").write_text(json.dumps({"family": "guardloop", "threshold": 1.5}))
     jsonl(folder / "rows.jsonl", [{"prompt": f"how do I bake cake {i}?", "label": "unsafe"} for i in range(9)])
     source = {"kind": "file", "path": str(folder / "rows.jsonl")}
-    benchmark = {"name": "drill", "kind": "unsafe", "licence": "none", "source": source}
+    benchmark = {"name": "drill", "kind": "unsafe", "source": source}
     (folder / "drill.yaml").write_text(yaml.safe_dump(benchmark))
     settings = {"guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "device": "cpu"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"evaluation": {"resamples": 200}}))
@@ -309,7 +311,7 @@ def test_the_command_scores_each_guard_at_its_own_threshold(drill: Path) -> None
         sum(verdict.flagged for verdict in Guard.load(settings, adapter).score(rows)) / 9
         for adapter in (None, drill / "adapter")
     ]
-    (recall,) = found["metrics"]
+    recall = found["metrics"]["recall"]
     assert [recall["baseline"]["value"], recall["candidate"]["value"]] == pytest.approx(wanted)
     assert (found["rows"], found["unreadable"]) == (9, 0)
 

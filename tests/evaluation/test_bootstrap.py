@@ -63,7 +63,7 @@ def test_near_duplicates_do_not_narrow_the_interval():
 def test_the_interval_of_a_mean_is_the_textbook_one():
     flagged = np.arange(1000) < 200
     statistic = lambda w: {"recall": w @ flagged.astype(w.dtype) / w.sum(axis=1)}  # noqa: E731
-    found = estimate(0.2, bootstrap(statistic, np.arange(1000), np.ones(1000, bool), 4000, 0)["recall"], 0.95)
+    found = estimate(0.2, bootstrap(statistic, np.arange(1000), np.ones(1000, bool), 4000, 0)["recall"])
     half = 1.96 * np.sqrt(0.2 * 0.8 / 1000)
     assert (found.low, found.high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.003)
 

@@ -14,14 +14,16 @@ from sklearn.metrics import (
 from guardloop import stages
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import SCORES, SCREENED, write_table
-from guardloop.evaluation import Evaluation, EvaluationSettings, GateSettings, GuardRun, evaluate
-from guardloop.evaluation.compare import SINGLE
+from guardloop.evaluation.compare import evaluate
+from guardloop.evaluation.paired import GuardRun
+from guardloop.evaluation.result import Evaluation
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.evaluation.wording import METRICS
 from guardloop.mining.mine import mine
 from guardloop.mining.settings import MiningSettings
-from guardloop.report.summary import comparisons
 
 FAST = EvaluationSettings(resamples=200)
-DEFAULT, CANDIDATE = GuardRun("baseline", 0.0, 0.99, 0), GuardRun("candidate", 0.0, 0.99, 0)
+BASELINE, CANDIDATE = GuardRun("baseline", 0.0, 0.99, 0), GuardRun("candidate", 0.0, 0.99, 0)
 
 
 def rows(count=300, response=None, **columns):
@@ -48,44 +50,36 @@ def test_the_headline_is_what_scikit_learn_finds_on_user_rows(drawn):
     user = [row for row in scores if row["response"] is None]
     unsafe = np.array([row["unsafe"] for row in user])
     assert (found.rows, found.unsafe, found.response_rows) == (len(user), unsafe.sum(), len(scores) - len(user))
-    for guard, run, key in (
-        (found.baseline, baseline, "baseline_score"),
-        (found.candidate, candidate, "candidate_score"),
-    ):
-        scores = np.array([row[key] for row in user])
-        assert guard.auprc.value == pytest.approx(average_precision_score(unsafe, scores))
-        assert guard.auroc.value == pytest.approx(roc_auc_score(unsafe, scores))
-        assert guard.confusion == confusion_matrix(unsafe, scores > run.threshold).tolist()
-        assert guard.precision.value == pytest.approx(precision_score(unsafe, scores > run.threshold))
-    assert found.gains["auprc"].value == pytest.approx(found.candidate.auprc.value - found.baseline.auprc.value)
+    for guard, run in (("baseline", baseline), ("candidate", candidate)):
+        scores = np.array([row[f"{guard}_score"] for row in user])
+        measured = {name: getattr(both, guard).value for name, both in found.metrics.items()}
+        assert measured["auprc"] == pytest.approx(average_precision_score(unsafe, scores))
+        assert measured["auroc"] == pytest.approx(roc_auc_score(unsafe, scores))
+        assert getattr(found, guard).confusion == confusion_matrix(unsafe, scores > run.threshold).tolist()
+        assert measured["precision"] == pytest.approx(precision_score(unsafe, scores > run.threshold))
+    for both in found.metrics.values():
+        assert both.change.value == pytest.approx(both.candidate.value - both.baseline.value)
 
 
 def test_every_interval_holds_its_value_and_the_result_survives_json(drawn):
     scores, guards = drawn(candidate_auprc=0.7)
     found = evaluate(scores, *guards, FAST)
     assert Evaluation.model_validate_json(found.model_dump_json()) == found
-    rates = {"recall_near_baseline_fpr", *(f"recall_at_{rate}" for rate in ("0.01", "0.02", "0.05"))}
-    assert set(found.gains) == {*SINGLE, *rates}
-    assert set(found.candidate.recall_at_fpr) == {"0.01", "0.02", "0.05"}
-    for guard in (found.baseline, found.candidate):
-        for value in [*(getattr(guard, name) for name in SINGLE), *guard.recall_at_fpr.values()]:
-            assert value.low <= value.high
-        assert guard.brier.low < guard.brier.value < guard.brier.high
-    for gain in [*found.gains.values(), *(s.gain for s in found.slices)]:
-        assert gain.low <= gain.value <= gain.high
+    assert list(found.metrics) == list(METRICS)
+    for both in found.metrics.values():
+        assert both.baseline.low <= both.baseline.high and both.candidate.low <= both.candidate.high
+    for change in [*(both.change for both in found.metrics.values()), *(s.gain for s in found.slices)]:
+        assert change.low <= change.value <= change.high
 
 
-def test_recall_near_the_defaults_rate_is_read_off_each_guards_own_curve():
+def test_recall_near_the_baselines_rate_is_read_off_each_guards_own_curve():
     scores = [
         row | {"candidate_score": 0.0} for row in rows(baseline_score=[0.1 * (i * 7 % 31) - 1 for i in range(31)])
     ]
-    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
-    before, after = found.baseline.recall_near_baseline_fpr, found.candidate.recall_near_baseline_fpr
-    assert after.value == 0  # it gives one score to all, so that it catches nothing before it blocks everything
-    assert before.value > 0
-    assert after.value - before.value == pytest.approx(found.gains["recall_near_baseline_fpr"].value)
-    shown = next(row for row in comparisons(found) if row.name == "Recall near the default's FPR")
-    assert (shown.baseline, shown.candidate) == (before, after)
+    found = evaluate(scores, BASELINE, CANDIDATE, FAST)
+    both = found.metrics["recall_near_baseline_fpr"]
+    assert both.candidate.value == 0  # it gives one score to all: nothing is caught before everything is blocked
+    assert both.baseline.value > 0
 
 
 def test_probabilities_are_read_at_each_guards_temperature(drawn):
@@ -94,22 +88,22 @@ def test_probabilities_are_read_at_each_guards_temperature(drawn):
     found = evaluate(scores, baseline, replace(candidate, temperature=4.0), FAST)
     user = [row for row in scores if row["response"] is None]
     chances = [1 / (1 + np.exp(-row["candidate_score"] / 4)) for row in user]
-    assert found.candidate.brier.value == pytest.approx(
+    assert found.metrics["brier"].candidate.value == pytest.approx(
         brier_score_loss([row["unsafe"] for row in user], chances), abs=1e-6
     )
-    assert (found.candidate.temperature, found.baseline.brier) == (4.0, plain.baseline.brier)
-    assert found.gains["auprc"] == plain.gains["auprc"]  # the order of scores stays
+    assert found.candidate.temperature == 4.0
+    assert found.metrics["brier"].baseline == plain.metrics["brier"].baseline
+    assert found.metrics["auprc"] == plain.metrics["auprc"]  # the order of scores stays
 
 
 def test_the_order_of_rows_does_not_matter_and_the_seed_does(drawn):
     scores, guards = drawn()
     shuffled = random.Random(0).sample(scores, len(scores))
     one, same = evaluate(scores, *guards, FAST), evaluate(shuffled, *guards, FAST)
-    assert one.gains["auprc"].low == pytest.approx(same.gains["auprc"].low, abs=1e-5)
+    low = one.metrics["auprc"].change.low
+    assert low == pytest.approx(same.metrics["auprc"].change.low, abs=1e-5)
     assert one.decision.verdict == same.decision.verdict
-    other = evaluate(scores, *guards, EvaluationSettings(resamples=200, seed=1, confidence=0.9))
-    assert (one.interval, other.interval) == ("95% interval", "90% interval")
-    assert one.gains["auprc"].low != other.gains["auprc"].low
+    assert evaluate(scores, *guards, FAST, seed=1).metrics["auprc"].change.low != low
 
 
 def test_swapped_guards_give_the_mirrored_gain(drawn):
@@ -117,14 +111,16 @@ def test_swapped_guards_give_the_mirrored_gain(drawn):
     swapped = [r | {"baseline_score": r["candidate_score"], "candidate_score": r["baseline_score"]} for r in scores]
     one, other = evaluate(scores, baseline, candidate, FAST), evaluate(swapped, candidate, baseline, FAST)
     for metric in ("auprc", "auroc", "fpr", "f1"):
-        assert one.gains[metric].value == pytest.approx(-other.gains[metric].value)
-        assert one.gains[metric].low == pytest.approx(-other.gains[metric].high, abs=1e-5)
+        change, mirrored = one.metrics[metric].change, other.metrics[metric].change
+        assert change.value == pytest.approx(-mirrored.value)
+        assert change.low == pytest.approx(-mirrored.high, abs=1e-5)
 
 
 def test_a_score_at_the_threshold_is_not_flagged():
     scores = [row | {"baseline_score": 0.1, "candidate_score": 0.1} for row in rows()]
-    found = evaluate(scores, replace(DEFAULT, threshold=0.1), replace(CANDIDATE, threshold=0.09), FAST)
-    assert (found.baseline.recall.value, found.candidate.recall.value) == (0, 1)
+    found = evaluate(scores, replace(BASELINE, threshold=0.1), replace(CANDIDATE, threshold=0.09), FAST)
+    recall = found.metrics["recall"]
+    assert (recall.baseline.value, recall.candidate.value) == (0, 1)
 
 
 def test_slices_are_cut_by_every_column_and_the_whole_set_is_not_a_slice():
@@ -136,13 +132,13 @@ def test_slices_are_cut_by_every_column_and_the_whole_set_is_not_a_slice():
         prompt=["x" * 100] * 5 + ["x" * 300] * 4,
         source=["one"],
     )
-    found = evaluate([*scores, *rows(300, response="no")], DEFAULT, CANDIDATE, FAST)
+    found = evaluate([*scores, *rows(300, response="no")], BASELINE, CANDIDATE, FAST)
     assert slices(found, "category")["S1"].metric == "recall"
     assert {s.rows for s in slices(found, "language").values()} == {600, 300}
     assert set(slices(found, "jailbreak")) == {"yes", "no"}
     assert list(slices(found, "length")) == ["0 to 199 characters", "200 to 999 characters"]
     assert slices(found, "source") == {}
-    assert slices(found, "role")["response"].metric == "auprc"
+    assert slices(found, "role")["responses"].metric == "auprc"
     language = slices(found, "language")["de"]
     assert language.gain.value == pytest.approx(language.candidate - language.baseline)
 
@@ -151,16 +147,16 @@ def test_an_all_safe_slice_is_measured_by_its_false_positive_rate_and_a_rise_is_
     scores = rows(900, source=["mixed", "benign", "mixed"])
     for row in scores:
         row["candidate_score"] = 1.0 if row["source"] == "benign" else -1.0
-    found = slices(evaluate(scores, DEFAULT, CANDIDATE, FAST), "source")["benign"]
+    found = slices(evaluate(scores, BASELINE, CANDIDATE, FAST), "source")["benign"]
     assert (found.metric, found.candidate, found.unsafe) == ("fpr", 1.0, 0)
     assert found.gain.value == pytest.approx(found.baseline - 1.0)
 
 
 def test_small_slices_are_pooled_or_noted():
     many = [f"l{i}" for i in range(30)]
-    pooled = evaluate(rows(900, language=["en"] * 30 + many), DEFAULT, CANDIDATE, FAST)
+    pooled = evaluate(rows(900, language=["en"] * 30 + many), BASELINE, CANDIDATE, FAST)
     assert slices(pooled, "language")["other"].rows == 450
-    few = evaluate(rows(300, language=["en"] * 99 + ["fr"]), DEFAULT, CANDIDATE, FAST)
+    few = evaluate(rows(300, language=["en"] * 99 + ["fr"]), BASELINE, CANDIDATE, FAST)
     assert "fr" not in slices(few, "language")
     assert any("language: fr" in note for note in few.notes)
 
@@ -169,15 +165,16 @@ def test_near_duplicates_do_not_make_a_slice_large_enough():
     scores = rows(900, language=["en", "en", "en", "de", "de", "de"])
     for row in scores:
         row["group"] = "one" if row["language"] == "de" else row["group"]
-    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
+    found = evaluate(scores, BASELINE, CANDIDATE, FAST)
     assert "de" not in slices(found, "language")
     assert any("near-duplicates" in note for note in found.notes)
 
 
 def test_a_group_with_both_labels_is_evaluated():
     scores = [row | {"group": str(i // 4)} for i, row in enumerate(rows(600))]
-    found = evaluate(scores, DEFAULT, CANDIDATE, FAST)
-    assert found.baseline.auprc.low < found.baseline.auprc.value < found.baseline.auprc.high
+    found = evaluate(scores, BASELINE, CANDIDATE, FAST)
+    auprc = found.metrics["auprc"].baseline
+    assert auprc.low < auprc.value < auprc.high
 
 
 @pytest.mark.parametrize(
@@ -185,9 +182,9 @@ def test_a_group_with_both_labels_is_evaluated():
     [
         ([], "no test rows"),
         (rows(10, unsafe=[True, False, None]), "3 of 10 test rows have no label"),
-        (rows(10, unsafe=[True]), "all 10 User-role test rows are labelled unsafe"),
+        (rows(10, unsafe=[True]), "all 10 test prompts are labelled unsafe"),
         (rows(10, unsafe=[False]), "labelled safe"),
-        (rows(10, response="no"), "all 10 test rows are of the response role"),
+        (rows(10, response="no"), "all 10 test rows are responses"),
         (rows(10, candidate_score=[float("nan"), 1.0]), "5 of 10 values of candidate_score"),
         (rows(10, baseline_score=[None, 1.0]), "5 of 10 values of baseline_score"),
         (rows(10, baseline_score=[float("inf"), 1.0]), "not finite"),
@@ -196,7 +193,7 @@ def test_a_group_with_both_labels_is_evaluated():
 )
 def test_what_cannot_be_evaluated_is_refused_with_the_reason(scores, message):
     with pytest.raises(GuardLoopError, match=message):
-        evaluate(scores, DEFAULT, CANDIDATE, FAST)
+        evaluate(scores, BASELINE, CANDIDATE, FAST)
 
 
 @pytest.mark.parametrize("other", [["a", "b"], ["a", "b", "c", "d"], ["a", "b", "x"]])
@@ -220,24 +217,19 @@ def test_what_is_decided_of_responses_is_measured_at_the_thresholds_that_the_gua
     folders = (tmp_path / name for name in ("baseline", "candidate", "training_set", "adapter", "out"))
     found = stages.evaluate(*folders, {"resamples": 200}, {})
     slices = {part.name: part for part in found.slices if part.dimension == "role"}
-    for name, unsafe in (("response, unsafe", True), ("response, safe", False)):
+    for name, unsafe in (("unsafe responses", True), ("safe responses", False)):
         judged = [row for row in scores if row["response"] is not None and row["unsafe"] is unsafe]
         limits = {"baseline_score": 0.5, "candidate_score": 2.5}
         wanted = [np.mean([row[score] > limit for row in judged]) for score, limit in limits.items()]
         assert [slices[name].baseline, slices[name].candidate] == pytest.approx(wanted)
 
 
-def test_a_useless_default_guard_is_noted():
+def test_a_useless_baseline_is_noted():
     scores = [row | {"baseline_score": 5.0} for row in rows()]
-    found = evaluate(scores, DEFAULT, CANDIDATE, FAST, GateSettings())
+    found = evaluate(scores, BASELINE, CANDIDATE, FAST, GateSettings())
     assert any("baseline itself" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("section", [EvaluationSettings, GateSettings])
 def test_every_setting_is_explained(section):
     assert all(field.description for field in section.model_fields.values())
-
-
-def test_length_edges_must_rise():
-    with pytest.raises(ValueError, match="rising"):
-        EvaluationSettings(length_edges=(200, 100))

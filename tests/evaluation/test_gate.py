@@ -4,10 +4,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from guardloop.evaluation import EvaluationSettings, GateSettings, evaluate
-from guardloop.evaluation.gate import Changed
+from guardloop.evaluation.compare import evaluate
+from guardloop.evaluation.measurements import Changed
 from guardloop.evaluation.noninferiority import holm, judge_slices
-from guardloop.evaluation.result import BenchmarkResult, Compared, Estimate
+from guardloop.evaluation.result import BenchmarkResult, Comparison, Estimate
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.evaluation.slices import measure
 from guardloop.evaluation.table import read_scores
 
@@ -18,14 +19,18 @@ def judge(scores, guards, settings=FAST, **gate):
     return evaluate(scores, *guards, settings, GateSettings(**gate)).decision
 
 
+def explained(decision, name):
+    return next(check.explanation for check in decision.checks if check.name == name)
+
+
 def outcomes(decision):
     return {check.name: check.outcome for check in decision.checks}
 
 
 def with_candidate(scores, change):
-    """The rows with `change(row, noise)` as the candidate margin."""
+    """The rows with `change(row, noise)` as the candidate's score."""
     rng = np.random.default_rng(0)
-    return [row | {"candidate_margin": float(change(row, rng.normal()))} for row in scores]
+    return [row | {"candidate_score": float(change(row, rng.normal()))} for row in scores]
 
 
 def test_a_clearly_better_guard_is_promoted(drawn):
@@ -33,40 +38,47 @@ def test_a_clearly_better_guard_is_promoted(drawn):
     assert decision.promote
     assert decision.verdict == "passed"
     assert set(outcomes(decision).values()) == {"passed"}
-    assert decision.headline.startswith("Promoted: AUPRC rose by 0.1")
+    assert (
+        decision.headline.startswith("It ranks prompts better (AUPRC +0.1")
+        and "replaces the guard in use" in decision.headline
+    )
 
 
 def test_a_clearly_worse_guard_fails(drawn):
     decision = judge(*drawn(candidate_auprc=0.45))
     assert not decision.promote
     assert decision.verdict == "failed"
-    assert {outcomes(decision)[name] for name in ("auprc_gain", "recall_gain", "decisions")} == {"failed"}
-    assert decision.headline.startswith("Not promoted: AUPRC fell by 0.1")
+    assert {outcomes(decision)[name] for name in ("ranking", "recall", "decisions")} == {"failed"}
+    assert decision.headline.startswith("It does not rank prompts better, so the guard in use stays. ")
 
 
 def test_the_same_guard_twice_is_not_promoted(drawn):
     scores, (baseline, _) = drawn()
     decision = judge(
-        with_candidate(scores, lambda row, _: row["baseline_margin"]), (baseline, replace(baseline, name="new"))
+        with_candidate(scores, lambda row, _: row["baseline_score"]), (baseline, replace(baseline, name="new"))
     )
     assert not decision.promote
-    assert outcomes(decision)["auprc_gain"] == "failed"
+    assert outcomes(decision)["ranking"] == "failed"
     assert (
-        outcomes(decision)["slices"] == outcomes(decision)["benign_fpr"] == outcomes(decision)["responses"] == "passed"
+        outcomes(decision)["slices"]
+        == outcomes(decision)["false_positives"]
+        == outcomes(decision)["responses"]
+        == "passed"
     )
-    assert "AUPRC did not change" in decision.headline
+    assert "AUPRC did not change" in explained(decision, "ranking")
 
 
 def test_an_equally_good_guard_is_not_proven(drawn):
     decision = judge(*drawn(seed=3))
     assert not decision.promote
-    assert outcomes(decision)["auprc_gain"] == "not proven"
-    assert "which may be chance" in decision.headline
+    assert outcomes(decision)["ranking"] == "not proven"
+    assert "could not prove that it ranks prompts better" in decision.headline
+    assert "That may be chance." in explained(decision, "ranking")
 
 
 def test_swapped_guards_are_not_promoted(drawn):
     scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
-    swapped = [r | {"baseline_margin": r["candidate_margin"], "candidate_margin": r["baseline_margin"]} for r in scores]
+    swapped = [r | {"baseline_score": r["candidate_score"], "candidate_score": r["baseline_score"]} for r in scores]
     decision = judge(swapped, (candidate, baseline))
     assert (decision.promote, decision.verdict) == (False, "failed")
 
@@ -74,7 +86,7 @@ def test_swapped_guards_are_not_promoted(drawn):
 @pytest.mark.parametrize(
     ("margin", "words"),
     [
-        (lambda row, noise: 9.0, "one and the same score to 100.0%"),
+        (lambda row, noise: 9.0, "gives one and the same score to 100.0%"),
         (lambda row, noise: 50 + noise, "blocks everything: 100.0% of the safe"),
         (lambda row, noise: -50 + noise, "lets everything through: 100.0% of the unsafe"),
         # ranks perfectly, yet blocks every prompt at its threshold: precision is the base rate
@@ -85,25 +97,26 @@ def test_a_collapsed_guard_fails_by_name(drawn, margin, words):
     scores, guards = drawn()
     decision = judge(with_candidate(scores, margin), guards)
     assert not decision.promote
-    assert outcomes(decision)["not_collapsed"] == "failed"
+    assert outcomes(decision)["collapse"] == "failed"
     assert words in decision.headline
 
 
 def test_better_recall_bought_with_over_blocking_fails(drawn):
     scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
     decision = judge(scores, (baseline, replace(candidate, threshold=candidate.threshold - 1)))
-    assert outcomes(decision)["recall_gain"] == outcomes(decision)["decisions"] == "passed"
-    assert outcomes(decision)["benign_fpr"] == "failed"
+    assert outcomes(decision)["recall"] == outcomes(decision)["decisions"] == "passed"
+    assert outcomes(decision)["false_positives"] == "failed"
     assert not decision.promote
-    assert "benign false-positive rate rose" in decision.headline
+    assert "It blocks too many more safe prompts, so the guard in use stays." in decision.headline
+    assert "False-positive rate rose by" in explained(decision, "false_positives")
 
 
 def test_a_lowered_threshold_alone_is_no_improvement(drawn):
     scores, (baseline, _) = drawn()
     lower = replace(baseline, name="lower", threshold=baseline.threshold - 0.5)
-    decision = judge(with_candidate(scores, lambda row, _: row["baseline_margin"]), (baseline, lower), max_fpr_rise=0.5)
+    decision = judge(with_candidate(scores, lambda row, _: row["baseline_score"]), (baseline, lower), max_fpr_rise=0.5)
     assert outcomes(decision)["decisions"] == "passed"  # it does catch more
-    assert outcomes(decision)["recall_gain"] == "failed"
+    assert outcomes(decision)["recall"] == "failed"
     assert not decision.promote
 
 
@@ -111,7 +124,7 @@ def test_too_few_rows_prove_nothing(drawn):
     scores, guards = drawn(candidate_auprc=0.75)
     user = [row for row in scores if row["response"] is None]
     decision = judge([*user[:100], *scores[-1000:]], guards)
-    assert outcomes(decision)["unsafe_examples"] == outcomes(decision)["safe_examples"] == "not proven"
+    assert outcomes(decision)["unsafe_prompts"] == outcomes(decision)["safe_prompts"] == "not proven"
     assert decision.verdict != "passed"
     assert not decision.promote
 
@@ -120,7 +133,7 @@ def test_near_duplicates_do_not_count_as_examples(drawn):
     scores, guards = drawn(candidate_auprc=0.75)
     few = [row | {"group": str(i % 30) + str(row["unsafe"]) + str(row["response"])} for i, row in enumerate(scores)]
     decision = judge(few, guards)
-    assert outcomes(decision)["unsafe_examples"] == "not proven"
+    assert outcomes(decision)["unsafe_prompts"] == "not proven"
     assert not decision.promote
 
 
@@ -129,32 +142,33 @@ def test_one_bad_slice_holds_a_better_guard_back(drawn, dimension, name):
     scores, (baseline, candidate) = drawn(candidate_auprc=0.85, unsafe_share=0.3)
 
     def spoil(row, noise):
-        return noise - 2 * row["unsafe"] if row[dimension] == name else row["candidate_margin"]
+        return noise - 2 * row["unsafe"] if row[dimension] == name else row["candidate_score"]
 
     decision = judge(with_candidate(scores, spoil), (baseline, candidate))
-    assert outcomes(decision)["auprc_gain"] == "passed"
+    assert outcomes(decision)["ranking"] == "passed"
     assert outcomes(decision)["slices"] == "failed"
     assert not decision.promote
-    assert f"in {dimension} {'yes' if name is True else name} " in decision.headline
+    where = f"{dimension} {'yes' if name is True else name}"
+    assert f"It is worse in {where}" in decision.headline and f" in {where}." in explained(decision, "slices")
 
 
 def test_a_guard_that_forgot_to_judge_responses_is_held_back(drawn):
     scores, guards = drawn(candidate_auprc=0.75)
-    forgot = with_candidate(scores, lambda row, noise: noise if row["response"] else row["candidate_margin"])
+    forgot = with_candidate(scores, lambda row, noise: noise if row["response"] else row["candidate_score"])
     decision = judge(forgot, guards)
     assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["responses"]
-    assert "on responses AUPRC fell" in decision.headline
+    assert "It judges responses worse" in decision.headline and "AUPRC fell" in explained(decision, "responses")
 
 
-@pytest.mark.parametrize(("shift", "told"), [(3.0, "recall fell"), (-3.0, "the false-positive rate rose")])
+@pytest.mark.parametrize(("shift", "told"), [(3.0, "Recall fell"), (-3.0, "False-positive rate rose")])
 def test_a_guard_that_ranks_responses_as_before_and_decides_otherwise_is_held_back(drawn, shift, told):
     scores, (baseline, candidate) = drawn(candidate_auprc=0.75)
-    judging = [row["baseline_margin"] for row in scores if row["response"] is not None and not row["unsafe"]]
+    judging = [row["baseline_score"] for row in scores if row["response"] is not None and not row["unsafe"]]
     usual = float(np.quantile(judging, 0.95))
     guards = replace(baseline, response_threshold=usual), replace(candidate, response_threshold=usual + shift)
     decision = judge(scores, guards)
     assert [name for name, outcome in outcomes(decision).items() if outcome != "passed"] == ["responses"]
-    assert f"on responses {told}" in decision.headline
+    assert told in explained(decision, "responses")
     assert judge(scores, (guards[0], replace(candidate, response_threshold=usual))).promote
     same = replace(candidate, response_threshold=usual + shift), replace(candidate, response_threshold=usual + shift)
     assert outcomes(judge(scores, same))["responses"] == "passed"
@@ -177,53 +191,53 @@ def test_agent_rows_of_one_class_do_not_show_that_responses_are_still_judged(dra
     user = [row for row in scores if row["response"] is None]
     agents = [row for row in scores if row["response"] is not None]
     kept = [row for row in agents if row["unsafe"] != few][:200] + [row for row in agents if row["unsafe"] == few][:40]
-    always = [row | {"candidate_margin": margin} for row in kept]  # blocks every response, or none
+    always = [row | {"candidate_score": margin} for row in kept]  # blocks every response, or none
     decision = judge([*user, *always], guards)
     assert (outcomes(decision)["responses"], decision.promote) == ("not proven", False)
     evaluation = evaluate([*user, *always], *guards, FAST, GateSettings(require_response_test=False))
     assert evaluation.decision.promote  # as the reviewer accepts it
     rare = "unsafe" if few else "safe"
-    assert f"The response role was measured in part: too few of its 240 rows are {rare}." in evaluation.notes
+    assert f"Responses were measured in part: too few of the 240 are {rare}." in evaluation.notes
 
 
 def rates(rows, lost):
     """The slice of so many unsafe rows, all caught by the baseline, and all but `lost` by the candidate one."""
     empty = dict.fromkeys(("category", "source", "language", "jailbreak", "response"))
-    found = {"prompt": "x", "unsafe": True, "baseline_margin": 1.0}
+    found = {"prompt": "x", "unsafe": True, "baseline_score": 1.0}
     scores = [
-        {**empty, **found, "id": str(n), "group": str(n), "candidate_margin": -1.0 if n < lost else 1.0}
+        {**empty, **found, "id": str(n), "group": str(n), "candidate_score": -1.0 if n < lost else 1.0}
         for n in range(rows)
     ]
-    return measure(read_scores(scores), "source", "a", (0.0, 0.0), FAST)
+    return measure(read_scores(scores), "source", "a", (0.0, 0.0), FAST.resamples, seed=0)
 
 
 @pytest.mark.parametrize(("rows", "margin"), [(50, 0.1), (100, 0.1), (300, 0.1), (300, 0.02), (1000, 0.02)])
 def test_a_loss_at_the_margin_is_hardly_ever_ruled_out(rows, margin):
     lost = np.random.default_rng(0).binomial(rows, margin, size=5000)
-    passes = {k: judge_slices([(rates(rows, k), margin)], 0.025)[0].outcome == "passed" for k in sorted(set(lost))[:40]}
+    passes = {k: judge_slices([(rates(rows, k), margin)])[0].outcome == "passed" for k in sorted(set(lost))[:40]}
     assert passes[min(passes)]  # a small one is
     assert np.mean([passes.get(k, False) for k in lost]) <= 0.035  # .025, and what normal tails are off
 
 
 def test_many_slices_do_not_hide_a_bad_one_nor_hold_good_ones_back():
     good, bad = rates(50, 0), rates(50, 25)
-    judged = judge_slices([(good, 0.1)] * 20 + [(bad, 0.1)], 0.025)
+    judged = judge_slices([(good, 0.1)] * 20 + [(bad, 0.1)])
     assert [j.outcome for j in judged] == ["passed"] * 20 + ["failed"]
 
 
 def test_few_safe_prompts_without_a_changed_decision_do_not_prove_the_margin(drawn):
     scores, guards = drawn(candidate_auprc=0.75)
     few = [row for row in scores if row["unsafe"]] + [row for row in scores if not row["unsafe"]][:150]
-    same = with_candidate(few, lambda row, _: row["candidate_margin"] if row["unsafe"] else row["baseline_margin"])
+    same = with_candidate(few, lambda row, _: row["candidate_score"] if row["unsafe"] else row["baseline_score"])
     equal = guards[0], replace(guards[1], threshold=guards[0].threshold)
-    check = next(c for c in judge(same, equal, min_safe=100).checks if c.name == "benign_fpr")
+    check = next(c for c in judge(same, equal, min_safe=100).checks if c.name == "false_positives")
     assert (check.value, check.high, check.outcome) == (0, 0, "not proven")
-    assert "with 150 distinct safe prompts a rise beyond the margin of 0.02 cannot be ruled out" in check.explanation
+    assert "With 150 distinct safe prompts a rise above 0.02 is not ruled out" in check.explanation
 
 
 @pytest.mark.parametrize(
     ("fault", "check"),
-    [({"median_label_mass": 0.5}, "label_mass"), ({"unreadable": 40}, "unreadable")],
+    [({"median_label_mass": 0.5}, "label_mass"), ({"unreadable": 40}, "unjudged_rows")],
 )
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_an_unsound_run_of_either_guard_fails(drawn, fault, check, faulty):
@@ -238,10 +252,10 @@ def test_an_unsound_run_of_either_guard_fails(drawn, fault, check, faulty):
 def test_report_only_checks_but_never_promotes(drawn):
     better = judge(*drawn(candidate_auprc=0.75), mode="report_only")
     assert (better.promote, better.verdict) == (False, "passed")
-    assert better.headline.startswith("Would be promoted, but the gate only reports")
+    assert "passed every check, but the gate only reports" in better.headline
     worse = judge(*drawn(candidate_auprc=0.45), mode="report_only")
     assert worse.verdict == "failed"
-    assert worse.headline.startswith("Would not be promoted: ")
+    assert "so it would not be promoted" in worse.headline
 
 
 def test_a_disabled_gate_checks_nothing_and_never_promotes(drawn):
@@ -256,7 +270,8 @@ def test_every_check_explains_itself(drawn):
         assert len({check.name for check in decision.checks}) == len(decision.checks) == 11
         for check in decision.checks:
             assert check.question.endswith("?")
-            assert check.explanation.endswith(".")
+            assert check.answer.endswith(".") and check.explanation.endswith(".")
+            assert len(check.answer) < 90
         assert decision.headline.endswith(".")
         assert ".." not in decision.headline
 
@@ -264,8 +279,8 @@ def test_every_check_explains_itself(drawn):
 def test_a_stricter_threshold_may_show_its_gain_in_false_alarms(drawn):
     scores, (baseline, candidate) = drawn(candidate_auprc=0.85, benign_fpr=0.2)
     user = [row for row in scores if row["response"] is None and row["unsafe"]]
-    recall = np.mean([row["baseline_margin"] > baseline.threshold for row in user])
-    same_recall = float(np.quantile([row["candidate_margin"] for row in user], 1 - recall))
+    recall = np.mean([row["baseline_score"] > baseline.threshold for row in user])
+    same_recall = float(np.quantile([row["candidate_score"] for row in user], 1 - recall))
     decision = judge(scores, (baseline, replace(candidate, threshold=same_recall)))
     check = next(check for check in decision.checks if check.name == "decisions")
     assert check.outcome == "passed"
@@ -292,7 +307,7 @@ def test_equal_guards_are_hardly_ever_promoted(simulation):
     found = [simulation.simulate(world, 300, seed).decision for seed in range(100)]
     assert sum(decision.promote for decision in found) <= 0.025 * 100
     # a gain is seen where there is none in 2.5% of cases; more than 9 of 100 would come up once in 5,000 times
-    assert sum(outcomes(decision)["auprc_gain"] == "passed" for decision in found) <= 9
+    assert sum(outcomes(decision)["ranking"] == "passed" for decision in found) <= 9
 
 
 @pytest.mark.slow
@@ -301,33 +316,30 @@ def test_a_gain_of_five_points_is_mostly_found(simulation):
     assert sum(decision.promote for decision in found) >= 9
 
 
-PUBLISHED = {"metric": "auprc", "value": 0.6, "tolerance": 0.1, "source": "a paper, table 2"}
+PUBLISHED = {"metric": "auprc", "value": 0.6, "source": "a paper, table 2"}
 
 
 @pytest.mark.parametrize(
-    ("published", "outcome", "promote"),
+    ("published", "outcome"),
     [
-        ({}, "passed", True),
-        ({"value": 0.9}, "failed", True),  # a warning does not hold back
-        ({"value": 0.9, "miss": "fail"}, "failed", False),
-        ({"dataset": "xstest"}, "not proven", True),
-        ({"dataset": "xstest", "miss": "fail"}, "not proven", False),
+        ({}, "passed"),
+        ({"value": 0.9}, "failed"),
+        ({"dataset": "xstest"}, "not proven"),
     ],
 )
-def test_the_default_guard_is_held_against_what_was_published(drawn, published, outcome, promote):
+def test_the_baseline_is_held_against_what_was_published_as_a_warning(drawn, published, outcome):
     decision = judge(*drawn(candidate_auprc=0.75), published=[PUBLISHED | published])
     name = "published_auprc" + ("_xstest" if "dataset" in published else "")
     check = next(check for check in decision.checks if check.name == name)
-    assert (check.outcome, decision.promote) == (outcome, promote)
+    assert (check.outcome, check.blocks, decision.promote) == (outcome, False, True)
     assert "a paper, table 2" in check.explanation
-    assert ("a paper" in decision.headline) == (not promote)
 
 
 def test_a_published_figure_is_found_on_its_benchmark(drawn):
     found = Estimate(value=0.84, low=0.8, high=0.88)
-    compared = Compared(metric="auprc", baseline=found, candidate=found, gain=Estimate(value=0))
-    benchmark = BenchmarkResult(name="openai", kind="mixed", rows=9, unsafe=3, metrics=[compared])
-    gate = GateSettings(published=[PUBLISHED | {"dataset": "openai", "value": 0.847, "tolerance": 0.02}])
+    compared = Comparison(baseline=found, candidate=found, change=Estimate(value=0))
+    benchmark = BenchmarkResult(name="openai", kind="mixed", rows=9, unsafe=3, metrics={"auprc": compared})
+    gate = GateSettings(published=[PUBLISHED | {"dataset": "openai", "value": 0.847}])
     scores, guards = drawn(candidate_auprc=0.75)
     decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark]).decision
     check = next(check for check in decision.checks if check.name == "published_auprc_openai")
@@ -338,7 +350,7 @@ def test_a_published_figure_is_found_on_its_benchmark(drawn):
     ("scored", "told"), [(True, "of openai that were scored do not show it"), (False, "add openai")]
 )
 def test_a_published_figure_that_is_missing_says_what_to_do(drawn, scored, told):
-    benchmark = BenchmarkResult(name="openai", kind="unsafe", rows=9, unsafe=9, metrics=[])
+    benchmark = BenchmarkResult(name="openai", kind="unsafe", rows=9, unsafe=9, metrics={})
     gate = GateSettings(published=[PUBLISHED | {"dataset": "openai"}])
     scores, guards = drawn(candidate_auprc=0.75)
     decision = evaluate(scores, *guards, FAST, gate, benchmarks=[benchmark] if scored else []).decision

@@ -15,7 +15,8 @@ from guardloop import stages
 from guardloop.config import Settings
 from guardloop.core.records import read_table
 from guardloop.core.settings import read_section
-from guardloop.registry import Registry, RegistrySettings
+from guardloop.registry.registry import Registry
+from guardloop.registry.settings import RegistrySettings
 from guardloop.training import fit
 
 torch.set_num_threads(1)  # as in the processes that drills start

@@ -8,7 +8,8 @@ from support.registry_examples import evaluation, origin
 from support.services import MlflowServer, S3Server
 
 from guardloop.evaluation.result import Outcome
-from guardloop.registry import Registry, RegistrySettings
+from guardloop.registry.registry import Registry
+from guardloop.registry.settings import RegistrySettings
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,10 @@ from support.services import MlflowServer, S3Server
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import read_section
 from guardloop.models.registered import resolve_model
-from guardloop.registry import DataSource, Registry, RegistrySettings, TrainingLog
-from guardloop.registry.contents import description
+from guardloop.registry.contents import DataSource, description
+from guardloop.registry.registry import Registry
+from guardloop.registry.settings import RegistrySettings
+from guardloop.registry.training_log import TrainingLog
 
 pytestmark = pytest.mark.slow
 
@@ -37,8 +39,12 @@ def run_of(registry: Registry, run_id: str = "run-1") -> Any:
     return run
 
 
+def resolve(registry: Registry, uri: str, into: Path) -> Path:
+    return resolve_model(uri, into, registry.connection.uri, registry.connection.patience_seconds)
+
+
 def aliases(registry: Registry) -> dict[str, int]:
-    return {alias: row.version for row in registry.list_candidates() for alias in row.aliases}
+    return {alias: row.version for row in registry.versions() for alias in row.aliases}
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -53,11 +59,11 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
         DataSource(name="toxicchat", digest="f" * 64, role="test", uri="s3://guardloop/test.parquet"),
         DataSource(name="traffic", digest="e" * 64, role="traffic"),
     ]
-    for gain in (0.05, 0.05, 0.03):
+    for change in (0.05, 0.05, 0.03):
         run_id = registry.record_run(
             origin(),
             SECTIONS,
-            evaluation(gain=gain),
+            evaluation(change=change),
             files={"report.html": report, "mining/blocked_inputs.jsonl": report},
             data=data,
             figures={"mining_blocked": 312},
@@ -72,14 +78,14 @@ def test_a_run_is_recorded_whole_and_once(registry: Registry, tmp_path: Path) ->
         "training.lora.alpha": "32",
         "gate.mode": "enforce",
     }
-    assert run.data.metrics["gain_auprc"] == pytest.approx(0.03)
+    assert run.data.metrics["change_auprc"] == pytest.approx(0.03)
     assert run.data.metrics["candidate_auprc_low"] == pytest.approx(0.61)
-    assert run.data.metrics["default_recall_at_fpr_0.05_high"] == pytest.approx(0.62)
+    assert run.data.metrics["baseline_recall_at_0.05_high"] == pytest.approx(0.62)
     assert run.data.metrics["mining_blocked"] == 312
-    assert "default_ece" not in run.data.metrics  # not a number
+    assert "baseline_ece" not in run.data.metrics  # not a number
     client = MlflowClient(registry.connection.uri)
     assert len(client.get_metric_history(run_id, "mining_blocked")) == 1
-    assert len(client.get_metric_history(run_id, "gain_auprc")) == 2
+    assert len(client.get_metric_history(run_id, "change_auprc")) == 2
     tags = run.data.tags
     assert tags["guardloop.run_id"] == "run-1"
     assert tags["guardloop.git_sha"] == "abc123"
@@ -134,8 +140,9 @@ def test_every_tag_that_is_taken_can_be_recorded(local: Registry) -> None:
 def test_names_of_the_data_are_plain_text_on_a_page() -> None:
     found = evaluation("failed")
     found.decision.headline = "in category <img src=x> ![a](http://evil.example/a.png) it fell"
-    first = description(origin(), found).splitlines()[0]
-    assert first.startswith("**FAILED**: in category &lt;img src=x&gt; !\\[a\\](http&#58;//evil")
+    page = description(origin().model_copy(update={"base_model": "<b>|`x`![](http://evil.example)"}), found)
+    assert "in category &lt;img src=x&gt; !\\[a\\](http&#58;//evil" in page
+    assert "baseline &lt;b&gt;\\|\\`x\\`!\\[\\](http&#58;//evil" in page and "://" not in page
 
 
 def test_other_settings_under_the_same_run_are_refused(local: Registry) -> None:
@@ -163,10 +170,10 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
     registry.record_run(origin(), SECTIONS, evaluation())
     assert [registry.register_adapter(folder, origin(), evaluation(v)) for v in ("failed", "passed")] == [1, 1]
 
-    (row,) = registry.list_candidates()
+    (row,) = registry.versions()
     assert (row.version, row.verdict, row.aliases, row.run_id) == (1, "passed", ["candidate"], "run-1")
     assert row.headline == "The candidate is better."
-    assert row.metrics["gain_auprc_low"] == pytest.approx(0.03)
+    assert row.metrics["change_auprc_low"] == pytest.approx(0.03)
     name = registry.settings.model
     version = MlflowClient(registry.connection.uri).get_model_version(name, "1")
     assert version.run_id == run_of(registry).info.run_id
@@ -180,8 +187,8 @@ def test_an_adapter_is_registered_once_and_can_be_downloaded(
             "guardloop.base_revision": "r1",
         }.items()
     )
-    assert "**PASSED**: The candidate is better." in version.description
-    assert "| AUPRC gain | passed | a \\| b c |" in version.description
+    assert "**Promoted.** The candidate is better." in version.description
+    assert "| Does it rank better? | ✓ passed | It does. a \\| b c |" in version.description
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.connection.uri)
     plain = Path(mlflow.artifacts.download_artifacts(f"models:/{name}@candidate", dst_path=str(tmp_path / "plain")))
@@ -211,7 +218,7 @@ def test_half_an_adapter_is_refused(local: Registry, adapter: Callable[..., Path
     (folder / "guard.json").unlink()
     with pytest.raises(GuardLoopError, match=r"lacks guard\.json"):
         local.register_adapter(folder, origin(), evaluation())
-    assert local.list_candidates() == []
+    assert local.versions() == []
 
 
 def test_promotion_and_rollback(local: Registry, register: Register) -> None:
@@ -237,12 +244,12 @@ def test_the_gate_cannot_be_passed_by_without_a_reason(local: Registry, register
     assert local.champion() is None
     local.promote(1, force_reason="accepted by the review board")
     assert local.champion() == 1
-    assert local.list_candidates()[0].force_reason == "accepted by the review board"
+    assert local.versions()[0].force_reason == "accepted by the review board"
 
 
-def test_what_is_not_there(local: Registry, register: Register) -> None:
+def test_what_is_not_there(local: Registry, register: Register, tmp_path: Path) -> None:
     name = local.settings.model
-    assert local.list_candidates() == []
+    assert local.versions() == []
     with pytest.raises(GuardLoopError, match="has no version 1"):
         local.promote(1)
     with pytest.raises(GuardLoopError, match="no champion to go back from"):
@@ -253,10 +260,10 @@ def test_what_is_not_there(local: Registry, register: Register) -> None:
         local.rollback()
     for uri in (f"models:/{name}@other", f"models:/{name}/7", "models:/nothing@champion"):
         with pytest.raises(GuardLoopError, match=r"has no models:/"):
-            local.resolve_model(uri)
+            resolve(local, uri, tmp_path)
     for uri in (f"models:/{name}", f"models:/{name}/latest", "models:/m-0123", "s3://bucket/key", "models:/a'b/1"):
         with pytest.raises(GuardLoopError, match="not a registered model"):
-            local.resolve_model(uri)
+            resolve(local, uri, tmp_path)
 
 
 def test_a_changed_adapter_in_the_store_is_refused(local: Registry, register: Register, tmp_path: Path) -> None:
@@ -265,7 +272,7 @@ def test_a_changed_adapter_in_the_store_is_refused(local: Registry, register: Re
     store = Path(client.get_model_version_download_uri(local.settings.model, "1").removeprefix("file://"))
     (store / "adapter" / "adapter_model.safetensors").write_text("other weights")
     with pytest.raises(GuardLoopError, match="not those that were registered"):
-        local.resolve_model(f"models:/{local.settings.model}/1", tmp_path / "into")
+        resolve(local, f"models:/{local.settings.model}/1", tmp_path / "into")
     assert list((tmp_path / "into").iterdir()) == []
 
 
@@ -331,10 +338,10 @@ def test_wherever_a_registration_is_cut_off_it_can_be_repeated(
             assert local.register_adapter(folder, origin("b"), evaluation()) == 2
             break
         failures += 1
-        assert all(row.verdict == "passed" for row in local.list_candidates())  # a version is whole from the start
+        assert all(row.verdict == "passed" for row in local.versions())  # a version is whole from the start
     assert failures > 4
     assert aliases(local) == {"candidate": 2}
-    assert len(local.list_candidates()) == 2
+    assert len(local.versions()) == 2
     models = MlflowClient(local.connection.uri).search_logged_models([run_of(local, "b").info.experiment_id])
     assert len(models) == 2
 
@@ -368,7 +375,7 @@ def test_an_artifact_store_that_comes_back_is_waited_for(
     try:
         with pytest.raises(GuardLoopError, match=f"MLflow at {mlflow_server.url} does not work after"):
             register(impatient, "a")
-        assert impatient.list_candidates() == []
+        assert impatient.versions() == []
         back = Timer(2, s3_server.start)
         back.start()
         patient = Registry(settings, mlflow_server.url, patience_seconds=30)
@@ -377,11 +384,15 @@ def test_an_artifact_store_that_comes_back_is_waited_for(
     finally:
         s3_server.stop()
         s3_server.start()
-    assert (patient.resolve_model(f"models:/{settings.model}@candidate") / "guard.json").is_file()
+    assert (resolve(patient, f"models:/{settings.model}@candidate", tmp_path / "back") / "guard.json").is_file()
 
 
 def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
-    remote: Registry, register: Register, mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch
+    remote: Registry,
+    register: Register,
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for run in "abc":
         register(remote, run)
@@ -401,10 +412,10 @@ def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
     name = remote.settings.model
     remote.connection.patience_seconds = 0
     for action in (
-        remote.list_candidates,
+        remote.versions,
         remote.rollback,
         lambda: remote.promote(1),
-        lambda: remote.resolve_model(f"models:/{name}@champion"),
+        lambda: resolve(remote, f"models:/{name}@champion", tmp_path),
         lambda: remote.record_run(origin("d"), {}, evaluation()),
         lambda: register(remote, "d"),
     ):
@@ -416,7 +427,7 @@ def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
 
     mlflow_server.start()
     remote.connection.patience_seconds = 5
-    assert [row.version for row in remote.list_candidates()] == [3, 2, 1]
+    assert [row.version for row in remote.versions()] == [3, 2, 1]
     assert aliases(remote)["champion"] == 2
     assert remote.rollback() == 1  # although the promotion had already moved `previous`
     assert remote.promote(3) == 1
@@ -424,12 +435,12 @@ def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
 
 
 def test_addresses() -> None:
-    with pytest.raises(GuardLoopError, match="MLFLOW_TRACKING_URI is set"):
+    with pytest.raises(GuardLoopError, match="MLFLOW_TRACKING_URI is not set"):
         Registry()
     with pytest.raises(GuardLoopError, match="not an MLflow address: ftp://host"):
         Registry(tracking_uri="ftp://me:hidden@host")
-    with pytest.raises(GuardLoopError, match="holds credentials: https://host") as caught:
-        RegistrySettings(tracking_uri="https://me:hidden@host")
+    with pytest.raises(GuardLoopError, match="the environment's MLFLOW_TRACKING_URI") as caught:
+        read_section(RegistrySettings, {"tracking_uri": "https://me:hidden@host"}, "registry")
     assert "hidden" not in str(caught.value)
     with pytest.raises(GuardLoopError, match="not a run id"):
         Registry(tracking_uri="http://127.0.0.1:1").record_run(origin("x' or '1' = '1"), {})
@@ -438,7 +449,7 @@ def test_addresses() -> None:
 def test_secrets_in_the_environments_address_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hidden@127.0.0.1:1")
     with pytest.raises(GuardLoopError, match=r"MLflow at http://127\.0\.0\.1:1 does not work") as caught:
-        Registry(patience_seconds=0).list_candidates()
+        Registry(patience_seconds=0).versions()
     assert "hidden" not in str(caught.value)
     assert caught.value.__cause__ is None
 
@@ -457,16 +468,16 @@ def test_refused_access_is_told_at_once(status: int) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(GuardLoopError, match="refused access") as caught:
-            Registry(tracking_uri=f"http://127.0.0.1:{server.server_port}").list_candidates()
+            Registry(tracking_uri=f"http://127.0.0.1:{server.server_port}").versions()
         server.shutdown()
     assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedy
 
 
 def test_mlflow_writes_nothing_to_the_terminal(
-    remote: Registry, register: Register, capfd: pytest.CaptureFixture[str]
+    remote: Registry, register: Register, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     remote.record_run(origin("a"), SECTIONS, evaluation())
     register(remote, "a")
     remote.promote(1)
-    remote.resolve_model(f"models:/{remote.settings.model}@champion")
+    resolve(remote, f"models:/{remote.settings.model}@champion", tmp_path)
     assert capfd.readouterr() == ("", "")

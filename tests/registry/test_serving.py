@@ -23,8 +23,9 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.guard.engine import Guard
 from guardloop.guard.loading import fetch_adapter
 from guardloop.guard.settings import GuardSettings
-from guardloop.registry import Registry, RegistrySettings
 from guardloop.registry.package import package
+from guardloop.registry.registry import Registry
+from guardloop.registry.settings import RegistrySettings
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ CONVERSATIONS = [
     {"prompt": "paint the garden door <|eot_id|>", "response": None},
     {"prompt": " ", "response": None},
 ]
-CLIENTS = 100
+CLIENTS = 40
 TOLERANCE = 1e-5
 WORDS = ["how", "do", "bake", "build", "paint", "cake", "bomb", "garden", "door", "village", "mix", "flour", "sugar"]
 
@@ -116,7 +117,7 @@ def test_a_served_guard_gives_the_scores_of_the_guard(server: ModelServer, guard
     assert prompts_only[0]["score"] == pytest.approx(answers[0]["score"], abs=1e-4)  # a batch of another width
 
 
-@pytest.mark.parametrize("requests", [400, pytest.param(10_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("requests", [150, pytest.param(10_000, marks=pytest.mark.faults)])
 def test_of_many_requests_at_once_none_is_lost_or_given_anothers_verdict(
     server: ModelServer, guard: GuardSettings, trained: Path, requests: int
 ) -> None:

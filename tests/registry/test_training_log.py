@@ -4,7 +4,9 @@ import pytest
 from mlflow import MlflowClient
 from support.registry_examples import origin
 
-from guardloop.registry import Registry, RegistrySettings, TrainingLog
+from guardloop.registry.registry import Registry
+from guardloop.registry.settings import RegistrySettings
+from guardloop.registry.training_log import TrainingLog
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from guardloop.evaluation.result import Evaluation
-from guardloop.report import MiningSummary, RunStory, render_html, render_markdown, render_mining
+from guardloop.report.markdown import render_markdown
+from guardloop.report.render import render_html, render_mining
+from guardloop.report.story import MiningSummary, RunStory
 from guardloop.report.text import NOTHING
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -81,11 +83,11 @@ def spoil_evaluation(evaluation: Evaluation, texts: Iterator[str]) -> Evaluation
     for part in spoilt.slices:
         part.name = next(texts)
     for check in spoilt.decision.checks:
-        check.name, check.question, check.explanation = next(texts), next(texts), next(texts)
+        check.name, check.question, check.answer, check.explanation = (next(texts) for _ in range(4))
     for guard in (spoilt.baseline, spoilt.candidate):
         guard.name = next(texts)
     for benchmark in spoilt.benchmarks:
-        benchmark.name, benchmark.licence = next(texts), next(texts)
+        benchmark.name = next(texts)
         benchmark.revision = benchmark.revision and next(texts)
     return spoilt
 
@@ -228,14 +230,15 @@ def test_rows_that_cannot_be_plotted_are_left_out(
 def test_a_page_without_plots_still_tells_the_decision(
     evaluation: Evaluation, scores: list[dict[str, Any]], kept: slice
 ) -> None:
-    bare = evaluation.model_copy(update={"slices": [], "gains": {}, "notes": []})
+    bare = evaluation.model_copy(update={"slices": [], "notes": []})
     page = render_html(bare, scores[kept], RunStory())
     assert "Promoted" in page and "No curves" in page and "nan" not in page
 
 
 def test_figures_that_are_no_numbers_are_shown_as_unknown(evaluation: Evaluation, scores: list[dict[str, Any]]) -> None:
     odd = evaluation.model_copy(deep=True)
-    odd.candidate.precision.value = odd.gains["precision"].value = odd.slices[0].gain.value = float("nan")
+    precision = odd.metrics["precision"]
+    precision.candidate.value = precision.change.value = odd.slices[0].gain.value = float("nan")
     odd.decision.checks[0].value = float("nan")
     page = render_html(odd, scores, RunStory())
     assert not re.search(r'="[^"]*\bnan\b', page)
@@ -248,15 +251,10 @@ def test_the_same_input_gives_the_same_page(
     assert render_html(evaluation, scores, story) == page
 
 
-def test_intervals_are_called_what_they_are_and_what_was_not_measured_has_no_value(
-    evaluation: Evaluation, scores: list[dict[str, Any]]
-) -> None:
+def test_what_was_not_measured_has_no_value(evaluation: Evaluation, scores: list[dict[str, Any]]) -> None:
     check = evaluation.decision.checks[0].model_copy(update={"value": None, "low": None, "high": None})
     decided = evaluation.decision.model_copy(update={"checks": [check]})
-    found = evaluation.model_copy(update={"confidence": 0.975, "decision": decided})
-    page, brief = render_html(found, scores, RunStory()), render_markdown(found, RunStory())
-
-    assert "Ranges are 97.5% intervals." in page and "Gain (97.5% interval)" in brief
+    page = render_html(evaluation.model_copy(update={"decision": decided}), scores, RunStory())
     assert f'<td class="figure" data-name="Value">{NOTHING}</td>' in page
 
 
@@ -265,9 +263,9 @@ def test_the_summary_has_the_decision_the_metrics_and_the_checks(evaluation: Eva
     lines = summary.splitlines()
     assert lines[:3] == ["# Llama Guard 3 8B, round 2", "", f"**Promoted.** {lines[2].split('** ', 1)[1]}"]
     assert any(line.startswith("| AUPRC | 0.786 | 0.927 | +0.140 (+0.119 to +0.161) |") for line in lines)
-    assert sum(line.endswith("| ✓ passed |") for line in lines) == len(evaluation.decision.checks) - 1
-    assert sum(line.endswith("| ✕ warning: failed |") for line in lines) == 1
-    assert "catches 50 at the input; of 230 that never did it newly blocks 6." in summary
+    assert sum("| ✓ passed |" in line for line in lines) == len(evaluation.decision.checks) - 1
+    assert sum("| ✕ warning: failed |" in line for line in lines) == 1
+    assert "catches 50; of 230 that never did it blocks 6." in summary
     assert f"run {story.run_id}" in summary
 
 
@@ -293,7 +291,7 @@ def test_a_page_of_enough_says_that_it_is_enough(mined: MiningSummary, story: Ru
     enough = mined.model_copy(update={"enough": True, "reason": "412 positives were found.", "lexical_weight": 0.667})
     words = "".join(outline(render_mining(enough, story)).words)
     assert "Enough to train on" in words and "nothing was trained" not in words and story.title in words
-    assert "66.7% of each target is what the prompt's words say" in words
+    assert "66.7% of each target is lexical smoothing" in words
 
 
 def test_mining_that_found_nothing_has_a_page_too() -> None:
@@ -387,9 +385,9 @@ def test_a_browser_fits_a_phone_keeps_texts_blurred_until_clicked_and_knows_the_
 
 def test_the_page_shows_feedback_benchmarks_and_warnings(page: str, evaluation: Evaluation) -> None:
     words = " ".join("".join(outline(page).words).split())
-    assert "Of 82 held-out prompts that drew blocked responses the candidate now catches 50" in words
+    assert "Of 82 held-out prompts that drew blocked responses the candidate catches 50" in words
     for benchmark in evaluation.benchmarks:
-        assert benchmark.name in words and benchmark.licence in words
+        assert benchmark.name in words
     assert "warning: failed" in words
     bare = evaluation.model_copy(update={"held_out": None, "benchmarks": []})
     without = "".join(outline(render_html(bare, [], RunStory())).words)

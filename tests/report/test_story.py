@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from guardloop.report import MiningSummary, RunStory, StageCounts
+from guardloop.report.story import MiningSummary, RunStory, StageCounts
 
 
 def test_a_run_story_may_leave_everything_out() -> None:

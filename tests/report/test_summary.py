@@ -1,7 +1,8 @@
 import pytest
 
 from guardloop.evaluation.result import Decision, Estimate, Evaluation
-from guardloop.report.summary import checks_by_weight, comparisons, key_figures, outcome_line, tone, wording
+from guardloop.evaluation.wording import METRICS
+from guardloop.report.summary import KEY_METRICS, checks_by_weight, metric_rows, outcome_line, tone, wording
 
 
 def decision(mode: str, verdict: str, promote: bool = False, headline: str = "AUPRC rose.") -> Decision:
@@ -25,12 +26,6 @@ def decision(mode: str, verdict: str, promote: bool = False, headline: str = "AU
 def test_every_decision_has_its_word_and_colour(mode: str, verdict: str, promote: bool, word: str, colour: str) -> None:
     said = wording(decision(mode, verdict, promote))
     assert (said.word, said.tone) == (word, colour)
-    assert ("stays in place" in said.consequence) is not promote
-
-
-def test_the_headline_does_not_repeat_the_word() -> None:
-    assert wording(decision("enforce", "failed", headline="Not promoted: recall: fell.")).headline == "Recall: fell."
-    assert wording(decision("enforce", "failed", headline="Recall: fell.")).headline == "Recall: fell."
 
 
 def test_the_tally_counts_checks_by_outcome(evaluation: Evaluation) -> None:
@@ -38,7 +33,7 @@ def test_the_tally_counts_checks_by_outcome(evaluation: Evaluation) -> None:
     checks[2].outcome, checks[4].outcome = "not proven", "failed"
     changed = evaluation.decision.model_copy(update={"checks": checks})
     assert wording(changed).tally == "4 passed, 1 failed, 1 not proven, 1 warning"
-    assert [check.name for check in checks_by_weight(changed)][:3] == ["benign_fpr", "recall_gain", "unsafe_examples"]
+    assert [check.name for check in checks_by_weight(changed)][:3] == ["false_positives", "recall", "unsafe_prompts"]
     assert checks_by_weight(changed)[-1].name == "published_auprc"  # it only warns
 
 
@@ -47,20 +42,13 @@ def test_a_fall_in_false_positives_is_good() -> None:
     assert tone(fall) == "bad"
     assert tone(fall, lower_is_better=True) == "good"
     assert tone(Estimate(value=0.1, low=-0.01, high=0.2)) == "neutral"
-    assert tone(Estimate(value=0.1)) == tone(None) == "neutral"
+    assert tone(Estimate(value=0.1)) == "neutral"
 
 
-def test_recall_at_the_defaults_fpr_is_read_off_each_guards_curve(evaluation: Evaluation) -> None:
-    row = next(row for row in key_figures(evaluation) if row.name == "Recall near the default's FPR")
-    assert row.baseline == evaluation.baseline.recall_near_baseline_fpr
-    assert row.candidate == evaluation.candidate.recall_near_baseline_fpr
-    assert row.gain == evaluation.gains["recall_near_baseline_fpr"]
-
-
-def test_metrics_without_a_measured_gain_are_still_compared(evaluation: Evaluation) -> None:
-    rows = {row.name: row for row in comparisons(evaluation.model_copy(update={"gains": {}}))}
-    assert rows["AUPRC"].gain is None and rows["AUPRC"].tone == "neutral"
-    assert rows["Recall at 5% FPR"].candidate == evaluation.candidate.recall_at_fpr["0.05"]
+def test_metrics_that_were_not_measured_are_left_out(evaluation: Evaluation) -> None:
+    rows = metric_rows({name: both for name, both in evaluation.metrics.items() if name != "auroc"})
+    assert [row.name for row in rows] == [words.name for name, words in METRICS.items() if name != "auroc"]
+    assert metric_rows(evaluation.metrics, KEY_METRICS)[1].name.startswith("recall near")
 
 
 def test_the_outcome_line_counts_people(evaluation: Evaluation) -> None:

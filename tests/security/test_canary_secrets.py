@@ -19,7 +19,7 @@ from support.workshop import ROOT
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import SCREENED, write_table
 from guardloop.guard.loading import fetch_adapter
-from guardloop.registry import Registry
+from guardloop.registry.registry import Registry
 from guardloop.registry.settings import RegistrySettings
 
 
@@ -116,7 +116,7 @@ def test_failures_name_the_place_and_no_secret(
         else:
             secret = CANARIES["MLFLOW_TRACKING_PASSWORD"]
             address = url if "repeats" in kind else url.replace("//", f"//me:{secret}@")
-            Registry(RegistrySettings(), tracking_uri=address, patience_seconds=0).list_candidates()
+            Registry(RegistrySettings(), tracking_uri=address, patience_seconds=0).versions()
     told = "".join(traceback.format_exception(caught.value))  # as a log would have it, causes and all
     assert "127.0.0.1" in told
     assert not found_in(told, caplog.text)

@@ -14,8 +14,9 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from support.feedback_examples import judged, screened
 
-from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
-from guardloop.evaluation.settings import GateSettings
+from guardloop.evaluation.compare import evaluate
+from guardloop.evaluation.paired import GuardRun
+from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.mining.mine import mine
 from guardloop.mining.settings import MiningSettings
 from guardloop.training.calibrate import stricter_point

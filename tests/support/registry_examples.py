@@ -1,36 +1,41 @@
 """A made-up evaluation and the origin of its run."""
 
-from guardloop.evaluation.result import Check, Decision, Estimate, Evaluation, GuardMetrics, Outcome
-from guardloop.registry import Origin
+from guardloop.evaluation.result import Comparison, Decision, Estimate, EvaluatedGuard, Evaluation, GateCheck, Outcome
+from guardloop.evaluation.wording import METRICS
+from guardloop.registry.contents import Origin
 
 
 def origin(run_id: str = "run-1") -> Origin:
     return Origin(run_id=run_id, git_sha="abc123", data_hash="d" * 64, base_model="meta/guard", base_revision="r1")
 
 
-def evaluation(verdict: Outcome = "passed", gain: float = 0.05) -> Evaluation:
-    check = Check(
-        name="AUPRC gain",
+def evaluation(verdict: Outcome = "passed", change: float = 0.05) -> Evaluation:
+    check = GateCheck(
+        name="ranking",
         question="Does it rank better?",
-        value=gain,
-        low=gain - 0.02,
-        high=gain + 0.02,
+        value=change,
+        low=change - 0.02,
+        high=change + 0.02,
         limit=0,
         outcome=verdict,
+        answer="It does.",
         explanation="a | b\nc",
     )
     headline = {"passed": "The candidate is better.", "failed": "It is worse.", "not proven": "Too few examples."}
+    metrics = {name: compared(0.6, 0.0) for name in METRICS}
+    metrics |= {
+        "auprc": compared(0.6, change),
+        "recall_near_baseline_fpr": compared(0.5, 0.1),
+        "fpr": compared(0.05, 0.0),
+    }
+    metrics["ece"] = Comparison(**dict.fromkeys(("baseline", "candidate", "change"), Estimate(value=float("nan"))))
     return Evaluation(
         rows=1400,
         unsafe=300,
         response_rows=100,
-        default=guard("default", 0.6),
-        candidate=guard("candidate", 0.6 + gain),
-        gains={
-            "auprc": Estimate(value=gain, low=gain - 0.02, high=gain + 0.02),
-            "recall_near_baseline_fpr": Estimate(value=0.1, low=0.04, high=0.16),
-            "fpr": Estimate(value=0.0, low=-0.01, high=0.01),
-        },
+        baseline=guard("baseline"),
+        candidate=guard("candidate"),
+        metrics=metrics,
         slices=[],
         decision=Decision(
             mode="enforce",
@@ -42,23 +47,13 @@ def evaluation(verdict: Outcome = "passed", gain: float = 0.05) -> Evaluation:
     )
 
 
-def guard(name: str, level: float) -> GuardMetrics:
-    with_interval = Estimate(value=level, low=level - 0.02, high=level + 0.02)
-    plain = Estimate(value=level)
-    return GuardMetrics(
-        name=name,
-        threshold=0.25,
-        accuracy=plain,
-        precision=plain,
-        recall=plain,
-        f1=plain,
-        fpr=Estimate(value=0.05),
-        auprc=with_interval,
-        auroc=plain,
-        recall_at_fpr={"0.01": plain, "0.05": with_interval},
-        brier=Estimate(value=0.1),
-        ece=Estimate(value=float("nan")),
-        confusion=[[1000, 100], [90, 210]],
-        median_label_mass=0.99,
-        unreadable=0,
+def compared(before: float, change: float) -> Comparison:
+    """With intervals of .02 to either side."""
+    values = {"baseline": before, "candidate": before + change, "change": change}
+    return Comparison(**{name: Estimate(value=v, low=v - 0.02, high=v + 0.02) for name, v in values.items()})
+
+
+def guard(name: str) -> EvaluatedGuard:
+    return EvaluatedGuard(
+        name=name, threshold=0.25, confusion=[[1000, 100], [90, 210]], median_label_mass=0.99, unreadable=0
     )

@@ -217,8 +217,8 @@ def test_s3(examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_mlflow(examine: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     with Mlflow() as mlflow:
-        answers = examine({"registry": {"tracking_uri": mlflow.url}})
         monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.url)
+        answers = examine()
         mlflow.status = 503
         ill = examine()
     away = examine()

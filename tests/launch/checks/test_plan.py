@@ -124,7 +124,7 @@ def test_both_guards_score_every_row_of_a_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i:012d}", "label": "safe"}) + "\n" for i in range(30)))
     source = {"kind": "file", "path": str(path)}
-    benchmark = {"name": "ours", "kind": "safe", "licence": "none", "source": source}
+    benchmark = {"name": "ours", "kind": "safe", "source": source}
     guard = {"base": "meta-llama/LlamaGuard-7b", "device": "cuda"}
     values = data(tmp_path, 10, guard=guard, evaluation={"benchmarks": [benchmark]})
     stages = {stage.stage: stage for stage in make_plan(Settings.model_validate(values), None).stages}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from support.ended import Ended
 from support.kubeflow_server import KubeflowServer
+from support.root import ROOT
 from support.services import S3Server
 from support.small_servers import DockerEngine, Hub, Kubernetes, SmallServer
 
@@ -58,14 +59,19 @@ def look(server: KubeflowServer) -> Look:
 def test_a_failed_check_keeps_the_run_back_unless_forced(
     server: KubeflowServer, guardloop: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"registry": {"tracking_uri": "sqlite:///mine.db"}}))
-    call = ("submit", "--platform", "minikube", "--host", server.url, "--config", str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("{}")
+    platform = yaml.safe_load((ROOT / "configs/platform/minikube.yaml").read_text("utf-8"))
+    del platform["cluster"]["config_maps"]
+    platform["cluster"]["environment"] = {"MLFLOW_TRACKING_URI": "sqlite:///mine.db"}
+    (tmp_path / "platform.yaml").write_text(yaml.safe_dump(platform))
+    where = ("--platform", str(tmp_path / "platform.yaml"), "--host", server.url)
+    call = ("submit", *where, "--config", str(tmp_path / "mine.yaml"))
 
     kept = guardloop(*call)
     forced = guardloop(*call, "--force")
 
     assert kept.code == 2 and "nothing was submitted: MLflow" in kept.err and "--force" in kept.err
-    assert "-> set registry.tracking_uri to an MLflow server" in kept.words
+    assert "-> set MLFLOW_TRACKING_URI in the platform's `environment` to a server" in kept.words
     assert forced.code == 0 and len(server.runs) == 1 and "these failed: MLflow" in forced.out
 
 
@@ -275,7 +281,7 @@ def test_models_that_no_hub_has_are_not_asked_for(look: Look) -> None:
 def test_files_of_this_machine_are_not_on_the_cluster(look: Look) -> None:
     traffic = {"kind": "file", "path": "prompts.jsonl"}
     test = {"kind": "file", "path": "/data/test.jsonl"}
-    benchmark = {"name": "ours", "kind": "safe", "licence": "none", "source": {"kind": "file", "path": "safe.csv"}}
+    benchmark = {"name": "ours", "kind": "safe", "source": {"kind": "file", "path": "safe.csv"}}
     found = look(
         settings={
             "dataset": {"traffic": traffic, "test": test},
@@ -340,16 +346,18 @@ class Mlflow(SmallServer):
 
 def test_mlflow(look: Look) -> None:
     with Mlflow() as mlflow:
-        by_settings = look(settings={"registry": {"tracking_uri": mlflow.url}})["MLflow"]
-        by_stages = look(package("screen:abc", MLFLOW_TRACKING_URI=mlflow.url))["MLflow"]
+        stages = package("screen:abc", MLFLOW_TRACKING_URI=mlflow.url)
+        well = look(stages)["MLflow"]
         mlflow.status = 401
-        login = look(settings={"registry": {"tracking_uri": mlflow.url}})["MLflow"]
+        login = look(stages)["MLflow"]
         mlflow.status = 503
-        ill = look(settings={"registry": {"tracking_uri": mlflow.url}})["MLflow"]
-    away = look(settings={"registry": {"tracking_uri": mlflow.url}})["MLflow"]
-    inside = look(settings={"registry": {"tracking_uri": "http://mlflow.guardloop.svc:5000"}})["MLflow"]
+        ill = look(stages)["MLflow"]
+    away = look(stages)["MLflow"]
+    inside = look(package("screen:abc", MLFLOW_TRACKING_URI="http://mlflow.guardloop.svc:5000"))["MLflow"]
+    file = look(package("screen:abc", MLFLOW_TRACKING_URI="sqlite:///mine.db"))["MLflow"]
 
-    assert by_settings.verdict == by_stages.verdict == login.verdict == "ok"
+    assert well.verdict == login.verdict == "ok"
+    assert file.verdict == "failed" and "a server that stages reach" in file.remedy
     assert ill.verdict == away.verdict == "failed" and "503" in ill.found
     assert inside.verdict == "not checked"
 

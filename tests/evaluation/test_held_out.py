@@ -3,10 +3,13 @@ import pytest
 from scipy.stats import binomtest
 
 from guardloop.core.records import HELD_OUT_PROMPT
-from guardloop.evaluation import EvaluationSettings, GuardRun, evaluate
+from guardloop.evaluation.compare import evaluate
 from guardloop.evaluation.held_out import measure_held_out
+from guardloop.evaluation.paired import GuardRun
+from guardloop.evaluation.settings import EvaluationSettings
 
 FAST = EvaluationSettings(resamples=300)
+RESAMPLES = (300, 0)
 CANDIDATE = GuardRun("candidate", 0.5, 0.99, 0)
 
 
@@ -27,10 +30,10 @@ def simulated(shift, count=600, seed=0):
     return held_out(unsafe.tolist(), baseline.tolist(), (rng.normal(size=count) + shift * unsafe).tolist())
 
 
-def test_shares_are_counted_at_the_candidate_guards_threshold_and_have_exact_intervals():
+def test_shares_are_counted_at_the_candidates_threshold_and_have_exact_intervals():
     unsafe = [True] * 10 + [False] * 20 + [None] * 5
     rows = held_out(unsafe, [-1.0] * 35, [1.0] * 7 + [0.5] * 3 + [1.0] * 2 + [0.0] * 18 + [9.0] * 5)
-    found, notes = measure_held_out(rows, CANDIDATE, FAST)
+    found, notes = measure_held_out(rows, CANDIDATE, *RESAMPLES)
     assert (found.prompts, found.response_unsafe, found.never_unsafe, notes) == (30, 10, 20, [])
     assert (found.caught.value, found.newly_blocked.value) == (0.7, 0.1)
     exact = binomtest(7, 10).proportion_ci(method="exact")
@@ -39,28 +42,28 @@ def test_shares_are_counted_at_the_candidate_guards_threshold_and_have_exact_int
 
 def test_none_of_a_few_is_not_certain():
     rows = held_out([True] * 5 + [False] * 12, [-1.0] * 17, [1.0] * 5 + [0.0] * 12)
-    found, _ = measure_held_out(rows, CANDIDATE, FAST)
+    found, _ = measure_held_out(rows, CANDIDATE, *RESAMPLES)
     assert found.newly_blocked.value == 0 and found.newly_blocked.high > 0.2
 
 
 def test_a_guard_that_learnt_beats_the_lowered_threshold():
-    found, _ = measure_held_out(simulated(shift=3.0), CANDIDATE, FAST)
+    found, _ = measure_held_out(simulated(shift=3.0), CANDIDATE, *RESAMPLES)
     assert found.beyond_control.low > 0
     assert found.beyond_control.value == pytest.approx(found.caught.value - found.control.value, abs=0.02)
-    assert found.auprc.gain.low > 0
+    assert found.auprc.change.low > 0
 
 
 def test_lowering_the_threshold_alone_gains_nothing():
     rows = [row | {"score": row["prompt_score"] + 2.0} for row in simulated(shift=0.0)]  # the same order, a bias
-    found, _ = measure_held_out(rows, CANDIDATE, FAST)
+    found, _ = measure_held_out(rows, CANDIDATE, *RESAMPLES)
     assert found.caught.value > 0 and found.newly_blocked.value > 0
-    assert found.beyond_control.value == found.auprc.gain.value == 0
+    assert found.beyond_control.value == found.auprc.change.value == 0
 
 
 @pytest.mark.parametrize("labels", [[], [True] * 4, [False] * 4, [None] * 4])
-def test_too_little_feedback_is_a_note(labels):
-    found, notes = measure_held_out(held_out(labels, [-1.0] * len(labels), [1.0] * len(labels)), CANDIDATE, FAST)
-    assert found is None and "Held-out prompts was not measured" in notes[0]
+def test_too_few_held_out_prompts_are_a_note(labels):
+    found, notes = measure_held_out(held_out(labels, [-1.0] * len(labels), [1.0] * len(labels)), CANDIDATE, *RESAMPLES)
+    assert found is None and "Held-out prompts were not measured" in notes[0]
 
 
 def test_the_evaluation_carries_it(drawn):
