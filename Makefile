@@ -45,7 +45,7 @@ pytest = PYTEST_ADDOPTS="$(1) $$PYTEST_ARGS" $(BIN)/pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help setup ready run submit schedule compile golden services images push load minikube-up \
-  minikube-down ui test test-images test-faults fuzz coverage bench-guard bench-train bench-generate bench-load \
+  minikube-down ui test test-images test-faults test-security fuzz coverage bench-guard bench-train bench-generate bench-load \
   embedded-guard experiment check lint types fmt docs docs-generate screenshots hooks sbom lock clean
 
 help: ## List the targets
@@ -107,6 +107,9 @@ test-images: ready ## Build the images and compare a run in containers with one 
 
 test-faults: ready ## Fault drills: kills, bad stores, full disks (FAULT_KILLS=20 of each stage); some twenty minutes
 	@$(call pytest,-m faults) tests
+
+test-security: ready ## Attacks by prompt, file, model, endpoint or address, and what holds them: a minute at most
+	@$(call pytest,-m security -n 2) tests
 
 fuzz: ready ## Feed the readers damaged files (CASES=100000 START=0)
 	@$(BIN)/python -W ignore tests/fuzz --cases "$$CASES" --start "$$START"

@@ -51,6 +51,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "make bench-train": f"needs: time; {BENCHED}",
     "make bench-generate": f"needs: time; {BENCHED}",
     "make test-faults": "needs: time; the drills are tests themselves",
+    "make test-security": "needs: itself; its tests are a part of `make test`",
     "make fuzz": "needs: time; tests/fuzz/test_readers.py runs a part",
     "make sbom": "tests/security/test_sbom.py: sbom",
     "make bench-load": f"needs: time; {BENCHED}",
