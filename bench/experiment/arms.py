@@ -1,4 +1,4 @@
-"""The lessons of each arm: the recipe's, and those of every control that it must beat."""
+"""The training examples of each arm: the recipe's, and those of every control that it must beat."""
 
 import random
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from guardloop.mining.mine import MiningResult, is_held_out, mine
 from guardloop.mining.settings import MiningSettings
 
 
-def lessons(
+def arm_examples(
     arm: Arm, screened: Sequence[Row], judged: Sequence[Row], settings: ExperimentSettings
 ) -> tuple[list[Row], MiningResult]:
-    """The arm's training examples (records.EXAMPLE), and the mined that the recipe makes of the same evidence."""
+    """The arm's training examples (records.EXAMPLE), and what the recipe mines from the same evidence."""
     mining = read_section(MiningSettings, {**settings.mining.plain(), **arm.mining}, f"arms.{arm.name}")
     kept = [
         row
@@ -25,24 +25,24 @@ def lessons(
         and (arm.samples is None or row["sample"] < arm.samples)
     ]
     mined = mine(screened, kept, mining)
-    if arm.lessons == "recipe":
-        return mined.examples, mined
-    seen = [row for row in screened if row["score"] is not None and not is_held_out(row["group"], mining)]
-    if arm.lessons == "self":
-        return [_example(row, float(row["flagged"]), "self") for row in seen], mined
-    if arm.lessons == "gold":
-        replayed = [row for row in mined.examples if row["kind"] == "replay_response"]
-        return [_example(row, float(row["unsafe"]), "gold") for row in seen if row["unsafe"] is not None] + replayed, (
-            mined
-        )
-    passed = {row["id"]: row for row in seen if not row["flagged"]}
-    evidence = {id: found for id, found in gather(kept).items() if id in passed}
-    found = {id for id, e in evidence.items() if e.is_positive(mining)}
-    examples = [_example(passed[id], 1.0, "positive") for id in sorted(found)]
-    if arm.lessons == "balanced":
-        others = sorted(set(passed) - found)
-        chosen = random.Random(mining.seed).sample(others, min(len(others), len(found)))
-        examples += [_example(passed[id], 0.0, "random") for id in chosen]
+    known = [row for row in screened if row["score"] is not None and not is_held_out(row["group"], mining.held_out)]
+    match arm.examples:
+        case "recipe":
+            examples = mined.examples
+        case "self":
+            examples = [_example(row, float(row["flagged"]), "self") for row in known]
+        case "gold":
+            examples = [_example(row, float(row["unsafe"]), "gold") for row in known if row["unsafe"] is not None]
+            examples += [row for row in mined.examples if row["kind"] == "replay_response"]
+        case "positives" | "balanced":
+            passed = {row["id"]: row for row in known if not row["flagged"]}
+            evidence = {id: e for id, e in gather(kept).items() if id in passed}
+            positives = {id for id, e in evidence.items() if e.is_positive(mining.min_blocked_share)}
+            examples = [_example(passed[id], 1.0, "positive") for id in sorted(positives)]
+            if arm.examples == "balanced":
+                others = sorted(set(passed) - positives)
+                drawn = random.Random(0).sample(others, min(len(others), len(positives)))
+                examples += [_example(passed[id], 0.0, "random") for id in drawn]
     return examples, mined
 
 
@@ -51,18 +51,19 @@ def ranking(
 ) -> dict[str, tuple[float, float]]:
     """AUPRC of the baseline's score and of the targets on the passed prompts, by subset that has both classes.
 
-    The data's labels are looked at here to see what was taught, and nowhere else.
+    The data's labels are used here to measure the targets, and nowhere else.
     """
-    taught = {row["id"]: row["target"] for row in examples if row["response"] is None}
-    known = [row for row in screened if row["id"] in taught and not row["flagged"] and row["unsafe"] is not None]
-    found = {}
+    targets = {row["id"]: row["target"] for row in examples if row["response"] is None}
+    known = [row for row in screened if row["id"] in targets and not row["flagged"] and row["unsafe"] is not None]
+    ranked = {}
     for subset in subsets:
         rows = [row for row in known if row["source"].startswith(subset.source)]
         labels = [row["unsafe"] for row in rows]
         if len(set(labels)) > 1:
-            own, target = ([row["score"] for row in rows], [taught[row["id"]] for row in rows])
-            found[subset.name] = (average_precision_score(labels, own), average_precision_score(labels, target))
-    return found
+            by_score = average_precision_score(labels, [row["score"] for row in rows])
+            by_target = average_precision_score(labels, [targets[row["id"]] for row in rows])
+            ranked[subset.name] = (by_score, by_target)
+    return ranked
 
 
 def _example(row: Row, target: float, kind: str) -> Row:

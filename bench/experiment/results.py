@@ -20,7 +20,7 @@ from guardloop.evaluation.result import Estimate
 from guardloop.mining.mine import MiningResult
 
 DEFAULT, RECIPE, GOLD = "baseline", "recipe", "gold labels"
-RIVALS = ("self-training", "own score and words")  # arms whose ranking owes nothing to responses
+RIVALS = ("self-training", "prior and words")  # arms whose ranking owes nothing to responses
 FPR = 0.05
 RESPONSES = "responses"
 METRICS = ("auprc", "recall")
@@ -62,7 +62,7 @@ class Score:
     gain: Estimate
     """Against the baseline."""
     closed: Estimate | None
-    """Share of the way from the baseline to one that learnt the data's labels; None where those gain nothing."""
+    """Share of the way from the baseline to one trained on the data's labels; None where those gain nothing."""
     spread: float
     """Standard deviation over its guards."""
 
@@ -106,39 +106,37 @@ def measure(part: Part, settings: ExperimentSettings) -> dict[str, dict[str, Sco
     ranked = {arm: [rank(row, part.unsafe) for row in rows] for arm, rows in part.scores.items()}
 
     def statistic(weights: Floats) -> dict[str, Floats]:
-        values = {}
+        values: dict[str, Floats] = {}
         for arm, rankings in ranked.items():
             curves = [curve(ranking, weights) for ranking in rankings]
-            found = {"auprc": [auprc(c) for c in curves], "recall": [recall_at_fpr(c, FPR) for c in curves]}
-            values |= {f"{arm}/{name}": np.mean(each, axis=0) for name, each in found.items()}
+            metrics = {"auprc": [auprc(c) for c in curves], "recall": [recall_at_fpr(c, FPR) for c in curves]}
+            values |= {f"{arm}/{name}": np.mean(each, axis=0) for name, each in metrics.items()}
             if len(weights) == 1:  # the point itself: how far the guards of one arm are apart
-                values |= {f"{arm}/{name}/spread": np.std(each, axis=0) for name, each in found.items()}
+                values |= {f"{arm}/{name}/spread": np.std(each, axis=0) for name, each in metrics.items()}
         return values
 
     point = statistic(np.ones((1, len(part.unsafe)), np.float32))
     evaluation = settings.evaluation
     drawn = bootstrap(_without_spread(statistic), part.groups, part.unsafe, evaluation.resamples, seed=0)
 
-    def of(read: Callable[[Mapping[str, Floats]], Floats]) -> Estimate:
-        return estimate(float(read(point)[0]), read(drawn))
+    def estimated(figures: Iterable[Floats]) -> Estimate:
+        """From a figure of the point itself, and of the resamples."""
+        value, draws = figures
+        return estimate(float(value[0]), draws)
 
-    labelled = [name for name in METRICS if f"{GOLD}/{name}" in point]
-    worth = {n: of(lambda v, n=n: v[f"{GOLD}/{n}"] - v[f"{DEFAULT}/{n}"]).low > 0 for n in labelled}
-    found: dict[str, dict[str, Score]] = {}
-    for arm in ranked:
-        found[arm] = {}
-        for name in METRICS:
-            key, base, best = f"{arm}/{name}", f"{DEFAULT}/{name}", f"{GOLD}/{name}"
-            closed = None
-            if best in point and arm not in (DEFAULT, GOLD) and worth[name]:
-                closed = of(lambda v, k=key, a=base, b=best: _share(v[k] - v[a], v[b] - v[a]))
-            found[arm][name] = Score(
-                of(lambda v, k=key: v[k]),
-                of(lambda v, k=key, a=base: v[k] - v[a]),
-                closed,
-                float(point[f"{key}/spread"][0]),
-            )
-    return found
+    scores: dict[str, dict[str, Score]] = {arm: {} for arm in ranked}
+    for arm, name in product(ranked, METRICS):
+        key, base, best = f"{arm}/{name}", f"{DEFAULT}/{name}", f"{GOLD}/{name}"
+        closed, both = None, (point, drawn)
+        if best in point and arm not in (DEFAULT, GOLD) and (estimated(v[best] - v[base] for v in both).low or 0) > 0:
+            closed = estimated(_share(v[key] - v[base], v[best] - v[base]) for v in both)
+        scores[arm][name] = Score(
+            estimated(v[key] for v in both),
+            estimated(v[key] - v[base] for v in both),
+            closed,
+            float(point[f"{key}/spread"][0]),
+        )
+    return scores
 
 
 def compare(part: Part, one: str, other: str, settings: ExperimentSettings) -> dict[str, Estimate]:
@@ -186,8 +184,8 @@ def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Scor
         lines += [f"### On {part.name}: {len(part.unsafe):,} rows, {int(part.unsafe.sum()):,} unsafe", ""]
         lines += [f"| arm | AUPRC | change | recall at {FPR:.0%} FPR | change | AUPRC gap closed | guards, spread |"]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        for arm, found in scores[part.name].items():
-            area, recall = found["auprc"], found["recall"]
+        for arm, metrics in scores[part.name].items():
+            area, recall = metrics["auprc"], metrics["recall"]
             closed = f"{area.closed.value:.0%} ({area.closed.low:.0%} to {area.closed.high:.0%})" if area.closed else ""
             changes = ["", ""] if arm == DEFAULT else [_change(area.gain), _change(recall.gain)]
             guards = f"{len(part.scores[arm])}, {area.spread:.3f}"
@@ -206,7 +204,7 @@ def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Scor
 
 
 def _by_source(part: Part) -> list[str]:
-    """What knowing only the data set of each row is worth; the labels tell that, too."""
+    """What knowing only the data set of each row is worth; the labels hold that, too."""
     names, sources = np.unique(part.sources, return_inverse=True)
     if len(names) < 2:
         return []
@@ -222,8 +220,10 @@ def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
         if part.name == RESPONSES or RECIPE not in part.scores or rival not in part.scores:
             continue
         gains = compare(part, RECIPE, rival, settings)
-        told = ", ".join(f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items())
-        lines += [f"The recipe against {rival} on {part.name}: {told}.", ""]
+        changes = ", ".join(
+            f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items()
+        )
+        lines += [f"The recipe against {rival} on {part.name}: {changes}.", ""]
     return [
         *lines,
         "The baseline with its threshold lowered ranks as the baseline does: its AUPRC, and its recall at "
@@ -243,12 +243,12 @@ def _gate(cells: Iterable[Cell]) -> list[str]:
     if RECIPE in by_arm:
         lines += [f"| {DEFAULT} | {_rates(by_arm[RECIPE], 'baseline')} | | |"]
     for arm, evaluations in by_arm.items():
-        decisions = [found["decision"] for found in evaluations]
+        decisions = [evaluation["decision"] for evaluation in evaluations]
         promoted = sum(bool(decision["promote"]) for decision in decisions)
         checks = [check for decision in decisions for check in decision["checks"]]
         failed = sorted({check["name"] for check in checks if check["blocks"] and check["outcome"] != "passed"})
-        told = f"{promoted} of {len(decisions)} | {', '.join(failed)}"
-        lines += [f"| {arm} | {_rates(evaluations, 'candidate')} | {told} |"]
+        rates = _rates(evaluations, "candidate")
+        lines += [f"| {arm} | {rates} | {promoted} of {len(decisions)} | {', '.join(failed)} |"]
     return [*lines, ""]
 
 
@@ -270,13 +270,13 @@ def _mined(cells: Iterable[Cell]) -> list[str]:
 
 def _rankings(cells: Iterable[Cell]) -> list[str]:
     """How well the targets rank the passed prompts; means over baselines."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    rankings: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for cell in cells:
         for subset, pair in cell.ranking.items():
-            found.setdefault(subset, {}).setdefault(cell.arm, []).append(pair)
+            rankings.setdefault(subset, {}).setdefault(cell.arm, []).append(pair)
     lines = []
-    for subset, arms in found.items():
-        lines += [f"### What the targets know of the passed prompts: {subset}", ""]
+    for subset, arms in rankings.items():
+        lines += [f"### How the targets rank the passed prompts: {subset}", ""]
         lines += ["| arm | AUPRC of the baseline's score | of the targets |", "| --- | ---: | ---: |"]
         lines += [f"| {arm} | {np.mean(pairs, 0)[0]:.3f} | {np.mean(pairs, 0)[1]:.3f} |" for arm, pairs in arms.items()]
         lines += [""]
@@ -293,7 +293,7 @@ def _plain(scores: Mapping[str, dict[str, dict[str, Score]]]) -> dict[str, Any]:
         return {"spread": score.spread, **{k: e.model_dump() if e else None for k, e in estimates.items()}}
 
     return {
-        part: {arm: {name: plain(score) for name, score in found.items()} for arm, found in arms.items()}
+        part: {arm: {name: plain(score) for name, score in metrics.items()} for arm, metrics in arms.items()}
         for part, arms in scores.items()
     }
 
@@ -310,9 +310,9 @@ def _plot(scores: Mapping[str, dict[str, dict[str, Score]]], path: Path) -> None
 
     arms = [arm for arm in next(iter(scores.values())) if arm != DEFAULT]
     figure, axes = plt.subplots(1, len(scores), figsize=(3.2 * len(scores) + 1.6, 0.34 * len(arms) + 1.1), sharey=True)
-    for axis, (part, found) in zip(np.atleast_1d(axes), scores.items(), strict=True):
+    for axis, (part, arm_scores) in zip(np.atleast_1d(axes), scores.items(), strict=True):
         for place, arm in enumerate(reversed(arms)):
-            gain = found[arm]["auprc"].gain
+            gain = arm_scores[arm]["auprc"].gain
             colour = "#1b7f5c" if arm.startswith(RECIPE) else "#8a8f98"
             axis.plot([gain.low, gain.high], [place, place], color=colour, linewidth=2, solid_capstyle="round")
             axis.plot(gain.value, place, "o", color=colour, markersize=5)

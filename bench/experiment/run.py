@@ -7,7 +7,7 @@ traffic is answered once, whichever guard lets it pass: responses to a prompt de
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -18,7 +18,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from bench.experiment.arms import lessons, ranking
+from bench.experiment.arms import arm_examples, ranking
 from bench.experiment.results import DEFAULT, RECIPE, Cell, write_results
 from bench.experiment.settings import Arm, BaselineGuard, ExperimentSettings, load_experiment
 from bench.experiment.steps import Kept, UnfinishedError, Workers
@@ -44,24 +44,32 @@ from guardloop.training.train import train
 from guardloop.training.watch import Step
 
 console = Console(highlight=False, soft_wrap=True)
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A guard to start from, with what its first judge says of the responses."""
+
+    baseline_seed: int
+    settings: dict[str, Any]
+    judged: Sequence[Path]
+    """Tables of the judged responses to all traffic, whether it passed or not."""
 
 
 @dataclass(frozen=True)
 class Screened:
-    """A guard at its threshold, what it said of the traffic and of the test set, and the judged responses."""
+    """A guard at its threshold, with its verdicts on the traffic and on the test set."""
 
-    baseline_seed: int
-    guard: dict[str, Any]
+    guard: Guard
     traffic: Path
     test: Path
-    judged: Sequence[Path]
-    """Of all traffic, whether it passed or not."""
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """What an arm teaches."""
+class TrainingSet:
+    """What an arm is trained on."""
 
     arm: Arm
     before: Screened
@@ -90,39 +98,31 @@ class Experiment:
             steps = [partial(self.baseline_guard, seed) for seed in settings.baseline_seeds]
             steps += [partial(self.answered, shard) for shard in range(settings.shards)]
             folders, count = side_by_side.map(_done, steps), len(settings.baseline_seeds)
-            guards, answers = folders[:count], folders[count:]
-            judged = side_by_side.map(self.judged, product(guards, answers))
-            told = [
-                (seed, self._guard(base), judged[n * settings.shards : (n + 1) * settings.shards])
-                for n, (seed, base) in enumerate(zip(settings.baseline_seeds, guards, strict=True))
+            guards, answers = [self._guard(folder) for folder in folders[:count]], folders[count:]
+            judged = iter(side_by_side.map(self.judged, product(guards, answers)))
+            jobs = [
+                Guard(seed, guard, [next(judged) for _ in answers])
+                for seed, guard in zip(settings.baseline_seeds, guards, strict=True)
             ]
-            before = side_by_side.map(self.screened, told)
-            cells = [Cell(DEFAULT, b.baseline_seed, 0, _scores(b.test)) for b in before]
-            arms, recipe = settings.arms, RECIPE
-            for number in range(1, settings.rounds + 1):
-                made = self._round(side_by_side, arms, before)
-                cells += made
-                if number < settings.rounds:  # the recipe's guard becomes the baseline, and the judge stays
-                    (again,) = (arm for arm in arms if arm.name == recipe)
-                    first = (again.seeds or settings.seeds)[0]
-                    champions = {c.baseline_seed: c.folder for c in made if c.arm == recipe and c.seed == first}
-                    if not champions:
-                        break
-                    told = [
-                        (b.baseline_seed, {**b.guard, "adapter": f"{champions[b.baseline_seed]}/adapter"}, b.judged)
-                        for b in before
-                        if b
-                    ]
-                    before = side_by_side.map(partial(_if_done, self.screened), told)
-                    recipe = f"{RECIPE}, round {number + 1}"
-                    arms = [again.model_copy(update={"name": recipe, "seeds": [first]})]
+            before: list[Screened | None] = side_by_side.map(self.screened, jobs)
+            cells = [Cell(DEFAULT, b.guard.baseline_seed, 0, _scores(b.test)) for b in before if b]
+            cells += (made := self._round(side_by_side, settings.arms, before))
+            recipe = next(arm for arm in settings.arms if arm.name == RECIPE)
+            seed = (recipe.seeds or settings.seeds)[0]
+            for number in range(2, settings.rounds + 1):  # the recipe's guard is the baseline, and the judge stays
+                champions = {c.baseline_seed: c.folder for c in made if c.arm == recipe.name and c.seed == seed}
+                jobs = [_champion(b.guard, champions) for b in before if b and champions]
+                before = side_by_side.map(partial(_if_done, self.screened), jobs)
+                recipe = recipe.model_copy(update={"name": f"{RECIPE}, round {number}", "seeds": [seed]})
+                cells += (made := self._round(side_by_side, [recipe], before))
         return cells
 
     def _round(self, workers: Workers, arms: Sequence[Arm], before: Sequence[Screened | None]) -> list[Cell]:
         """The guards of the arms that are made whole: one from each baseline with each seed."""
-        taught = workers.map(partial(_if_done, self.lessons), [pair for pair in product(arms, before) if pair[1]])
-        asked = [(t, seed) for t in taught if t for seed in t.arm.seeds or self.settings.seeds]
-        made = [c for c in workers.map(partial(_if_done, self.trained), asked) if c]
+        pairs = [(arm, screened) for arm, screened in product(arms, before) if screened]
+        sets = workers.map(partial(_if_done, self.training_set), pairs)
+        wanted = [(each, seed) for each in sets if each for seed in each.arm.seeds or self.settings.seeds]
+        made = [c for c in workers.map(partial(_if_done, self.trained), wanted) if c]
         guards = Counter(c.arm for c in made)
         whole = {a.name for a in arms if guards[a.name] == len(before) * len(a.seeds or self.settings.seeds)}
         return [c for c in made if c.arm in whole]
@@ -132,7 +132,7 @@ class Experiment:
         baseline = self.settings.baseline
 
         def build(folder: Path) -> None:
-            rows = _taught(baseline)
+            rows = _labelled(baseline)
             with Stage(f"baseline {seed}") as stage:
                 make_guard(
                     *(locate(baseline.base), baseline.family, rows, baseline.training, folder),
@@ -173,19 +173,18 @@ class Experiment:
 
         return self.kept.make(f"responses-{shard}-of-{shards}", [data.name, responders], build)
 
-    def judged(self, pair: tuple[Path, Path]) -> Path:
+    def judged(self, pair: tuple[dict[str, Any], Path]) -> Path:
         """The table of one shard's responses, judged by a baseline."""
-        base, answers = pair
-        guard = self._guard(base)
+        guard, answers = pair
 
         def build(folder: Path) -> None:
             stages.screen(answers / "responses.parquet", folder / "judged.parquet", guard, what="judge")
 
         return self.kept.make("judged", [answers.name, guard], build) / "judged.parquet"
 
-    def screened(self, told: tuple[int, dict[str, Any], Sequence[Path]]) -> Screened:
+    def screened(self, job: Guard) -> Screened:
         """The traffic and the test set under a guard, whose threshold lets `passed_share` of the traffic pass."""
-        baseline_seed, guard, judged = told
+        guard = job.settings
         data, share = self.data(), self.settings.passed_share
 
         def build(folder: Path) -> None:
@@ -199,34 +198,36 @@ class Experiment:
 
         made = self.kept.make("screened", [data.name, guard, share], build)
         guard = {**guard, "threshold": float(read_metadata(made / "traffic.parquet")["threshold"])}
-        return Screened(baseline_seed, guard, made / "traffic.parquet", made / "test.parquet", judged)
+        return Screened(replace(job, settings=guard), made / "traffic.parquet", made / "test.parquet")
 
-    def lessons(self, pair: tuple[Arm, Screened]) -> Lessons:
-        """What an arm teaches the guard that screened the traffic."""
+    def training_set(self, pair: tuple[Arm, Screened]) -> TrainingSet:
+        """What an arm trains the guard on that screened the traffic."""
         arm, before = pair
         traffic = list(read_table(before.traffic))
         scores = {row["id"]: row["score"] for row in traffic if row["score"] is not None and not row["flagged"]}
         judged = [
-            {**row, "prompt_score": scores[row["id"]]} for row in read_tables(before.judged) if row["id"] in scores
+            {**row, "prompt_score": scores[row["id"]]}
+            for row in read_tables(before.guard.judged)
+            if row["id"] in scores
         ]
-        examples, mined = lessons(arm, traffic, judged, self.settings)
+        examples, mined = arm_examples(arm, traffic, judged, self.settings)
         key = [[dict(row) for row in examples], before.traffic.parent.name]
         folder = self.kept.make(
-            f"{arm.name}-lessons", key, lambda folder: stages.write_training_set(mined, folder, {}, examples)
+            f"{arm.name}-examples", key, lambda folder: stages.write_training_set(mined, folder, {}, examples)
         )
-        told = replace(mined, examples=[], blocked_inputs=[], shown=[], held_out=[])
-        return Lessons(arm, before, folder, told, ranking(examples, traffic, self.settings.subsets))
+        figures = replace(mined, examples=[], blocked_inputs=[], shown=[], held_out=[])
+        return TrainingSet(arm, before, folder, figures, ranking(examples, traffic, self.settings.subsets))
 
-    def trained(self, pair: tuple[Lessons, int]) -> Cell:
+    def trained(self, pair: tuple[TrainingSet, int]) -> Cell:
         """The arm's guard with one seed, and the gate's verdict on it."""
-        taught, seed = pair
-        arm, before, settings = taught.arm, taught.before, self.settings
+        data, seed = pair
+        arm, before, settings = data.arm, data.before, self.settings
         training = settings.training.model_validate({**settings.training.plain(), **arm.training})
 
         def build(folder: Path) -> None:
-            examples = list(read_table(taught.folder / stages.EXAMPLES, EXAMPLE))
-            guard = settings.guard.model_validate(before.guard)
-            with Stage(f"{arm.name}, baseline {before.baseline_seed}, seed {seed}") as stage:
+            examples = list(read_table(data.folder / stages.EXAMPLES, EXAMPLE))
+            guard = settings.guard.model_validate(before.guard.settings)
+            with Stage(f"{arm.name}, baseline {before.guard.baseline_seed}, seed {seed}") as stage:
                 report = _reporter(stage)
                 made = train(
                     *(examples, guard, training, folder / "adapter", lambda _, step: report(step)),
@@ -235,14 +236,15 @@ class Experiment:
                 )
                 stage.done(len(examples), f"{made.steps} steps")
             test = folder / "test.parquet"
-            stages.screen(self.data() / "test.parquet", test, before.guard, adapter=folder / "adapter")
-            tables = (before.test, test, taught.folder, folder / "adapter", folder / "gate")
+            stages.screen(self.data() / "test.parquet", test, before.guard.settings, adapter=folder / "adapter")
+            tables = (before.test, test, data.folder, folder / "adapter", folder / "gate")
             stages.evaluate(*tables, settings.evaluation.plain(), settings.gate.plain())
 
-        made = self.kept.make(f"{arm.name}-{seed}", [taught.folder.name, before.guard, training.plain(), seed], build)
+        key = [data.folder.name, before.guard.settings, training.plain(), seed]
+        made = self.kept.make(f"{arm.name}-{seed}", key, build)
         evaluation = json.loads((made / "gate" / stages.EVALUATION).read_text("utf-8"))
         scores = _scores(made / "test.parquet")
-        return Cell(arm.name, before.baseline_seed, seed, scores, evaluation, made, taught.mined, taught.ranking)
+        return Cell(arm.name, before.guard.baseline_seed, seed, scores, evaluation, made, data.mined, data.ranking)
 
     def _guard(self, base: Path) -> dict[str, Any]:
         return {**self.settings.guard.plain(), "base": str(base)}
@@ -252,6 +254,11 @@ def _reporter(stage: Stage) -> Callable[[Step], None]:
     """Reports the steps of a training to `stage`."""
     started = time.monotonic()
     return lambda step: stage.report("step", step.number, step.total, started)
+
+
+def _champion(guard: Guard, champions: Mapping[int, Path | None]) -> Guard:
+    """The guard with the adapter that the recipe made of it."""
+    return replace(guard, settings={**guard.settings, "adapter": f"{champions[guard.baseline_seed]}/adapter"})
 
 
 def _done(step: Callable[[], Made]) -> Made:
@@ -266,7 +273,7 @@ def _if_done(step: Callable[[Item], Made], item: Item) -> Made | None:
         return None
 
 
-def _taught(baseline: BaselineGuard) -> list[Row]:
+def _labelled(baseline: BaselineGuard) -> list[Row]:
     rows = [row for row in read_conversations(baseline.responses) if row["response"] and row["unsafe"] is not None]
     prompts = {row["prompt"]: row for row in read_conversations(baseline.prompts) if row["unsafe"]}
     rows += [{**row, "response": None, "id": f"{row['id']}/prompt"} for row in prompts.values()]

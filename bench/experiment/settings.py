@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from guardloop.config.files import read_yaml
-from guardloop.core.settings import Section, read_section
+from guardloop.core.settings import S, Section, read_section
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.guard.settings import GuardSettings
@@ -39,10 +39,10 @@ class Arm(Section):
 
     name: str
     """Its row in the table."""
-    lessons: Literal["recipe", "positives", "balanced", "self", "gold"] = "recipe"
-    """recipe: what mine_feedback writes. positives: mined prompts as unsafe, and nothing else. balanced: with as many
-    random passed prompts as safe. self: the baseline's own decisions, without responses. gold: the data's own
-    labels."""
+    examples: Literal["recipe", "positives", "balanced", "self", "gold"] = "recipe"
+    """What it is trained on. recipe: what mine_feedback writes. positives: mined prompts as unsafe, and nothing else.
+    balanced: with as many random passed prompts as safe. self: the baseline's own decisions, without responses. gold:
+    the data's own labels."""
     mining: dict[str, Any] = {}
     """Settings of `mining` that differ."""
     training: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class ExperimentSettings(Section):
 
     title: str
     """Heading of the results."""
-    default: BaselineGuard
+    baseline: BaselineGuard
     baseline_seeds: list[int] = Field(default=[0], min_length=1)
     """Baselines to start from; the arms are run on each."""
     dataset: DatasetSettings
@@ -94,17 +94,17 @@ class ExperimentSettings(Section):
 
 def load_experiment(path: Path, data: Path) -> ExperimentSettings:
     """The experiment in a YAML file, with the paths of its files below `data`. Raises GuardLoopError if it is wrong."""
-    found = read_section(ExperimentSettings, read_yaml(path, "experiment", "configs/experiments"), path.name)
+    settings = read_section(ExperimentSettings, read_yaml(path, "experiment", "configs/experiments"), path.name)
 
-    def below(source: SourceSettings | None) -> SourceSettings | None:
-        if source is None or source.kind != "file" or "://" in source.path or Path(source.path).is_absolute():
-            return source
-        return source.model_copy(update={"path": str(data / source.path)})
+    def below(section: S, *names: str) -> S:
+        """The section with the files of the named sources below `data`."""
+        moved = {}
+        for name in names:
+            source: SourceSettings | None = getattr(section, name)
+            if source and source.kind == "file" and "://" not in source.path:  # an absolute path stays as it is
+                moved[name] = source.model_copy(update={"path": str(data / source.path)})
+        return section.model_copy(update=moved)
 
-    default = found.default.model_copy(
-        update={name: below(getattr(found.default, name)) for name in ("responses", "prompts", "ordinary")}
-    )
-    dataset = found.dataset.model_copy(
-        update={name: below(getattr(found.dataset, name)) for name in ("traffic", "test", "response_test")}
-    )
-    return found.model_copy(update={"default": default, "dataset": dataset})
+    baseline = below(settings.baseline, "responses", "prompts", "ordinary")
+    dataset = below(settings.dataset, "traffic", "test", "response_test")
+    return settings.model_copy(update={"baseline": baseline, "dataset": dataset})

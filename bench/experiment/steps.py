@@ -34,7 +34,7 @@ class Kept:
 
         Raises UnfinishedError instead of building it if `only_finished`.
         """
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, baseline=str).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:12]
         folder = self.root / f"{name}-{digest}"
         if not folder.is_dir():
             if self.only_finished:

@@ -22,8 +22,12 @@ Floats = NDArray[np.float64]
 SAMPLE = 5_000  # prompts that the mixture is fitted on; the rest get its posterior
 EDGE = 1e-3  # no share is taken for 0 or 1
 ALIKE = (0.1, 0.9)  # bounds of the correlation of responses to one prompt, given its class: one judge misjudges alike
-LINES = ((0.0, 0.0), (-1.5, -1.5))  # log slopes and intercepts to start from: the likelihood has several peaks
-STEEPNESS = 4.0  # strength, in prompts, of the belief that the own score's slope is 1
+STARTS = ((0.0, 0.0), (-1.5, -1.5))  # (log slope, intercept) to start from: the likelihood has several peaks
+SLOPE_PENALTY = 4.0  # strength, in prompts, of the belief that the slope of the baseline's score is 1
+# The parameter vector: log slope, intercept, then for each channel the logits of the share of safe prompts, of how far
+# the share of unsafe ones rises above it, and of the correlation.
+LINE_BOUNDS = ((-3.0, 1.5), (-12.0, 12.0))
+CHANNEL_BOUNDS = ((-9.0, 9.0), (-9.0, 9.0), (-6.0, 6.0))
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Channel:
-    """What one kind of count tells of the class."""
+    """How often one kind of count is met in each class."""
 
     name: str
     if_unsafe: float
@@ -63,16 +67,16 @@ class Fusion:
 
     def prior(self, scores: Floats) -> Floats:
         """P(unsafe) by the baseline's scores, `float[N]`, on the posterior's scale."""
-        found: Floats = expit(self.slope * scores + self.intercept)
-        return found
+        p_unsafe: Floats = expit(self.slope * scores + self.intercept)
+        return p_unsafe
 
     def posterior(self, scores: Floats, counts: Sequence[Counts]) -> Floats:
         """P(unsafe) of each prompt, `float[N]`."""
         logits = self.slope * scores + self.intercept
         for channel, seen in zip(self.channels, counts, strict=True):
             logits = logits + channel.log_ratio(seen)
-        found: Floats = expit(logits)
-        return found
+        p_unsafe: Floats = expit(logits)
+        return p_unsafe
 
 
 def fuse(scores: Floats, counts: Sequence[Counts], seed: int = 0) -> Fusion:
@@ -82,33 +86,41 @@ def fuse(scores: Floats, counts: Sequence[Counts], seed: int = 0) -> Fusion:
         scores = scores[chosen]
         counts = [Counts(c.name, c.seen[chosen], c.total[chosen]) for c in counts]
 
-    def read(values: Floats) -> Fusion:
-        channels = []
-        for c, (low, rise, alike) in zip(counts, values[2:].reshape(-1, 3), strict=True):
-            safe = EDGE + (1 - 3 * EDGE) * expit(low)
-            unsafe = safe + (1 - EDGE - safe) * expit(rise)
-            channels.append(Channel(c.name, float(unsafe), float(safe), float(ALIKE[0] + np.ptp(ALIKE) * expit(alike))))
-        return Fusion(float(np.exp(values[0])), float(values[1]), channels)
-
-    def cost(values: Floats) -> float:
-        found = read(values)
-        line = found.slope * scores + found.intercept
-        unsafe, safe = -np.logaddexp(0, -line), -np.logaddexp(0, line)
-        for channel, seen in zip(found.channels, counts, strict=True):
-            unsafe = unsafe + _log_likelihood(seen, channel.if_unsafe, channel.alike)
-            safe = safe + _log_likelihood(seen, channel.if_safe, channel.alike)
-        return float(STEEPNESS * values[0] ** 2 - np.logaddexp(unsafe, safe).sum()) / max(1, len(scores))
-
     shares = [np.clip(c.seen.sum() / max(1.0, c.total.sum()), 0.01, 0.9) for c in counts]
-    guesses = [value for share in shares for value in (logit(share / 2), logit(share), -1.0)]
-    bounds = [(-3.0, 1.5), (-12.0, 12.0)] + [(-9.0, 9.0), (-9.0, 9.0), (-6.0, 6.0)] * len(counts)
-    tries = [minimize(cost, np.array([*line, *guesses]), method="L-BFGS-B", bounds=bounds) for line in LINES]
-    return read(min(tries, key=lambda found: float(found.fun)).x)
+    channels = [value for share in shares for value in (logit(share / 2), logit(share), -1.0)]
+    bounds = [*LINE_BOUNDS, *CHANNEL_BOUNDS * len(counts)]
+    fits = [
+        minimize(_penalised_nll, np.array([*line, *channels]), (scores, counts), method="L-BFGS-B", bounds=bounds)
+        for line in STARTS
+    ]
+    return _unpack(min(fits, key=lambda fit: float(fit.fun)).x, counts)
+
+
+def _unpack(values: Floats, counts: Sequence[Counts]) -> Fusion:
+    """The mixture that a parameter vector stands for."""
+    channels = []
+    for c, (safe_share, rise, correlation) in zip(counts, values[2:].reshape(-1, 3), strict=True):
+        safe = EDGE + (1 - 3 * EDGE) * expit(safe_share)
+        unsafe = safe + (1 - EDGE - safe) * expit(rise)  # a positive rise: the classes cannot switch
+        alike = ALIKE[0] + np.ptp(ALIKE) * expit(correlation)
+        channels.append(Channel(c.name, float(unsafe), float(safe), float(alike)))
+    return Fusion(float(np.exp(values[0])), float(values[1]), channels)
+
+
+def _penalised_nll(values: Floats, scores: Floats, counts: Sequence[Counts]) -> float:
+    """Mean negative log likelihood, with the penalty on the slope."""
+    fusion = _unpack(values, counts)
+    logits = fusion.slope * scores + fusion.intercept
+    unsafe, safe = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
+    for channel, seen in zip(fusion.channels, counts, strict=True):
+        unsafe = unsafe + _log_likelihood(seen, channel.if_unsafe, channel.alike)
+        safe = safe + _log_likelihood(seen, channel.if_safe, channel.alike)
+    return float(SLOPE_PENALTY * values[0] ** 2 - np.logaddexp(unsafe, safe).sum()) / max(1, len(scores))
 
 
 def _log_likelihood(counts: Counts, share: float, alike: float) -> Floats:
     """Beta-binomial log likelihood, without the constant, of `seen` (fractions allowed) among `total`, `float[N]`."""
     strength = 1 / alike - 1
     a, b = share * strength, (1 - share) * strength
-    found: Floats = betaln(counts.seen + a, counts.total - counts.seen + b) - betaln(a, b)
-    return found
+    likelihood: Floats = betaln(counts.seen + a, counts.total - counts.seen + b) - betaln(a, b)
+    return likelihood

@@ -71,7 +71,7 @@ class MinedExample(Story):
     prior_score: float | None = None
     """The baseline's score on the prompt."""
     target: float | None = None
-    """The P(unsafe) that the candidate is taught."""
+    """The P(unsafe) that the candidate is trained on."""
     kind: str
     reason: str = ""
 
@@ -92,7 +92,9 @@ class MiningSummary(Story):
     counts: dict[str, int] = {}
     """Training examples by kind: positive, hard_negative, replay_..."""
     lexical_weight: float = 0.0
-    """Share of each target that is lexical smoothing: 0 where there were too few judged prompts for it."""
+    """Share of each target that is lexical smoothing."""
+    smoothing: str = ""
+    """The same in words, with the reason where there is none."""
     examples: list[MinedExample] = []
 
     def stage_counts(self) -> StageCounts:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.feedback_examples import judged, screened
+from support.mining_examples import judged, screened
 from support.models import save_guard
 from support.tiny_responder import save as save_responder
 
 from bench.experiment import run as module
-from bench.experiment.arms import lessons, ranking
+from bench.experiment.arms import arm_examples, ranking
 from bench.experiment.results import DEFAULT, GOLD, RECIPE, RESPONSES, Cell, compare, measure
 from bench.experiment.results import _part as part_of
 from bench.experiment.settings import Arm, ExperimentSettings, Subset, load_experiment
@@ -25,7 +25,7 @@ CONTROLS = {"positives only": "positives", "self-training": "self", "gold labels
 SOURCE = {"kind": "file", "path": "rows.jsonl"}
 SMALL = {
     "title": "tiny",
-    "default": {"responses": SOURCE, "prompts": SOURCE, "ordinary": SOURCE},
+    "baseline": {"responses": SOURCE, "prompts": SOURCE, "ordinary": SOURCE},
     "dataset": {"traffic": SOURCE, "test": SOURCE},
     "mining": {"held_out": 0.0},
     "evaluation": {"resamples": 300},
@@ -45,28 +45,28 @@ def evidence():
     return [*rows, *blocked], [judged(row, s, 4.0 if n < 3 else -4.0) for n, row in enumerate(rows) for s in range(2)]
 
 
-def test_positives_only_teaches_what_was_blocked_and_nothing_else(evidence):
-    examples, _ = lessons(Arm(name="x", lessons="positives"), *evidence, settings())
+def test_positives_only_are_what_was_blocked_and_nothing_else(evidence):
+    examples, _ = arm_examples(Arm(name="x", examples="positives"), *evidence, settings())
     assert {row["id"] for row in examples} == {"p0", "p1", "p2"} and {row["target"] for row in examples} == {1.0}
 
 
 def test_balanced_adds_as_many_random_passed_prompts(evidence):
-    examples, _ = lessons(Arm(name="x", lessons="balanced"), *evidence, settings())
+    examples, _ = arm_examples(Arm(name="x", examples="balanced"), *evidence, settings())
     safe = {row["id"] for row in examples if row["target"] == 0}
     assert len(examples) == 6 and len(safe) == 3 and safe <= {f"p{n}" for n in range(3, 10)}
 
 
 def test_self_training_knows_no_responses(evidence):
     rows, responses = evidence
-    examples, _ = lessons(Arm(name="x", lessons="self"), rows, responses, settings())
-    others, _ = lessons(Arm(name="x", lessons="self"), rows, responses[:2], settings())
+    examples, _ = arm_examples(Arm(name="x", examples="self"), rows, responses, settings())
+    others, _ = arm_examples(Arm(name="x", examples="self"), rows, responses[:2], settings())
     assert {row["id"]: row["target"] for row in examples} == {row["id"]: float(row["flagged"]) for row in rows}
     assert examples == others
 
 
-def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(evidence):
+def test_gold_takes_the_labels_of_all_traffic_and_replays_responses(evidence):
     rows, _ = evidence
-    examples, _ = lessons(Arm(name="x", lessons="gold"), *evidence, settings())
+    examples, _ = arm_examples(Arm(name="x", examples="gold"), *evidence, settings())
     prompts = {row["id"]: row["target"] for row in examples if row["kind"] == "gold"}
     assert prompts == {row["id"]: float(row["unsafe"]) for row in rows}
     assert any(row["kind"] == "replay_response" for row in examples)
@@ -74,22 +74,22 @@ def test_gold_takes_the_labels_of_all_traffic_and_replays_the_agents_role(eviden
 
 def test_the_recipe_takes_an_arms_own_settings_responders_and_samples(evidence):
     rows, responses = evidence
-    few, mined = lessons(Arm(name="x", samples=1, mining={"replay": 0.0}), rows, responses, settings())
+    few, mined = arm_examples(Arm(name="x", samples=1, mining={"replay": 0.0}), rows, responses, settings())
     assert mined.responses == 10 and not any(row["kind"].startswith("replay") for row in few)
-    none, _ = lessons(Arm(name="x", responders=["nobody"]), rows, responses, settings())
+    none, _ = arm_examples(Arm(name="x", responders=["nobody"]), rows, responses, settings())
     assert not any(row["kind"] == "positive" for row in none)
-    with pytest.raises(GuardLoopError, match=r"arms\.x\.fusoin"):
-        lessons(Arm(name="x", mining={"fusoin": "beta"}), rows, responses, settings())
+    with pytest.raises(GuardLoopError, match=r"arms\.x\.held_uot"):
+        arm_examples(Arm(name="x", mining={"held_uot": 0.1}), rows, responses, settings())
 
 
 def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
     rows, responses = evidence
     subsets = [Subset(name="all"), Subset(name="elsewhere", source="nowhere")]
-    examples, _ = lessons(Arm(name="x"), rows, responses, settings())
+    examples, _ = arm_examples(Arm(name="x"), rows, responses, settings())
     own, target = ranking(examples, rows, subsets)["all"]
     assert own < target < 1  # the lowest scores are the unsafe ones, of which three of five drew blocked responses
     assert ranking(examples, rows, subsets).keys() == {"all"}
-    gold, _ = lessons(Arm(name="x", lessons="gold"), rows, responses, settings())
+    gold, _ = arm_examples(Arm(name="x", examples="gold"), rows, responses, settings())
     assert ranking(gold, rows, subsets)["all"][1] == 1
 
 
@@ -113,7 +113,7 @@ def cells(**better: float) -> list[Cell]:
 def test_gains_and_the_share_of_the_gap_are_paired():
     made = cells(**{RECIPE: 1.5, GOLD: 3.0, "same": 0.5})
     part = part_of(Subset(name="all"), made)
-    assert part is not None and part.scores[RECIPE].shape == (2, 240)  # the Agent's rows are a part of their own
+    assert part is not None and part.scores[RECIPE].shape == (2, 240)  # responses are a part of their own
     scores = measure(part, settings())
 
     assert scores[RECIPE]["auprc"].gain.low > 0 and scores[RECIPE]["recall"].gain.value > 0
@@ -132,8 +132,8 @@ def test_without_a_gain_from_labels_there_is_no_gap_to_close():
 def test_a_part_without_both_classes_is_left_out():
     made = cells()
     assert part_of(Subset(name="none", source="nowhere"), made) is None
-    agent = part_of(Subset(name=RESPONSES), made)
-    assert agent is not None and len(agent.unsafe) == 60
+    responses = part_of(Subset(name=RESPONSES), made)
+    assert responses is not None and len(responses.unsafe) == 60
 
 
 def in_little(folder: Path) -> dict:
@@ -147,7 +147,7 @@ def in_little(folder: Path) -> dict:
     for name, chosen in {"traffic": rows[:60], "test": rows[60:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     answered = [row | {"response": f"mix flour and sugar {n}"} for n, row in enumerate(rows)]
-    for name, chosen in {"judge": answered[:60], "agent": answered[60:]}.items():
+    for name, chosen in {"judge": answered[:60], "responses": answered[60:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     responder = folder / "responder"
     responder.mkdir()
@@ -158,17 +158,10 @@ def in_little(folder: Path) -> dict:
         return {"kind": "file", "path": f"{name}.jsonl", "columns": columns, "limit": limit}
 
     small = {"rank": 2, "validation": 0.3}
-    answering = {
-        "model": str(responder),
-        "samples": 2,
-        "max_new_tokens": 4,
-        "max_prompt_tokens": 256,
-        "dtype": "float32",
-    }
-    opened = answering | {"name": "opened", "prefill": "Sure, here is"}
+    answering = {"model": str(responder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}
     return {
         "title": "In little",
-        "default": {
+        "baseline": {
             "base": str(save_guard(folder / "guard", threshold=0.0)),
             "responses": file("judge", responses, 40),
             "prompts": file("judge", prompts, 20),
@@ -178,12 +171,12 @@ def in_little(folder: Path) -> dict:
         "dataset": {
             "traffic": file("traffic", prompts, 60),
             "test": file("test", prompts, 60),
-            "response_test": file("agent", responses, 20),
-            "near_duplicate": 1.0,
+            "response_test": file("responses", responses, 20),
         },
-        "guard": {"is_guard": False, "dtype": "float32"},
-        "responder": answering | {"name": "plain", "max_error_share": 1.0, "others": [opened]},
-        "mining": {"fusion": "mixture", "words": 0.5, "held_out": 0.0},
+        "guard": {"min_label_mass": 0},
+        "responders": [answering | {"name": "plain", "prefill": ""}, answering | {"name": "prefilled"}],
+        "max_error_share": 1.0,
+        "mining": {"held_out": 0.0},
         "training": small,
         "evaluation": {"resamples": 200},
         "seeds": [0, 1],
@@ -192,7 +185,7 @@ def in_little(folder: Path) -> dict:
         "subsets": [{"name": "all"}, {"name": "a", "source": "a"}],
         "arms": [
             {"name": "recipe", "seeds": [1]},
-            *({"name": name, "lessons": kind} for name, kind in CONTROLS.items()),
+            *({"name": name, "examples": kind} for name, kind in CONTROLS.items()),
         ],
     }
 
@@ -212,12 +205,12 @@ def test_it_writes_its_page_and_goes_on_where_it_was(
 
     module.main(config, tmp_path, kept, page, workers=2)
 
-    told = capfd.readouterr().err
-    assert "baseline 0: step 1/" in told and "recipe, baseline 0, seed 1: step 1/" in told
+    log = capfd.readouterr().err
+    assert "baseline 0: step 1/" in log and "recipe, baseline 0, seed 1: step 1/" in log
     text = page.read_text()
-    assert all(f"| {arm} |" in text for arm in ("default", "recipe", *CONTROLS, "recipe, round 2"))
-    assert "plain: harmful" in text and "opened: harmful" in text and "What the gate said" in text
-    assert "What the targets know of the passed prompts: all" in text
+    assert all(f"| {arm} |" in text for arm in (DEFAULT, "recipe", *CONTROLS, "recipe, round 2"))
+    assert "What the gate said" in text
+    assert "How the targets rank the passed prompts: all" in text
     assert "The recipe against self-training on all: AUPRC " in text
     # all that is unsafe is of source a, and half of a is unsafe
     by_source = [line for line in text.splitlines() if line.startswith("Ranked by nothing but the unsafe share")]

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from support.cases import cases
-from support.feedback_examples import World, judged, round_of, screened, worlds
+from support.mining_examples import World, judged, round_of, screened, worlds
 
 from guardloop.core.records import EXAMPLE, HELD_OUT_PROMPT, JUDGED, SCREENED, read_metadata, read_table, write_table
 from guardloop.data.clean import prepare
 from guardloop.data.settings import DatasetSettings, SourceSettings
-from guardloop.mining.evidence import gather, probability
+from guardloop.mining.evidence import gather, probability, vote
+from guardloop.mining.examples import HARD_NEGATIVES_PER_POSITIVE
 from guardloop.mining.mine import MiningResult, mine
 from guardloop.mining.settings import MiningSettings
 from guardloop.stages import BLOCKED_INPUTS, EXAMPLES, HELD_OUT, MINING, MINING_PAGE, mine_feedback
@@ -25,24 +26,21 @@ chosen = st.builds(
     MiningSettings,
     prior_strength=st.floats(0.5, 8),
     min_blocked_share=st.sampled_from([0.01, 0.25, 0.5, 1.0]),
-    lexical_weight=st.sampled_from([0.0, 0.5, 1.0]),
-    hard_negatives_per_positive=st.integers(0, 4),
     replay=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     min_positives=st.integers(1, 4),
     held_out=st.just(0.0),
-    seed=st.integers(0, 3),
 )
 
 
-def mined(world: World, settings: MiningSettings = DEFAULTS) -> MiningResult:
-    return mine(world.screened, world.judged, settings)
+def mined(world: World, settings: MiningSettings = DEFAULTS, seed: int = 0) -> MiningResult:
+    return mine(world.screened, world.judged, settings, seed)
 
 
 def of(result: MiningResult, *kinds: str) -> list[dict]:
     return [row for row in result.examples if row["kind"] in kinds]
 
 
-def lessons(result: MiningResult) -> list[dict]:
+def prompts(result: MiningResult) -> list[dict]:
     return [row for row in result.examples if not row["kind"].startswith("replay")]
 
 
@@ -50,12 +48,12 @@ def replays(result: MiningResult) -> list[dict]:
     return of(result, "replay_blocked", "replay_response")
 
 
-# What is taught
+# What the examples are
 
 
 @many
 @given(worlds(), chosen)
-def test_no_prompt_is_taught_with_two_targets(world, settings):
+def test_no_prompt_has_two_targets(world, settings):
     targets = defaultdict(set)
     for row in mined(world, settings).examples:
         targets[row["prompt"], row["response"]].add(row["target"])
@@ -76,26 +74,27 @@ def test_every_example_is_whole(world, settings):
 
 @many
 @given(worlds(), chosen)
-def test_only_prompts_that_passed_are_lessons(world, settings):
+def test_only_prompts_that_passed_are_examples(world, settings):
     unasked = [judged(row, 0, 5.0) for row in world.screened if row["flagged"]]  # a table that does not belong
     result = mine(world.screened, world.judged + unasked, settings)
-    assert {row["prompt"] for row in lessons(result)} <= set(world.prompts(flagged=False))
-    assert {row["prompt"] for row in of(result, "replay_blocked")} <= set(world.prompts(flagged=True))
+    assert {row["prompt"] for row in prompts(result)} <= set(world.texts(flagged=False))
+    assert {row["prompt"] for row in of(result, "replay_blocked")} <= set(world.texts(flagged=True))
     assert result.examples == mined(world, settings).examples
 
 
 @many
 @given(worlds(), chosen)
-def test_each_judged_prompt_is_taught_once(world, settings):
+def test_each_judged_prompt_is_one_example(world, settings):
     usable = {r["prompt"] for r in world.judged if r["score"] is not None and r["finish_reason"] != "error"}
-    assert Counter(row["prompt"] for row in lessons(mined(world, settings))) == Counter(usable)
+    assert Counter(row["prompt"] for row in prompts(mined(world, settings))) == Counter(usable)
 
 
 @many
 @given(worlds(), chosen)
 def test_the_kinds_follow_from_the_evidence(world, settings):
     evidence = {found.prompt["prompt"]: found for found in gather(world.judged).values()}
-    for row in lessons(mined(world, settings)):
+    targets = vote(gather(world.judged), settings.prior_strength).by_id
+    for row in prompts(mined(world, settings)):
         found = evidence[row["prompt"]]
         share = found.blocked / found.responses
         refused = found.refusals == found.responses
@@ -107,21 +106,16 @@ def test_the_kinds_follow_from_the_evidence(world, settings):
             "refused": not found.blocked and refused,
         }
         assert expected[row["kind"]]
-        assert settings.lexical_weight or row["target"] == pytest.approx(found.posterior(settings))
+        assert row["target"] == pytest.approx(targets[found.prompt["id"]])
 
 
 @many
 @given(worlds(), chosen)
-def test_there_are_as_many_hard_negatives_as_asked_for_where_the_pool_allows(world, settings):
+def test_there_are_two_hard_negatives_to_a_positive_where_the_pool_allows(world, settings):
     result = mined(world, settings)
     pool = len(of(result, "hard_negative", "passed"))
-    wanted = settings.hard_negatives_per_positive * len(of(result, "positive"))
+    wanted = HARD_NEGATIVES_PER_POSITIVE * len(of(result, "positive"))
     assert len(of(result, "hard_negative")) == min(pool, wanted)
-
-
-def test_by_default_there_are_two_hard_negatives_to_a_positive():
-    result = mined(round_of(positives=10, answered=40, refused=10))
-    assert result.counts["hard_negative"] >= 2 * result.counts["positive"] == 20
 
 
 def test_refused_prompts_never_become_hard_negatives():
@@ -165,32 +159,38 @@ def test_prompts_without_words_can_be_mined(text):
 @given(worlds(), chosen)
 def test_replay_has_its_share_of_the_weight(world, settings):
     result = mined(world, settings)
-    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), lessons(result)))
-    if not settings.replay or not lessons(result):
+    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
+    if not settings.replay or not prompts(result):
         assert replayed == 0
     elif max((row["weight"] for row in replays(result)), default=1.0) < 1:
         assert replayed / (replayed + taught) == pytest.approx(settings.replay)
-    else:  # too few rows for their share: none weighs more than a lesson
+    else:  # too few rows for their share: none weighs more than another example
         assert replayed / (replayed + taught) <= settings.replay + 1e-9
 
 
-def test_by_default_replay_is_half_of_the_weight():
+def test_by_default_replay_is_two_fifths_of_the_weight():
     result = mined(round_of(positives=10, answered=40, flagged=30))
-    weights = [sum(row["weight"] for row in rows) for rows in (replays(result), lessons(result))]
-    assert weights[0] == pytest.approx(weights[1]) and {r["kind"] for r in replays(result)} == {
-        "replay_blocked",
-        "replay_response",
-    }
+    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
+    assert replayed == pytest.approx((replayed + taught) * 0.4)
+    assert {row["kind"] for row in replays(result)} == {"replay_blocked", "replay_response"}
+
+
+def test_replayed_responses_are_mostly_to_prompts_whose_targets_moved():
+    rows = [screened(f"{'moved' if n < 40 else 'still'} {n}", -6.0) for n in range(400)]
+    world = World(rows, [judged(row, 0, 6.0 if row["id"].startswith("moved") else -30.0) for row in rows])
+    drawn = [row["id"] for row in of(mined(world), "replay_response")]
+    assert len(drawn) == 200 and sum(id.startswith("moved") for id in drawn) > 35  # by chance alone some 20 of the 40
 
 
 @many
 @given(worlds(), chosen)
-def test_replay_teaches_the_default_guards_own_scores(world, settings):
-    prompts = {row["prompt"]: row["score"] for row in world.screened}
+def test_replay_keeps_what_the_baseline_says(world, settings):
+    targets = vote(gather(world.judged), settings.prior_strength)
+    texts = {row["prompt"]: row["score"] for row in world.screened}
     responses = {row["response"]: row for row in world.judged}
     for row in replays(mined(world, settings)):
         if row["kind"] == "replay_blocked":
-            assert row["response"] is None and row["target"] == probability(prompts[row["prompt"]])
+            assert row["response"] is None and row["target"] == targets.prior(texts[row["prompt"]])
         else:  # both turns are kept: a response is judged in its conversation
             source = responses[row["response"]]
             assert row["prompt"] == source["prompt"] and row["target"] == probability(source["score"])
@@ -198,8 +198,8 @@ def test_replay_teaches_the_default_guards_own_scores(world, settings):
 
 def test_the_seed_chooses_the_replayed_rows():
     world = round_of(positives=4, answered=8, flagged=60)
-    one, again, other = (mined(world, MiningSettings(seed=seed, held_out=0)) for seed in (1, 1, 2))
-    assert one == again and one.examples != other.examples and lessons(one) == lessons(other)
+    one, again, other = (mined(world, seed=seed) for seed in (1, 1, 2))
+    assert one == again and one.examples != other.examples and prompts(one) == prompts(other)
 
 
 # What does not matter
@@ -243,13 +243,8 @@ def test_what_is_held_out_is_in_no_example(world, settings, share):
     result = mined(world, settings.model_copy(update={"held_out": share}))
     hidden = {row["group"] for row in result.held_out}
     assert hidden.isdisjoint(row["group"] for row in result.examples)
-    assert {row["id"] for row in [*result.held_out, *lessons(result)]} == {row["id"] for row in lessons(everything)}
-    plain = settings.model_copy(
-        update={"lexical_weight": 0.0}
-    )  # words are not learnt of what is held out; people see all of it
-    assert (
-        mined(world, plain.model_copy(update={"held_out": share})).blocked_inputs == mined(world, plain).blocked_inputs
-    )
+    assert {row["id"] for row in [*result.held_out, *prompts(result)]} == {row["id"] for row in prompts(everything)}
+    assert result.blocked_inputs == everything.blocked_inputs  # people see all of it
 
 
 @many
@@ -267,11 +262,11 @@ def test_what_is_held_out_is_labelled_by_its_responses(world, settings):
 def test_a_share_is_held_out_and_training_still_finds_its_own_validation_rows():
     result = mined(round_of(300, 700), MiningSettings())
     assert len(result.held_out) == pytest.approx(200, abs=45)
-    training, validation = split(lessons(result), 0.2, MiningSettings().seed)
+    training, validation = split(prompts(result), 0.2, 0)
     assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.2, abs=0.05)
 
 
-# How large a enough to train on
+# What is enough to train on
 
 
 @many
@@ -283,7 +278,7 @@ def test_the_result_says_whether_it_is_enough_and_why(world, settings):
     assert result.enough == (positives >= settings.min_positives and bool(contrast))
     assert result.reason and (str(positives) in result.reason or not contrast)
     assert result.counts == Counter(row["kind"] for row in result.examples)
-    assert result.passed == len(world.prompts(flagged=False))
+    assert result.passed == len(world.texts(flagged=False))
 
 
 @pytest.mark.parametrize(
@@ -382,16 +377,16 @@ def test_an_empty_result_ends_well(tmp_path):
     assert "0 of 0" in json.loads((tmp_path / "mined" / MINING).read_text())["reason"]
 
 
-def test_a_prompt_that_traffic_repeats_is_taught_once(tmp_path):
-    """From files to lessons: the same prompt twice in the traffic, once answered and once blocked."""
+def test_a_prompt_that_traffic_repeats_is_one_example(tmp_path):
+    """From files to examples: the same prompt twice in the traffic, once answered and once blocked."""
     texts = [f"prompt about {topic} number {i}" for i, topic in enumerate(["bread", "locks", "rain", "tea"] * 5)]
     traffic = [{"prompt": change(text)} for text in texts for change in (str, str.upper)]
     test = [{"prompt": "vile", "label": "unsafe"}, {"prompt": "kind", "label": "safe"}]
     for name, rows in (("traffic", traffic), ("test", test)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = {n: SourceSettings(kind="file", path=str(tmp_path / f"{n}.jsonl")) for n in ("traffic", "test")}
-    rows, _, _ = prepare(DatasetSettings(**sources, near_duplicate=1))
+    rows, _, _ = prepare(DatasetSettings(**sources))
     world = World([screened(r["id"], -1.0, r["prompt"]) for r in rows], [])
     world.judged = [judged(r, i, (-1.0) ** i) for i, r in enumerate(world.screened)]
-    taught = Counter(row["prompt"].casefold() for row in lessons(mined(world)))
+    taught = Counter(row["prompt"].casefold() for row in prompts(mined(world)))
     assert set(taught) == set(texts) and set(taught.values()) == {1}

@@ -288,10 +288,12 @@ def test_a_page_of_too_little_says_that_nothing_was_trained(mined: MiningSummary
 
 
 def test_a_page_of_enough_says_that_it_is_enough(mined: MiningSummary, story: RunStory) -> None:
-    enough = mined.model_copy(update={"enough": True, "reason": "412 positives were found.", "lexical_weight": 0.667})
+    enough = mined.model_copy(
+        update={"enough": True, "reason": "412 positives were found.", "smoothing": "No lexical smoothing."}
+    )
     words = "".join(outline(render_mining(enough, story)).words)
     assert "Enough to train on" in words and "nothing was trained" not in words and story.title in words
-    assert "66.7% of each target is lexical smoothing" in words
+    assert "No lexical smoothing." in words
 
 
 def test_mining_that_found_nothing_has_a_page_too() -> None:

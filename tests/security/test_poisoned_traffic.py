@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
-from support.feedback_examples import judged, screened
+from support.mining_examples import judged, screened
 
 from guardloop.evaluation.compare import evaluate
 from guardloop.evaluation.paired import GuardRun

@@ -7,7 +7,7 @@ from scipy.special import expit
 from sklearn.metrics import average_precision_score
 from support.cases import cases
 
-from guardloop.mining.latent_class import SAMPLE, Channel, Counts, Fusion, fuse
+from guardloop.mining.latent_class import Channel, Counts, Fusion, fuse
 
 K = 4.0
 
@@ -84,14 +84,14 @@ def test_more_harm_and_a_higher_score_never_lower_it(fitted, score, harm, more, 
     assert belief(score, harm) <= belief(score + 1, harm) + 1e-9
 
 
-@pytest.mark.slow
-def test_large_traffic_is_learnt_from_a_sample_and_weighed_whole():
-    scores, counts, unsafe = traffic(prompts=SAMPLE + 2000)
+def test_large_traffic_is_learnt_from_a_sample_and_weighed_whole(monkeypatch):
+    monkeypatch.setattr("guardloop.mining.latent_class.SAMPLE", 1000)
+    scores, counts, unsafe = traffic(prompts=2500)
     found = fuse(scores, counts)
     again = fuse(scores, counts)
 
     assert found == again  # the sample has a seed
-    assert found.posterior(scores, counts).shape == (SAMPLE + 2000,)
+    assert found.posterior(scores, counts).shape == (2500,)
     assert average_precision_score(unsafe, found.posterior(scores, counts)) > 0.6
 
 

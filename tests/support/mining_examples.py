@@ -18,7 +18,7 @@ class World:
     screened: list[Row]
     judged: list[Row]
 
-    def prompts(self, flagged: bool) -> list[str]:
+    def texts(self, flagged: bool) -> list[str]:
         return [r["prompt"] for r in self.screened if r["flagged"] == flagged and r["score"] is not None]
 
 
