@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from scipy.stats import norm
 from support.cases import cases
+from support.mlflow_database import mlflow_database
 from support.models import agent, tiny_llama, user, with_lora
 from torch._dynamo.testing import CompileCounter
 
@@ -505,7 +506,7 @@ def test_the_temperature_is_the_one_that_made_the_targets(true, seed):
 
 
 def test_a_stage_is_watched_in_mlflow_on_the_terminal_and_in_the_log(base, tmp_path, monkeypatch, caplog):
-    database = f"sqlite:///{tmp_path}/mlflow.db"
+    database = mlflow_database(tmp_path / "mlflow.db")
     events = tmp_path / "events.jsonl"
     monkeypatch.setenv("GUARDLOOP_RUN_ID", "run-1")
     monkeypatch.setenv("GUARDLOOP_EVENTS", str(events))
