@@ -55,16 +55,17 @@ install_kfp() {
 
 # The database's password is made here, once; MLflow uses the store with the keys that KFP made.
 make_secrets() {
-  local kubectl="kubectl --context $profile"
+  local kubectl
+  printf -v kubectl '%q ' kubectl --context "$profile" # text for a shell below
   # shellcheck disable=SC2016  # the template's variables, not ours
   local all='{{range $key, $value := .data}}{{printf "%s=%s\n" $key (base64decode $value)}}{{end}}'
   run_kubectl apply -f manifests/base/services/namespace.yaml
-  run_line "$kubectl get secret mlflow-database -n guardloop -o name ||
+  run_line "${kubectl}get secret mlflow-database -n guardloop -o name ||
     head -c 24 /dev/urandom | base64 | tr -d '\n' |
-    $kubectl create secret generic mlflow-database -n guardloop --from-literal username=mlflow --from-file password=/dev/stdin"
-  run_line "$kubectl get secret mlpipeline-minio-artifact -n kubeflow -o go-template='$all' |
-    $kubectl create secret generic mlflow-object-store -n guardloop --from-env-file /dev/stdin --dry-run=client -o yaml |
-    $kubectl apply -f -"
+    ${kubectl}create secret generic mlflow-database -n guardloop --from-literal username=mlflow --from-file password=/dev/stdin"
+  run_line "${kubectl}get secret mlpipeline-minio-artifact -n kubeflow -o go-template='$all' |
+    ${kubectl}create secret generic mlflow-object-store -n guardloop --from-env-file /dev/stdin --dry-run=client -o yaml |
+    ${kubectl}apply -f -"
 }
 
 wait_for_pods() {

@@ -27,8 +27,9 @@ main() {
   source "$variables"
   unset MLFLOW_TRACKING_URI # the server's own store is its database
 
-  RCLONE_CONFIG=/dev/null start s3 "$bin/rclone" serve s3 --addr "127.0.0.1:$s3_port" \
-    --auth-key "$AWS_ACCESS_KEY_ID,$AWS_SECRET_ACCESS_KEY" "$folder/buckets"
+  # By environment, since everyone on this machine sees arguments; quoted, since rclone takes a comma for a second key.
+  RCLONE_CONFIG=/dev/null RCLONE_AUTH_KEY="\"$AWS_ACCESS_KEY_ID,$AWS_SECRET_ACCESS_KEY\"" \
+    start s3 "$bin/rclone" serve s3 --addr "127.0.0.1:$s3_port" "$folder/buckets"
   MLFLOW_S3_ENDPOINT_URL=$s3 MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
     start mlflow "$bin/python" -m mlflow server \
     --host 127.0.0.1 --port "$mlflow_port" --workers 1 \

@@ -34,8 +34,10 @@ case "$*" in *"/dev/stdin"* | *"-f -"*) cat >>"$NOTES.stdin" ;; esac
 """
 
 
-def minikube(*arguments: str, path: Path | None = None, fail: str = "nothing") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "MINIKUBE_PROFILE": "guardloop"}
+def minikube(
+    *arguments: str, path: Path | None = None, fail: str = "nothing", profile: str = "guardloop"
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MINIKUBE_PROFILE": profile}
     if path:
         environment |= {"PATH": f"{path}:{os.environ['PATH']}", "NOTES": str(path / "notes"), "FAIL": fail}
     command = [str(ROOT / "scripts" / "minikube.sh"), *arguments]
@@ -111,6 +113,17 @@ def test_it_stops_at_the_first_command_that_fails(stand_ins: Path) -> None:
     assert done.returncode == 1
     assert "no such thing" in done.stderr
     assert "manifests/kfp/minikube" not in (stand_ins / "notes").read_text()
+
+
+def test_a_profiles_name_is_never_run(stand_ins: Path) -> None:
+    ran = stand_ins / "ran"
+    done = minikube(
+        "up", path=stand_ins, fail="*get?secret?mlflow-database*", profile=f"a'b\"; touch {ran} $(touch {ran})"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists()
+    assert "create secret generic mlflow-database" in (stand_ins / "notes").read_text()
 
 
 def test_down_deletes_that_minikube_only() -> None:

@@ -1,6 +1,7 @@
 """`make services`: what it starts works together, and ends with it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -54,6 +55,8 @@ def test_mlflow_keeps_artifacts_in_the_store_until_both_are_stopped(
 
     assert [path.read_text() for path in (folder / "buckets/guardloop").rglob("a.txt")] == ["kept"]
     assert folder.joinpath("env").stat().st_mode & 0o077 == 0  # it holds the secret
+    (secret,) = re.findall("^export AWS_SECRET_ACCESS_KEY=(.+)$", folder.joinpath("env").read_text(), re.M)
+    assert secret not in subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout
 
     taken = start(folder.parent, s3, free_port())
     assert taken.wait(START_SECONDS) == 2
