@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from support.overlays import MANIFESTS, ROOT, VERSIONS, Overlay, render
+from support.overlays import MANIFESTS, PLATFORM_OF, ROOT, VERSIONS, Overlay, render
 
 from scripts.locked import read_lock
 
@@ -55,6 +55,7 @@ SKETCH = [
         "metadata": {"name": "pipeline-install-config"},
         "data": {"bucketName": "mlpipeline", "appName": "kept"},
     },
+    _named("v1", "ConfigMap", "kfp-launcher", data={"defaultPipelineRoot": ""}),
     _named("apps/v1", "Deployment", "seaweedfs", spec={}),
     *(_named("v1", kind, "seaweedfs") for kind in ("Service", "ServiceAccount")),
     _named("v1", "PersistentVolumeClaim", "seaweedfs-pvc"),
@@ -116,12 +117,51 @@ def test_finished_workflows_and_pods_are_cleared_away(installed: tuple[str, dict
     assert spec["podGC"]["strategy"] == "OnWorkflowCompletion"
 
 
-def test_runs_get_the_priority_that_the_overlay_defines(
-    installed: tuple[str, dict[str, Any]], overlay: Overlay
+def test_runs_get_a_priority_that_comes_with_the_patch_and_pushes_nothing_out(
+    installed: tuple[str, dict[str, Any]],
 ) -> None:
-    patch = json.loads(_environment(installed[1]["Deployment/ml-pipeline"])["COMPILED_PIPELINE_SPEC_PATCH"])
+    priority = installed[1][f"PriorityClass/{_patch(installed[1])['podPriorityClassName']}"]
 
-    assert overlay.one("PriorityClass", patch["podPriorityClassName"])
+    assert priority["preemptionPolicy"] == "Never" and not priority.get("globalDefault")
+    for version in VERSIONS:
+        kubernetes_validate.validate(priority, version, strict=True)
+    for overlay in map(Overlay, PLATFORM_OF):
+        (services,) = overlay.all("PriorityClass")  # the other one has an owner already
+        assert priority["value"] < services["value"] and priority["metadata"]["name"] != services["metadata"]["name"]
+
+
+def test_each_object_has_one_owner_whatever_is_applied_last(installed: tuple[str, dict[str, Any]]) -> None:
+    name, kfp = installed
+    ours = {f"{found['kind']}/{found['metadata']['name']}" for found in Overlay(name).objects}
+
+    assert "ConfigMap/kfp-launcher" in ours
+    assert not ours & kfp.keys()
+
+
+def test_pods_of_a_run_meet_the_restricted_standard_with_a_read_only_root(
+    installed: tuple[str, dict[str, Any]],
+) -> None:
+    """The recorded pod of a stage, as KFP 2.17 makes it, under the patch and what our compiled pipeline asks for."""
+    recorded = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    recorded["seccompProfile"] = {"type": "RuntimeDefault"}
+    patch = json.loads(_patch(installed[1])["podSpecPatch"])
+    (main,) = patch["containers"]
+    context = recorded | {"runAsNonRoot": True, "runAsUser": 10001} | main["securityContext"]
+    container = {"name": "main", "image": "a/b:1", "securityContext": context, "volumeMounts": main["volumeMounts"]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}}
+    pod["spec"] = {"containers": [container], "volumes": patch["volumes"]}
+
+    assert "{{" not in json.dumps(patch, separators=(",", ":"))  # Argo would read it as a variable
+    assert context["readOnlyRootFilesystem"] is True
+    assert [mount["mountPath"] for mount in main["volumeMounts"]] == ["/tmp"]  # the images' HOME
+    for version in VERSIONS:
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_kfps_own_mlflow_plugin_stays_off(installed: tuple[str, dict[str, Any]]) -> None:
+    texts = [json.dumps(found) for found in (*installed[1].values(), *Overlay(installed[0]).objects)]
+
+    assert not [text for text in texts if "plugins.mlflow" in text.lower() or "PLUGINS_MLFLOW" in text]
 
 
 def test_the_ui_looks_for_logs_where_the_controller_archives_them(installed: tuple[str, dict[str, Any]]) -> None:
@@ -192,6 +232,11 @@ def test_the_page_makes_each_namespace_before_the_secrets_in_it() -> None:
 
 def _objects(path: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text("utf-8")))
+
+
+def _patch(objects: dict[str, Any]) -> dict[str, Any]:
+    """What KFP merges into the spec of every workflow."""
+    return json.loads(_environment(objects["Deployment/ml-pipeline"])["COMPILED_PIPELINE_SPEC_PATCH"])
 
 
 def _environment(deployment: dict[str, Any]) -> dict[str, Any]:

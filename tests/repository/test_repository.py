@@ -60,7 +60,7 @@ def test_workflow_and_forms_are_read_as_meant():
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     assert workflow["permissions"] == {"contents": "read"}
     assert all("timeout-minutes" in job for job in workflow["jobs"].values())
-    assert all("@" in step["uses"] for step in steps if "uses" in step)
+    assert all(re.search(r"@[0-9a-f]{40}$", step["uses"]) for step in steps if "uses" in step)  # a tag may be moved
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("[!c]*.yml"):
         content = yaml.safe_load(form.read_text())
         assert {"name", "description", "body"} <= set(content), form.name
