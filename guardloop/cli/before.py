@@ -61,6 +61,8 @@ def plan(
     console.print(f"\nrates: {planned.source}. ~ is rough, ? is not known:", markup=False)
     for reason in planned.reasons():
         console.print(f"  - {reason}", markup=False)
+    for note in planned.notes:
+        console.print(f"\n{note}", markup=False)
     if earlier:
         console.print(f"\nbeside the run {earlier.run}:")
         console.print(compare_table(rows))

@@ -6,7 +6,7 @@ Data is counted; what cannot be known before is estimated, and every such number
 import random
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from guardloop.config import Settings
 from guardloop.core.records import CONVERSATION, Row, write_table
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
+from guardloop.responses.settings import without_prefill
 from launch.checks.doctor import needs_gpu
 from launch.checks.rates import GUARDS, Past, Rate, recorded_rates
 
@@ -97,12 +98,15 @@ class Plan:
     device: str
     source: str
     stages: list[Estimate]
+    notes: list[str] = field(default_factory=list)
+    """What the configuration cannot do, in words."""
 
     def plain(self) -> dict[str, Any]:
         """The plan as JSON-ready values."""
         stages = [stage.plain() for stage in self.stages]
         total = {name: self.total(name).plain() for name in ("seconds", "bytes")}
-        return {"device": self.device, "rates": self.source, "stages": stages, "total": total}
+        told = {"device": self.device, "rates": self.source, "notes": self.notes}
+        return {**told, "stages": stages, "total": total}
 
     def total(self, name: str) -> Number:
         """The sum over the stages of `seconds` or `bytes`; rough where a stage is not known."""
@@ -122,7 +126,8 @@ def make_plan(settings: Settings, past: Past | None) -> Plan:
     """Estimate every stage of the whole pipeline. Raises GuardLoopError where the data cannot be read."""
     device: Device = "gpu" if needs_gpu(settings) else "cpu"
     source = f"the run {past.run}" if past else "docs/benchmarks.md, where a rate fits"
-    return Plan(device, source, [_estimate(work, settings, past, device) for work in _works(settings, past)])
+    stages = [_estimate(work, settings, past, device) for work in _works(settings, past)]
+    return Plan(device, source, stages, list(filter(None, [without_prefill(settings.responders)])))
 
 
 def measure(source: SourceSettings, where: str, seed: int = 0) -> Rows:
