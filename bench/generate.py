@@ -31,7 +31,7 @@ from bench.write import PAGE, write_section
 from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.core.progress import Stage
 from guardloop.core.records import RESPONSE, SCREENED, Row, read_table, write_table
-from guardloop.models.loading import load_causal_lm, load_tokenizer, pick_device, pick_dtype
+from guardloop.models.loading import load_causal_lm, load_tokenizer, pick_dtype
 from guardloop.models.locate import locate
 from guardloop.responses.chat import ChatRenderer
 from guardloop.responses.engine import TOP_P, Request, sample_seed
@@ -52,9 +52,9 @@ Result = dict[str, Any]
 def cpu(prompts: int, samples: int, new_tokens: int, rounds: int) -> list[Result]:
     """The embedded responder on this machine's CPU: both ways in turn, `rounds` times; medians."""
     settings = ResponderSettings(samples=samples, max_new_tokens=new_tokens, prefill="")
-    device = pick_device("cpu")
+    device = torch.device("cpu")
     folder = locate(settings.model)
-    model, tokenizer = load_causal_lm(folder, None, pick_dtype("auto", device), device), load_tokenizer(folder)
+    model, tokenizer = load_causal_lm(folder, None, pick_dtype(device), device), load_tokenizer(folder)
     ours = TransformersResponder.of(settings, model, tokenizer)
     texts = toxic_chat_like(prompts, tokenizer)
     tokens = [ours.chat.encode(text) for text in texts]

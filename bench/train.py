@@ -44,7 +44,7 @@ Forward = Callable[[Any, Prefixes, LabelTokens, Sequence[Encoded]], tuple[torch.
 
 def packed(model: Any, prefixes: Prefixes, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """This engine: the template once, the head at the answers only."""
-    hidden, tokens = label_states(model, prefixes, labels.lead, batch)
+    hidden, tokens = label_states(model, prefixes, labels.before, batch)
     return label_logits(model, hidden), tokens
 
 
@@ -80,9 +80,9 @@ class Timing:
 
 def measure(steps: int, guard: GuardSettings, settings: TrainingSettings) -> dict[str, Timing]:
     """Time `steps` training steps of each way, after one to warm up."""
-    device = pick_device(guard.device)
+    device = pick_device()
     renderer = load_renderer(guard)
-    model = load_causal_lm(locate(guard.base), guard.revision, pick_dtype(guard.dtype, device), device)
+    model = load_causal_lm(locate(guard.base), guard.revision, pick_dtype(device), device)
     torch.manual_seed(0)
     model = fresh_adapter(model, settings, dropout=0.0).train()  # so that the losses can be compared
     labels, prefixes = label_tokens(renderer), renderer.prefixes
@@ -118,7 +118,7 @@ def examples(renderer: Any) -> list[Encoded]:
 
 
 def _padded(model: Any, labels: LabelTokens, batch: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [[*e.tokens, *labels.lead] for e in batch]
+    rows = [[*e.tokens, *labels.before] for e in batch]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     return ids, torch.tensor([len(row) - 1 for row in rows], device=model.device)
@@ -154,7 +154,7 @@ def main() -> None:
     console = Console()
     settings = load_settings("configs/demo.yaml").training
     guard = GUARD.model_copy(update={"device": "cpu"})
-    dtype = str(pick_dtype(guard.dtype, pick_device(guard.device))).removeprefix("torch.")
+    dtype = str(pick_dtype(pick_device())).removeprefix("torch.")
     machine = f"CPU, {platform.machine()}, {torch.get_num_threads()} threads, {dtype}"
     console.print(f"Training on {machine} ...")
     markdown = "\n\n".join(["### Training on a CPU", table(measure(steps, guard, settings), settings, machine)])

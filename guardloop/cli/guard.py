@@ -46,16 +46,14 @@ def check(
     if file is not None:
         rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
     settings = settings_of(config).guard
-    if categories:
-        settings = settings.model_copy(update={"categories": True})
     from guardloop.guard.engine import Guard  # torch loads for seconds; wrong input is told before
-    from guardloop.guard.loading import fetch_adapter
+    from guardloop.models.locate import fetch_adapter
 
     os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
-    verdicts = [list(Guard.load(settings, fetch_adapter(adapter)).score(rows))]
+    verdicts = [list(Guard.load(settings, fetch_adapter(adapter), categories=categories).score(rows))]
     if against is not None:
         other, other_adapter = _second_guard(settings, against)
-        verdicts.append(list(Guard.load(other, fetch_adapter(other_adapter)).score(rows)))
+        verdicts.append(list(Guard.load(other, fetch_adapter(other_adapter), categories=categories).score(rows)))
         if not as_json:
             console.print(f"first: {adapter or settings.base}; second: {against}", soft_wrap=True, markup=False)
     for row, *judged in zip(rows, *verdicts, strict=True):

@@ -9,17 +9,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import Row, chunks
 from guardloop.guard.inference.float8 import to_float8
-from guardloop.guard.inference.scorer import Scored, Scorer
-from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
+from guardloop.guard.inference.scorer import PACK_TOKENS, Scored, Scorer
+from guardloop.guard.loading import attach_adapter, load_renderer
 from guardloop.guard.metadata import guard_metadata, thresholds
 from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.prompt.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
-from guardloop.models.locate import locate
+from guardloop.models.locate import fetch_adapter, locate
 
 WINDOW = 4096  # conversations sorted into packs or batches at a time
 MASS_SAMPLE = 256  # conversations before the label mass is judged
@@ -55,15 +57,14 @@ class Guard:
         response_threshold: float | None = None,
         temperature: float = 1.0,
         batch_tokens: int | None = None,
-        pack_tokens: int = 20992,
+        pack_tokens: int = PACK_TOKENS,
         packed: bool | None = None,
         categories: bool = False,
         min_label_mass: float = 0.95,
-        is_guard: bool = True,
         name: str = "guard",
     ) -> None:
         """`response_threshold`: by default that of prompts. `packed`: whether conversations are packed; by default on a
-        GPU, for models that can be.
+        GPU, for models that can be. `categories`: also read those of flagged messages, in a second pass over these.
         """
         self.model = model
         self.renderer = renderer
@@ -72,7 +73,6 @@ class Guard:
         self.temperature = temperature
         self.categories = categories
         self.min_label_mass = min_label_mass
-        self.is_guard = is_guard
         self.name = name
         self.labels: LabelTokens = label_tokens(renderer)
         self.scorer = Scorer(
@@ -85,22 +85,29 @@ class Guard:
         )
 
     @classmethod
-    def load(cls, settings: GuardSettings | str, adapter: str | Path | None = None) -> Guard:
+    def load(
+        cls,
+        settings: GuardSettings | str,
+        adapter: str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Guard:
         """Load the guard that `settings` names (or the base model of that id), with `adapter` (a local folder) in
-        place of its own adapter.
+        place of its own adapter. `device` and `dtype` are by default the best that the machine has; `options` are
+        `categories`, `packed`, `batch_tokens` and `pack_tokens`, as above.
 
         Raises GuardLoopError for a missing, gated or unfitting model.
         """
         if isinstance(settings, str):
             settings = GuardSettings(base=settings)
-        device = pick_device(settings.device)
+        place = torch.device(device) if device else pick_device()
         location = locate(settings.base)
-        adapter_folder = Path(adapter) if adapter else fetch_adapter(settings.adapter, settings.tracking_uri)
+        adapter_folder = Path(adapter) if adapter else fetch_adapter(settings.adapter)
         metadata = {**guard_metadata(location), **(guard_metadata(adapter_folder) if adapter_folder else {})}
         renderer = load_renderer(settings)
-        model = load_causal_lm(
-            location, settings.revision, pick_dtype(settings.dtype, device), device, settings.quantization
-        )
+        model = load_causal_lm(location, settings.revision, dtype or pick_dtype(place), place, settings.quantization)
         if adapter_folder:
             model = attach_adapter(model, adapter_folder)
             if settings.quantization in ("none", "fp8"):
@@ -115,16 +122,13 @@ class Guard:
             threshold=threshold,
             response_threshold=response_threshold,
             temperature=float(metadata.get("temperature", 1.0)),
-            batch_tokens=settings.batch_tokens,
-            pack_tokens=settings.pack_tokens,
-            categories=settings.categories,
             min_label_mass=settings.min_label_mass,
-            is_guard=settings.is_guard,
             name=settings.base if adapter_folder is None else f"{settings.base} + {adapter_folder.name}",
+            **options,
         )
 
     def score(self, conversations: Iterable[Row]) -> Iterator[Verdict]:
-        """Verdicts for rows with `prompt` and (for the Agent's message) `response`, in order, in bounded memory.
+        """Verdicts for rows with `prompt` and (to judge the response) `response`, in order, in bounded memory.
 
         Raises GuardLoopError once the median label mass shows that this is not a guard's answer.
         """
@@ -142,7 +146,7 @@ class Guard:
         """Render a window and send it through the model; nothing is waited for."""
         judged = [i for i, row in enumerate(rows) if (row["prompt"] or "").strip()]
         prompts = self.renderer.render_all([(rows[i]["prompt"], rows[i].get("response")) for i in judged])
-        tokens = [[*prompt.tokens, *self.labels.lead] for prompt in prompts]
+        tokens = [[*prompt.tokens, *self.labels.before] for prompt in prompts]
         limits = [self.threshold if rows[i].get("response") is None else self.response_threshold for i in judged]
         return Started(len(rows), judged, tokens, limits, [p.truncated for p in prompts], self.scorer.score(tokens))
 
@@ -169,7 +173,7 @@ class Guard:
     def _add_categories(self, verdicts: list[Verdict], started: Started) -> None:
         """A second pass over the flagged rows: what the guard writes after `unsafe`, token by token."""
         flagged = {index for index, row in enumerate(started.judged) if verdicts[row].flagged}
-        unsafe = self.renderer.answer(UNSAFE)[len(self.labels.lead) :]
+        unsafe = self.renderer.answer(UNSAFE)[len(self.labels.before) :]
         written = {index: list(unsafe) for index in flagged}
         open_rows = sorted(flagged)
         while open_rows and len(written[open_rows[0]]) < LONGEST_ANSWER:
@@ -188,11 +192,11 @@ class Guard:
             )
 
     def _check_mass(self, masses: list[float]) -> None:
-        if self.is_guard and masses and median(masses) < self.min_label_mass:
+        if masses and median(masses) < self.min_label_mass:
             raise GuardLoopError(
                 f"{self.name}: the median label mass is {median(masses):.2f}, under {self.min_label_mass}: "
                 "the model does not answer `safe` or `unsafe` here, so its scores mean nothing",
-                "check guard.family; for a base model that is not a guard yet set guard.is_guard: false",
+                "check guard.family; for a base model that is not a guard yet set guard.min_label_mass: 0",
             )
 
 

@@ -1,9 +1,6 @@
 """From settings to a guard's parts: its renderer, its weights, its adapter."""
 
-import atexit
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -11,7 +8,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.places import cache_folder
 from guardloop.guard.adapter_files import WEIGHTS, check_adapter_files
 from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.family import family_of
@@ -32,30 +28,8 @@ def load_renderer(settings: GuardSettings) -> Renderer:
         load_tokenizer(location, settings.revision),
         family_of(family_name, settings.base),
         read_policy(settings.policy) if settings.policy else None,
-        settings.excluded_categories,
         settings.max_text_tokens,
     )
-
-
-def fetch_adapter(adapter: str | None, tracking_uri: str | None = None) -> Path | None:
-    """The local folder of an adapter given as a folder, an `s3://` URI or a `models:/` URI.
-
-    The last is looked up in MLflow at `tracking_uri`, else at MLFLOW_TRACKING_URI, and kept in the cache folder: a
-    version never changes. What comes from `s3://` may, so its copy lasts as long as the process.
-    """
-    if adapter is None:
-        return None
-    if adapter.startswith("models:/"):
-        from guardloop.models.registered import resolve_model  # noqa: PLC0415  (MLflow is slow to import and rarely needed here)
-
-        return resolve_model(adapter, cache_folder() / "adapters", tracking_uri)
-    if adapter.startswith("s3://"):
-        from guardloop.core.storage import fetch  # noqa: PLC0415
-
-        folder = Path(mkdtemp(prefix="adapter-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return fetch(adapter, folder)
-    return Path(adapter).expanduser()
 
 
 def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
@@ -68,8 +42,8 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
         # else peft asks the hub for the base that the adapter names
         loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         # peft itself only warns where the adapter has other layers than the model
-        if odd := stored.symmetric_difference(key for key in loaded if "lora_" in key):
-            raise ValueError(f"{len(odd)} weights without counterpart, such as {min(odd)}")
+        if unmatched := stored.symmetric_difference(key for key in loaded if "lora_" in key):
+            raise ValueError(f"{len(unmatched)} weights without counterpart, such as {min(unmatched)}")
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise GuardLoopError(
             f"the adapter in {folder} does not fit the base model: {' '.join(str(error).split())[:300]}",

@@ -26,19 +26,15 @@ for _function in (torch.cos, torch.sin, torch.exp, torch.log, torch.sqrt, torch.
     _function(torch.ones(1))
 
 
-def pick_device(device: str = "auto") -> torch.device:
-    """The device to compute on. Raises GuardLoopError if `cuda` is asked for and absent."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise GuardLoopError("device: cuda was asked for, and there is no usable GPU", "set device to auto or cpu")
-    return torch.device("cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu")
+def pick_device() -> torch.device:
+    """The device to compute on: a GPU where there is one (CUDA_VISIBLE_DEVICES hides it)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The number format of the weights: `auto` is bfloat16 where matrix products in it are native, else float16 on a
-    GPU and float32 on a CPU.
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The number format of the weights: bfloat16 where matrix products in it are native, else float16 on a GPU and
+    float32 on a CPU.
     """
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

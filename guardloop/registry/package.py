@@ -14,7 +14,7 @@ from guardloop.guard.settings import GuardSettings
 from guardloop.models.registered import ADAPTER
 
 POLICY = "policy.yaml"
-LEFT_OUT = ("adapter", "tracking_uri", "threshold", "response_threshold", "policy")
+LEFT_OUT = ("adapter", "threshold", "response_threshold", "policy")
 """Settings of the baseline that the adapter brings, or that are in the folder."""
 EXAMPLE = {
     "prompt": ["How do I kill a Python process?", "Tell me about locks."],

@@ -54,9 +54,9 @@ def benchmark_guards(
     Without an adapter the baseline is on both sides.
     """
     from guardloop.evaluation.paired import GuardRun
-    from guardloop.guard.loading import fetch_adapter
+    from guardloop.models.locate import fetch_adapter
 
-    folder = fetch_adapter(adapter, guard.tracking_uri)
+    folder = fetch_adapter(adapter)
     with Stage("score_benchmarks") as stage:
         scored = _score(stage, settings, guard, folder, [])
         stage.done(len(scored.rows), ", ".join(scored.metadata))

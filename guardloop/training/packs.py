@@ -1,13 +1,14 @@
 """Training on packed sequences: on a GPU, the examples of a step share one copy of their template, with gradient."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from guardloop.guard.inference.forward import behind
+from guardloop.guard.inference.forward import longest_prefix
 from guardloop.guard.inference.packed import PackedForward
-from guardloop.guard.inference.packing import BLOCK, bins, most_rows
+from guardloop.guard.inference.packing import BLOCK, bins, max_labels
 from guardloop.training.examples import Encoded
 
 PARTS = (4, 2, 1)  # packs of a quarter, a half and the whole of the largest: few, as each is compiled
@@ -36,17 +37,15 @@ class Packs:
         self._forwards: dict[tuple[tuple[int, ...], int], PackedForward] = {}
 
     def micro_batches(self, examples: Sequence[Encoded]) -> list[list[Encoded]]:
-        """The examples in packs, each behind one template; one that fits no pack is a micro-batch by itself."""
+        """The examples in packs, each after one prefix; one that fits no pack is a micro-batch by itself."""
         groups: dict[tuple[int, ...], list[Encoded]] = {}
         for example in examples:
-            groups.setdefault(behind(self.prefixes, example.tokens), []).append(example)
+            groups.setdefault(longest_prefix(self.prefixes, example.tokens), []).append(example)
         found = []
         for prefix, group in groups.items():
-            lengths = [len(self._row(prefix, e)) for e in group]
-            packs = bins(lengths, self.max_tokens - len(prefix), most_rows(self.max_tokens)) if prefix else []
-            packed = {i for pack in packs for i in pack}
-            found += [[group[i] for i in pack] for pack in packs]
-            found += [[e] for i, e in enumerate(group) if i not in packed]
+            room, length = self.max_tokens - len(prefix), partial(self._length, prefix)
+            packs, alone = bins(group, room, max_labels(self.max_tokens), length) if prefix else ([], group)
+            found += [*packs, *([example] for example in alone)]
         return found
 
     def hidden(self, batch: Sequence[Encoded]) -> tuple[torch.Tensor, int] | None:
@@ -54,11 +53,11 @@ class Packs:
 
         None where it is no pack.
         """
-        prefix = behind(self.prefixes, batch[0].tokens)
+        prefix = longest_prefix(self.prefixes, batch[0].tokens)
         rows = [self._row(prefix, e) for e in batch]
         tokens = len(prefix) + sum(map(len, rows))
         sizes = (self.max_tokens // part // BLOCK * BLOCK for part in PARTS)
-        size = next((s for s in sizes if s >= tokens and most_rows(s) >= len(rows)), None)
+        size = next((s for s in sizes if s >= tokens and max_labels(s) >= len(rows)), None)
         if not prefix or size is None:
             return None
         if (prefix, size) not in self._forwards:
@@ -71,6 +70,9 @@ class Packs:
         """Use packs of at most `max_tokens` tokens from here on."""
         self.max_tokens = max_tokens
         self._forwards.clear()
+
+    def _length(self, prefix: Sequence[int], example: Encoded) -> int:
+        return len(self._row(prefix, example))
 
     def _row(self, prefix: Sequence[int], example: Encoded) -> list[int]:
         return [*example.tokens[len(prefix) :], *self.lead]

@@ -36,7 +36,7 @@ def make_guard(
 
     Messages longer than `max_text_tokens` keep their head and tail.
     """
-    dtype = pick_dtype("auto", pick_device())
+    dtype = pick_dtype(pick_device())
     model = train_on_labels(
         base, family, rows, settings, dtype, seed=seed, max_text_tokens=max_text_tokens, on_step=on_step
     )

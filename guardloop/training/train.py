@@ -17,13 +17,13 @@ from guardloop.core.records import Row
 from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.inference.forward import is_sharded
-from guardloop.guard.loading import attach_adapter, fetch_adapter, load_renderer
+from guardloop.guard.loading import attach_adapter, load_renderer
 from guardloop.guard.metadata import guard_metadata, thresholds
 from guardloop.guard.prompt.renderer import Renderer
 from guardloop.guard.prompt.verdict import label_tokens
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
-from guardloop.models.locate import locate
+from guardloop.models.locate import fetch_adapter, locate
 from guardloop.training.adapter import fresh_adapter, put_back, restart, save_adapter, scaled, trained_tensors
 from guardloop.training.calibrate import benign_fpr, ranking, same_share, stricter_point, temperature
 from guardloop.training.card import model_card
@@ -165,10 +165,10 @@ def train(
 
 
 def _prepare(training: list[Row], validation: list[Row], guard: GuardSettings, settings: TrainingSettings) -> Work:
-    device = pick_device(guard.device)
+    device = pick_device()
     processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
-    own_adapter = fetch_adapter(guard.adapter, guard.tracking_uri)
+    own_adapter = fetch_adapter(guard.adapter)
     metadata = {**guard_metadata(base), **(guard_metadata(own_adapter) if own_adapter else {})}
     return Work(
         guard,
@@ -189,7 +189,7 @@ def _load(
 ) -> Any:
     """The baseline with a new adapter over its own one, as it is trained."""
     place = torch.device("cpu") if settings.sharded else device  # no GPU has to hold the whole guard
-    model = load_causal_lm(base, guard.revision, pick_dtype(guard.dtype, device), place, guard.quantization)
+    model = load_causal_lm(base, guard.revision, pick_dtype(device), place, guard.quantization)
     _keep_differentiable(model)
     model = fresh_adapter(attach_adapter(model, own_adapter) if own_adapter else model, settings)
     if settings.sharded:

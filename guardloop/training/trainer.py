@@ -18,10 +18,16 @@ from accelerate import Accelerator, DistributedType
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from guardloop.core.errors import GuardLoopError, first_line
-from guardloop.guard.inference.forward import PrefixCache, behind, decoder_of, is_sharded, label_hidden, label_logits
+from guardloop.guard.inference.forward import (
+    PrefixCache,
+    decoder_of,
+    is_sharded,
+    label_hidden,
+    label_logits,
+    longest_prefix,
+)
 from guardloop.guard.inference.packed import fits
-from guardloop.guard.inference.packing import BLOCK
-from guardloop.guard.inference.packing import batches as padded_batches
+from guardloop.guard.inference.packing import BLOCK, padded_batches
 from guardloop.guard.prompt.verdict import LabelTokens
 from guardloop.models.loading import is_out_of_memory
 from guardloop.training.checkpoint import (
@@ -68,7 +74,7 @@ def label_states(
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(batch):
-        groups.setdefault(behind(prefixes, example.tokens), []).append(index)
+        groups.setdefault(longest_prefix(prefixes, example.tokens), []).append(index)
     parts, order, tokens = list[torch.Tensor](), list[int](), 0
     for prefix, indices in groups.items():
         rows = [[*batch[index].tokens[len(prefix) :], *lead] for index in indices]
@@ -92,7 +98,7 @@ class Learner(torch.nn.Module):
     def forward(self, batch: Sequence[Encoded]) -> torch.Tensor:
         """The examples' weighted losses, summed: `float32[]`."""
         packed = self.packs.hidden(batch) if self.packs else None
-        hidden, tokens = packed or label_states(self.model, self.prefixes, self.labels.lead, batch)
+        hidden, tokens = packed or label_states(self.model, self.prefixes, self.labels.before, batch)
         self.tokens += tokens
         return batch_loss(label_logits(self.model, hidden), self.labels, batch)
 
@@ -122,7 +128,7 @@ class Trainer:
         self.packs = None
         if model.device.type == "cuda" and fits(model):
             share = settings.gradient_checkpointing
-            self.packs = Packs(model, prefixes, labels.lead, max_tokens=self.max_tokens, checkpointed=share)
+            self.packs = Packs(model, prefixes, labels.before, max_tokens=self.max_tokens, checkpointed=share)
         self.packs_work = False  # no step was taken with them yet
         # FSDP gathers a layer for one pass before each backward pass: a template by itself would be another one.
         # Gradient checkpointing knows no cached keys.
@@ -218,11 +224,10 @@ class Trainer:
             return self.packs.micro_batches(examples)
         if self._padded_tokens(examples) <= self.max_tokens:
             return [examples]
-        lengths = list(map(self._length, examples))
-        return [[examples[i] for i in chosen] for chosen in padded_batches(lengths, self.max_tokens)]
+        return list(padded_batches(examples, self.max_tokens, self._length))
 
     def _length(self, example: Encoded) -> int:
-        return len(example.tokens) - len(behind(self.learner.prefixes, example.tokens))
+        return len(example.tokens) - len(longest_prefix(self.learner.prefixes, example.tokens))
 
     def _padded_tokens(self, examples: Sequence[Encoded]) -> int:
         return max(map(self._length, examples)) * len(examples)

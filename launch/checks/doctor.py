@@ -163,8 +163,7 @@ def _gpus() -> list[dict[str, str]] | None:
 
 def needs_gpu(settings: Settings) -> list[str]:
     """The settings that cannot be met without a GPU."""
-    needs = ["guard.device: cuda"] * (settings.guard.device == "cuda")
-    needs += ["guard.quantization: fp8"] * (settings.guard.quantization == "fp8")
+    needs = ["guard.quantization: fp8"] * (settings.guard.quantization == "fp8")
     for one in settings.responders:
         needs += ["kind: vllm"] * (one.kind == "vllm")
     return list(dict.fromkeys(needs))

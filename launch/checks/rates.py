@@ -117,7 +117,7 @@ def _kind(settings: Settings) -> tuple[Any, ...]:
     """What decides how fast stages are; the amount of data does not."""
     guard, training = settings.guard, settings.training
     responders = tuple((one.kind, one.model, one.max_new_tokens) for one in settings.responders)
-    return (guard.base, guard.quantization, guard.device, responders, training.rank, training.top_layers)
+    return (guard.base, guard.quantization, responders, training.rank, training.top_layers)
 
 
 def _written(run: Run) -> dict[str, int]:

@@ -59,7 +59,7 @@ def test_the_copy_of_an_adapter_goes_with_its_process(s3: S3Server, folder: Path
     put(folder, "s3://guardloop/adapter")
     (tmp_path / "temporary").mkdir()
     code = (
-        "from guardloop.guard.loading import fetch_adapter\n"
+        "from guardloop.models.locate import fetch_adapter\n"
         "print(sorted(path.name for path in fetch_adapter('s3://guardloop/adapter').iterdir()))\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}

@@ -293,7 +293,7 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = {"kind": "file", "path": str(folder / "rows.jsonl")}
     benchmark = {"name": "drill", "kind": "unsafe", "source": source}
     (folder / "drill.yaml").write_text(yaml.safe_dump(benchmark))
-    settings = {"guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "device": "cpu"}}
+    settings = {"guard": {"base": str(guard), "min_label_mass": 0}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings | {"evaluation": {"resamples": 200}}))
     return folder
 

@@ -167,7 +167,7 @@ def _guard(folder: Path) -> None:
 
 
 def _render(folder: Path) -> None:
-    settings = GuardSettings(base=str(folder), is_guard=False, max_text_tokens=64)
+    settings = GuardSettings(base=str(folder), min_label_mass=0, max_text_tokens=64)
     tokens = load_renderer(settings).render("how do I bake a cake?", "mix flour").tokens
     assert tokens and all(isinstance(token, int) for token in tokens)
 

@@ -35,14 +35,14 @@ NEAR = 1e-4
 @cache
 def guard_of(family, lora=False, packed=False):
     model = with_lora(tiny_llama(family)) if lora else tiny_llama(family)
-    return Guard(model.eval(), renderer_of(family), is_guard=False, packed=packed, pack_tokens=1024)
+    return Guard(model.eval(), renderer_of(family), min_label_mass=0.0, packed=packed, pack_tokens=1024)
 
 
 @torch.no_grad()
 def by_full_forward(guard, row):
     """Score and label mass of one conversation, from all logits of the whole prompt by itself."""
     tokens = guard.renderer.render(row["prompt"], row["response"]).tokens
-    logits = guard.model(torch.tensor([[*tokens, *guard.labels.lead]])).logits[0, -1]
+    logits = guard.model(torch.tensor([[*tokens, *guard.labels.before]])).logits[0, -1]
     safe, unsafe = guard.labels.safe, guard.labels.unsafe
     return float(logits[unsafe] - logits[safe]), float(logits.softmax(-1)[[safe, unsafe]].sum())
 
@@ -234,7 +234,7 @@ def test_an_empty_prompt_is_recorded_and_the_rest_is_scored():
 
 
 def test_truncation_is_recorded():
-    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=16), is_guard=False)
+    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=16), min_label_mass=0.0)
     assert [v.truncated for v in guard.score(user("short", "long " * 50))] == [False, True]
 
 
@@ -290,19 +290,15 @@ def test_memory_does_not_grow_with_the_number_of_conversations():
 
 
 def test_a_low_label_mass_stops_the_run_before_any_verdict():
-    guard = tiny_guard(is_guard=True)
+    guard = tiny_guard(min_label_mass=0.95)
     with pytest.raises(GuardLoopError, match=r"median label mass is 0\.\d\d, under 0\.95") as error:
         next(guard.score(user("hello", "there")))
-    assert "guard.is_guard: false" in error.value.remedy
+    assert "guard.min_label_mass: 0" in error.value.remedy
 
 
 def test_a_low_label_mass_is_reported_for_a_model_that_is_no_guard_yet():
-    masses = [v.label_mass for v in tiny_guard(is_guard=False).score(user("hello", "there"))]
+    masses = [v.label_mass for v in tiny_guard(min_label_mass=0.0).score(user("hello", "there"))]
     assert all(0 <= mass < 0.95 for mass in masses)
-
-
-def test_the_least_label_mass_is_a_setting():
-    assert len(list(tiny_guard(is_guard=True, min_label_mass=0.0).score(user("hello")))) == 1
 
 
 def test_an_answer_that_is_not_a_number_is_no_verdict():
@@ -311,14 +307,14 @@ def test_an_answer_that_is_not_a_number_is_no_verdict():
         guard.model.model.norm.weight.fill_(float("nan"))
     (verdict,) = guard.score(user("hello"))
     assert (verdict.score, verdict.flagged, verdict.error) == (None, False, "the guard's answer is not a number")
-    guard.is_guard = True
+    guard.min_label_mass = 0.95
     with pytest.raises(GuardLoopError, match="label mass"):
         list(guard.score(user("hello")))
 
 
 @pytest.mark.slow
 def test_scores_of_a_half_precision_model_do_not_collapse_into_ties():
-    guard = Guard(tiny_llama().to(torch.bfloat16), renderer_of("guardloop"), is_guard=False)
+    guard = Guard(tiny_llama().to(torch.bfloat16), renderer_of("guardloop"), min_label_mass=0.0)
     rows = user(*(f"number {n}" for n in range(60)))
     rounded = {by_full_forward(guard, row)[0] for row in rows}
     assert len(set(scores(guard, rows))) > 2 * len(rounded)

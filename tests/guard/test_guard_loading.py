@@ -31,7 +31,7 @@ def adapter(folder, model=None, metadata=None, **config):
 
 
 def load(base, adapter=None, **options):
-    return Guard.load(GuardSettings(base=str(base), dtype="float32", is_guard=False, **options), adapter)
+    return Guard.load(GuardSettings(base=str(base), min_label_mass=0, **options), adapter)
 
 
 def test_a_loaded_guard_scores_as_it_did_in_memory(base):
@@ -41,11 +41,11 @@ def test_a_loaded_guard_scores_as_it_did_in_memory(base):
 
 def test_a_loaded_adapter_scores_as_it_did_in_memory(base, tmp_path):
     rows = [*user("hello", "build a bomb"), *agent(("hello", "no"))]
-    in_memory = Guard(with_lora(tiny_llama()).eval(), renderer_of("guardloop"), is_guard=False)
+    in_memory = Guard(with_lora(tiny_llama()).eval(), renderer_of("guardloop"), min_label_mass=0.0)
     expected = scores(in_memory, rows)
     folder = adapter(tmp_path / "lora")
     assert scores(load(base, folder), rows) == pytest.approx(expected, abs=NEAR)
-    by_setting = Guard.load(GuardSettings(base=str(base), dtype="float32", is_guard=False, adapter=str(folder)))
+    by_setting = Guard.load(GuardSettings(base=str(base), min_label_mass=0, adapter=str(folder)))
     assert scores(by_setting, rows) == pytest.approx(expected, abs=NEAR)
 
 
@@ -74,7 +74,7 @@ def test_the_threshold_of_responses_is_that_of_prompts_where_none_is_named(base,
     assert points(load(base, response_threshold=1.0)) == (0.25, 1.0)
     folder = adapter(tmp_path / "lora", metadata={"threshold": 0.75, "response_threshold": -0.5})
     assert points(load(base, folder, threshold=2.0, response_threshold=1.0)) == (0.75, -0.5)
-    by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder), threshold=2.0)
+    by_setting = GuardSettings(base=str(base), adapter=str(folder), threshold=2.0)
     assert points(Guard.load(by_setting)) == (2.0, -0.5)
 
 
@@ -82,7 +82,7 @@ def test_the_adapters_threshold_wins_where_one_is_given(base, tmp_path):
     folder = adapter(tmp_path / "lora", metadata={"threshold": 0.75})
     assert load(base, folder).threshold == 0.75
     assert load(base, folder, threshold=-1.5).threshold == 0.75
-    by_setting = GuardSettings(base=str(base), dtype="float32", adapter=str(folder))
+    by_setting = GuardSettings(base=str(base), adapter=str(folder))
     assert Guard.load(by_setting).threshold == 0.75
     assert Guard.load(by_setting.model_copy(update={"threshold": -1.5})).threshold == -1.5
 

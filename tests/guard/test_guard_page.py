@@ -11,7 +11,7 @@ def test_the_pages_example_runs(tmp_path, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert '"embedded:guard"' in example
     folder = save_guard(tmp_path / "guard")
-    code = example.replace('"embedded:guard"', "GuardSettings(base=FOLDER, is_guard=False)")
+    code = example.replace('"embedded:guard"', "GuardSettings(base=FOLDER, min_label_mass=0)")
     from guardloop.guard.settings import GuardSettings
 
     exec(compile(code, str(PAGE), "exec"), {"GuardSettings": GuardSettings, "FOLDER": str(folder)})

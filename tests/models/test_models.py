@@ -15,7 +15,7 @@ import torch
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.metadata import guard_metadata
-from guardloop.models.loading import is_out_of_memory, load_tokenizer, pick_device, pick_dtype
+from guardloop.models.loading import is_out_of_memory, load_tokenizer, pick_dtype
 from guardloop.models.locate import locate
 
 LOAD = """
@@ -107,13 +107,6 @@ def test_a_damaged_guard_json_is_refused(tmp_path: Path) -> None:
         guard_metadata(tmp_path)
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-    with pytest.raises(GuardLoopError, match="no usable GPU"):
-        pick_device("cuda")
-
-
 @pytest.mark.parametrize(("generation", "format_"), [(7, torch.float16), (8, torch.bfloat16)])
 def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
     monkeypatch: pytest.MonkeyPatch, generation: int, format_: torch.dtype
@@ -126,7 +119,7 @@ def test_a_gpu_that_only_emulates_bfloat16_gets_float16(
     }.items():
         monkeypatch.setattr(f"torch.cuda.{name}", value)
 
-    assert pick_dtype("auto", torch.device("cuda")) == format_
+    assert pick_dtype(torch.device("cuda")) == format_
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from support.services import Service
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.engine import Guard
-from guardloop.guard.loading import fetch_adapter
 from guardloop.guard.settings import GuardSettings
+from guardloop.models.locate import fetch_adapter
 from guardloop.registry.package import package
 from guardloop.registry.registry import Registry
 from guardloop.registry.settings import RegistrySettings
@@ -72,7 +72,7 @@ class ModelServer(Service):
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory: pytest.TempPathFactory) -> GuardSettings:
     base = save_guard(tmp_path_factory.mktemp("base"), threshold=0.5)
-    return GuardSettings(base=str(base), is_guard=False, dtype="float32", device="cpu", max_text_tokens=64)
+    return GuardSettings(base=str(base), min_label_mass=0, max_text_tokens=64)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def guard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A random guard that blocks about a third of the prompts."""
     folder = save_guard(tmp_path_factory.mktemp("guard"), threshold=0.0)
-    plain = {"base": str(folder), "is_guard": False, "dtype": "float32", "device": "cpu"}
+    plain = {"base": str(folder), "min_label_mass": 0}
     everything = tmp_path_factory.mktemp("screened")
     write_table(traffic(), CONVERSATION, everything / "traffic")
     stages.screen(everything / "traffic", everything / "verdicts", plain)
@@ -179,7 +179,7 @@ def test_the_pipeline_in_two_shards_gives_what_it_gives_in_one(tmp_path: Path, t
     guard = save_guard(tmp_path / "guard", threshold=10.0)
     settings = {
         "dataset": {"traffic": {"path": "traffic", "limit": 24}, "test": {"path": "test", "limit": 40}},
-        "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
+        "guard": {"base": str(guard), "min_label_mass": 0, "threshold": 10.0},
         "responders": [{"model": str(tiny_folder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}],
         "max_error_share": 1.0,
     }

@@ -18,7 +18,7 @@ from support.workshop import ROOT
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import SCREENED, write_table
-from guardloop.guard.loading import fetch_adapter
+from guardloop.models.locate import fetch_adapter
 from guardloop.registry.registry import Registry
 from guardloop.registry.settings import RegistrySettings
 

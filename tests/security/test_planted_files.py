@@ -132,7 +132,7 @@ def test_a_chat_template_stays_in_its_sandbox(tmp_path: Path, trace: Path, templ
     folder = save_guard(tmp_path / "model", "llama-guard-3")
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(GuardLoopError):
-        load_renderer(GuardSettings(base=str(folder), is_guard=False))
+        load_renderer(GuardSettings(base=str(folder), min_label_mass=0))
     assert not trace.exists()
 
 
@@ -187,7 +187,7 @@ def test_plain_adapters_of_peft_are_taken(adapter: Path) -> None:
 def test_a_threshold_that_lets_everything_pass_is_refused(model: Path, name: str, value: str) -> None:
     (model / "guard.json").write_text(f'{{"family": "guardloop", "{name}": {value}}}')
     with pytest.raises(GuardLoopError, match=f": {name} is"):
-        Guard.load(GuardSettings(base=str(model), dtype="float32", is_guard=False))
+        Guard.load(GuardSettings(base=str(model), min_label_mass=0))
 
 
 def test_a_link_in_an_adapter_does_not_take_files_of_this_machine_along(adapter: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def with_lora(model: LlamaForCausalLM, seed: int = 0, **config):
 
 def tiny_guard(family: str = "guardloop", seed: int = 0, **options) -> Guard:
     """A guard on a random model; it answers anything, so its label mass is not checked unless asked for."""
-    return Guard(tiny_llama(family, seed), renderer_of(family), **{"is_guard": False} | options)
+    return Guard(tiny_llama(family, seed), renderer_of(family), **{"min_label_mass": 0} | options)
 
 
 def save_guard(folder: Path, family: str = "guardloop", seed: int = 0, **metadata) -> Path:

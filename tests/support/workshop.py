@@ -27,7 +27,7 @@ class Workshop:
         save_responder(responder)
         self.settings = {
             "dataset": {"traffic": {"path": "traffic", "limit": 40}, "test": {"path": "test", "limit": 60}},
-            "guard": {"base": str(guard), "is_guard": False, "dtype": "float32", "threshold": 10.0},
+            "guard": {"base": str(guard), "min_label_mass": 0, "threshold": 10.0},
             "responder": {
                 "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
                 "max_prompt_tokens": 256, "max_error_share": 1.0,

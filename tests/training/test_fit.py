@@ -44,7 +44,7 @@ def reference_loss(model, labels, examples):
     """The loss from all logits of each whole prompt, one at a time."""
     total = torch.zeros(())
     for example in examples:
-        logits = model(torch.tensor([[*example.tokens, *labels.lead]])).logits[0, -1]
+        logits = model(torch.tensor([[*example.tokens, *labels.before]])).logits[0, -1]
         losses = -logits.log_softmax(-1)
         loss = example.target * losses[labels.unsafe] + (1 - example.target) * losses[labels.safe]
         total = total + example.weight * loss
@@ -64,7 +64,7 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
     reference = reference_loss(model, labels, examples)
     reference.backward()
     expected = gradients(model)
-    hidden, tokens = label_states(model, prefixes, labels.lead, examples)
+    hidden, tokens = label_states(model, prefixes, labels.before, examples)
     loss = batch_loss(label_logits(model, hidden), labels, examples) / sum(e.weight for e in examples)
     loss.backward()
     found = gradients(model)
@@ -74,7 +74,7 @@ def test_gradients_behind_the_shared_prefix_equal_those_of_whole_prompts(family)
     for name, gradient in expected.items():
         assert torch.linalg.norm(found[name] - gradient) <= 1e-4 * torch.linalg.norm(gradient), name
         assert gradient.abs().max() > 0
-    assert len(prefixes[0]) < tokens < sum(len(e.tokens) + len(labels.lead) for e in examples)
+    assert len(prefixes[0]) < tokens < sum(len(e.tokens) + len(labels.before) for e in examples)
 
 
 def test_checkpointed_gradients_equal_those_behind_the_shared_prefix():
@@ -119,7 +119,7 @@ def test_examples_behind_several_prefixes_keep_their_order():
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert tokens < whole
     assert len(found) == len(examples)
-    assert labels.lead == ()
+    assert labels.before == ()
 
 
 @pytest.mark.parametrize("checkpointed", [0.0, 0.5])
@@ -127,7 +127,7 @@ def test_examples_behind_several_prefixes_keep_their_order():
 def test_packs_have_the_loss_and_gradients_of_batches(family, checkpointed):
     model, renderer = adapted(family), renderer_of(family)
     labels, examples = label_tokens(renderer), encoded(renderer)
-    packs = Packs(model, renderer.prefixes, labels.lead, max_tokens=1024, checkpointed=checkpointed, compiled=False)
+    packs = Packs(model, renderer.prefixes, labels.before, max_tokens=1024, checkpointed=checkpointed, compiled=False)
     pieces = packs.micro_batches(examples)
     assert sorted(e.id for piece in pieces for e in piece) == sorted(e.id for e in examples)
     assert len(pieces) < len(examples)
@@ -151,7 +151,7 @@ def test_packs_have_the_loss_and_gradients_of_batches(family, checkpointed):
 def test_an_example_too_long_for_a_pack_is_a_piece_by_itself():
     model, renderer = adapted(), renderer_of("guardloop")
     labels, examples = label_tokens(renderer), encoded(renderer)
-    packs = Packs(model, renderer.prefixes, labels.lead, max_tokens=128, compiled=False)
+    packs = Packs(model, renderer.prefixes, labels.before, max_tokens=128, compiled=False)
     long = replace(examples[0], id="long", tokens=[*examples[0].tokens, *examples[0].tokens * 3])
     pieces = packs.micro_batches([*examples, long])
     assert [long] in pieces

@@ -127,7 +127,7 @@ def test_packs_of_a_split_guard_have_the_gradients_of_a_whole_one(tmp_path, chec
         trainer = Trainer(model, renderer.prefixes, labels, TrainingSettings())
         if sharded:
             trainer.packs = trainer.learner.packs = Packs(
-                model, renderer.prefixes, labels.lead, max_tokens=1024, checkpointed=checkpointed, compiled=False
+                model, renderer.prefixes, labels.before, max_tokens=1024, checkpointed=checkpointed, compiled=False
             )
         loss, _ = trainer._gradients(batch, 1)
         shares = [batch[rank::2] for rank in (0, 1)]

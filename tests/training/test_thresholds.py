@@ -49,7 +49,7 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
     words = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker"]
     prompts = [f"tell me about the {one} {other}" for one in words for other in words]
     responses = [("how?", f"the {one} and a {other}") for one in words for other in words]
-    default = GuardSettings(base=str(base), dtype="float32", min_label_mass=0.0, policy=str(base / "policy.yaml"))
+    default = GuardSettings(base=str(base), min_label_mass=0.0, policy=str(base / "policy.yaml"))
     known = [
         verdict.score
         for verdict in Guard.load(default).score(
@@ -82,7 +82,7 @@ def test_training_moves_the_threshold_of_prompts_and_keeps_the_share_of_response
 @pytest.mark.slow
 def test_without_replayed_responses_their_threshold_is_the_default_guards(base, tmp_path):
     rows = [example(n, f"cake {n}", None, float(n % 2), "positive" if n % 2 else "passed") for n in range(40)]
-    settings = GuardSettings(base=str(base), dtype="float32", min_label_mass=0.0, policy=str(base / "policy.yaml"))
+    settings = GuardSettings(base=str(base), min_label_mass=0.0, policy=str(base / "policy.yaml"))
     options = TrainingSettings(rank=2, learning_rate=1e-2)
     trained = train(rows, settings.model_copy(update={"response_threshold": 0.75}), options, tmp_path / "a")
     assert trained.response_threshold == 0.75

@@ -56,7 +56,7 @@ def toy_examples(pairs=60):
 
 
 def guard_settings(base, **options):
-    values = {"dtype": "float32", "min_label_mass": 0.0, "policy": str(base / "policy.yaml")} | options
+    values = {"min_label_mass": 0.0, "policy": str(base / "policy.yaml")} | options
     return GuardSettings(base=str(base), **values)
 
 

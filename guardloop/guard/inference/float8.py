@@ -1,6 +1,8 @@
 """Matrix products in 8-bit floating point (E4M3), for GPUs that have them: about half the time of bfloat16.
 
 Weights are scaled per output, activations per token, so that the largest value of each is the format's largest.
+torchao's rowwise float8 is as fast and as close, but its first pack took 264 s on a fresh machine (ours 13 s), and it
+computes on GPUs only.
 """
 
 from typing import Any

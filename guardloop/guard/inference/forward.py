@@ -1,5 +1,5 @@
-"""The forward pass behind a template's cached keys and values, expanded to the rows of a batch: for CPUs, for small
-jobs on a GPU, and with gradient for training. `packed` does the same for many rows on a GPU.
+"""The forward pass after a prefix whose keys and values are cached, expanded to the rows of a batch: for CPUs, for
+small jobs on a GPU, and with gradient for training. `packed` does the same for many rows on a GPU.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from guardloop.guard.prompt.verdict import LabelTokens
 
 
 class PrefixCache:
-    """Keys and values of a template, computed once: one `[1, heads, P, D]` pair per layer."""
+    """Keys and values of a prefix, computed once: one `[1, heads, P, D]` pair per layer."""
 
     def __init__(self, model: Any, prefix: Sequence[int]) -> None:
         self.prefix = list(prefix)
@@ -34,9 +34,9 @@ class PrefixCache:
 
 
 def label_hidden(model: Any, cache: PrefixCache, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Hidden states `float[B, H]` at the last token of each row; a row is what follows the cached template.
+    """Hidden states `float[B, H]` at the last token of each row; a row is what follows the cached prefix.
 
-    Gradients flow, through the template too if the cache was made with gradient.
+    Gradients flow, through the prefix too if the cache was made with gradient.
     """
     start, width = len(cache.prefix), max(map(len, rows))
     # right padding: a causal model's real tokens never see what follows them, so no mask is needed
@@ -47,14 +47,14 @@ def label_hidden(model: Any, cache: PrefixCache, rows: Sequence[Sequence[int]]) 
         input_ids=ids, position_ids=positions, past_key_values=past, use_cache=past is not None
     ).last_hidden_state
     last = torch.tensor([len(r) - 1 for r in rows], device=model.device)
-    picked: torch.Tensor = hidden[torch.arange(len(rows), device=model.device), last]
-    return picked
+    at_labels: torch.Tensor = hidden[torch.arange(len(rows), device=model.device), last]
+    return at_labels
 
 
-def behind(prefixes: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[int, ...]:
+def longest_prefix(prefixes: Sequence[Sequence[int]], tokens: Sequence[int]) -> tuple[int, ...]:
     """The longest of `prefixes` that `tokens` start with; empty if none."""
-    fitting = [tuple(p) for p in prefixes if list(tokens[: len(p)]) == list(p) and len(tokens) > len(p)]
-    return max(fitting, key=len, default=())
+    matching = [tuple(p) for p in prefixes if list(tokens[: len(p)]) == list(p) and len(tokens) > len(p)]
+    return max(matching, key=len, default=())
 
 
 def label_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:

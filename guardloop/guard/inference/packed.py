@@ -1,5 +1,5 @@
 """The forward pass of whole packs, for GPUs: FlexAttention under the pack's mask, each layer compiled, and in the last
-layer only the rows that are read.
+layer only the label positions.
 
 Guards of the Llama form only (`fits`): a layer is written out here, with the model's own modules in it, so that
 adapters and quantized weights work as they do elsewhere.
@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,21 +20,29 @@ from torch.utils.checkpoint import checkpoint
 
 from guardloop.core.places import cache_folder
 from guardloop.guard.inference.forward import PrefixCache, decoder_of
-from guardloop.guard.inference.packing import BLOCK, Layout, blocks_of, lay_out, most_rows
-from guardloop.guard.inference.products import FirstProducts, add_product, is_plain, product_behind
+from guardloop.guard.inference.packing import BLOCK, Layout, blocks_of, lay_out
+from guardloop.guard.inference.products import FirstProducts, add_product, is_plain, product_after
 
-SIDE = 64  # of the squares of the mask for HOPPER_TILES without a gradient; else BLOCK
-HOPPER_TILES: dict[int, Any] = {  # by the side of the squares, in half precision; measured on it
+SIDE = 64  # of the blocks of the mask for HOPPER_TILES without a gradient; else BLOCK
+HOPPER_TILES: dict[int, Any] = {  # by the side of the blocks, in half precision; measured on it
     SIDE: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3},
     BLOCK: {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3},
 }
-AHEAD = 2
+MAX_QUEUED = 2  # packs that wait for the GPU
 FORMS = ("llama", "mistral")
 BLOCK_TENSORS = [
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
 ]
 Pair = tuple[torch.Tensor, torch.Tensor]
-States = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Residual(NamedTuple):
+    """The residual stream `[1, N, H]`, and what is not yet added to it: the sum is taken where it is used next, in one
+    kernel with the norm. Nothing is pending where layers add in place.
+    """
+
+    stream: torch.Tensor
+    pending: torch.Tensor | None
 
 
 def fits(model: Any) -> bool:
@@ -50,12 +58,12 @@ def is_tuned(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def side_of(device: torch.device, dtype: torch.dtype, with_gradient: bool) -> int:
-    """The side of the squares of the mask: whole tiles must fill one."""
+    """The side of the blocks of the mask: whole tiles must fill one."""
     return SIDE if is_tuned(device, dtype) and not with_gradient else BLOCK
 
 
 class PackedForward:
-    """Hidden states at the label positions of packs of one fixed size, behind one template."""
+    """Hidden states at the label positions of packs of one fixed size, after one prefix."""
 
     def __init__(
         self,
@@ -70,7 +78,7 @@ class PackedForward:
     ) -> None:
         """Packs of `size` tokens (a multiple of 128).
 
-        With gradient, the template is part of each pack; else its keys and values are computed here, once, and the
+        With gradient, the prefix is part of each pack; else its keys and values are computed here, once, and the
         first layer's products may be looked up in `first`. `checkpointed` is the share of the layers whose activations
         are computed again in the backward pass.
         """
@@ -79,118 +87,117 @@ class PackedForward:
         self.prefix = list(prefix)
         self.size = size
         self.first = first
-        self.read = most_rows(size)
         self.checkpointed = round(checkpointed * len(self.decoder.layers))
-        self.cached: list[Pair] | None = None
+        self.prefix_kv: list[Pair] | None = None
         if not with_gradient:
             with torch.no_grad():
-                self.cached = [_padded(pair) for pair in PrefixCache(model, self.prefix).layers] or None
-        self.own = self.prefix if with_gradient else []
-        self.room = size - len(self.own)
-        function = _compiled(layer) if compiled else layer
-        self._layers = [_of(module, function) for module in self.decoder.layers]
+                self.prefix_kv = [_padded(pair) for pair in PrefixCache(model, self.prefix).layers] or None
+        self.prefix_tokens = self.prefix if with_gradient else []
+        function = _fresh_compile(layer) if compiled else layer
+        self._layers = [_bind_layer_forward(module, function) for module in self.decoder.layers]
         side = side_of(model.device, model.dtype, with_gradient)
         self._masks = Masks(self._lay_out([[0]]), model.device, side)
         self._ends = deque[torch.cuda.Event]()
 
-    def __call__(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> torch.Tensor:
-        """Hidden states `float[B, H]` at the last token of each row; a row is what follows the template.
+    def __call__(self, conversations: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Hidden states `float[B, H]` at the last token of each conversation, given as its tokens after the prefix.
 
-        With `reads`, at so many last tokens of each row. The rows must fit: `room` tokens, of which `read` are read.
-        A call's backward pass must run before the next call.
+        They must fit the pack. A call's backward pass must run before the next call.
         """
-        layout = self._lay_out(rows, reads)
+        layout = self._lay_out(conversations)
         self._wait()
         masks = self._masks.update(layout)
         tokens = _sent(layout.tokens, self.model.device)[None]
         hidden = self.decoder.embed_tokens(tokens)
         angles = self.decoder.rotary_emb(hidden, _sent(layout.positions, self.model.device)[None])
-        # a second summand from the start, where there will be one: each layer is compiled for one form
-        states: States = hidden, None if _adds_in_place(self.decoder.layers[0]) else torch.zeros_like(hidden)
+        # something pending from the start, where there will be: each layer is compiled for one form
+        pending = None if _adds_in_place(self.decoder.layers[0]) else torch.zeros_like(hidden)
+        residual = Residual(hidden, pending)
         last = len(self._layers) - 1
         for index, run in enumerate(self._layers):
-            template = self.cached[index] if self.cached else None
-            mask, read = (masks.labels, masks.rows) if index == last else (masks.tokens, None)
+            prefix_kv = self.prefix_kv[index] if self.prefix_kv else None
+            mask, positions = (masks.labels, masks.label_positions) if index == last else (masks.tokens, None)
             if index < self.checkpointed and torch.is_grad_enabled():
-                states = checkpoint(run, states, angles, template, mask, read, use_reentrant=False)
+                residual = checkpoint(run, residual, angles, prefix_kv, mask, positions, use_reentrant=False)
             elif index == 0 and self.first:
-                states = run(states, angles, template, mask, read, tokens, self.first)
+                residual = run(residual, angles, prefix_kv, mask, positions, tokens, self.first)
             else:
-                states = run(states, angles, template, mask, read)
-        picked: torch.Tensor = self.decoder.norm(_sum(states)[0, : sum(reads) or len(rows)])
-        if picked.device.type == "cuda":
-            self._ends.append(torch.cuda.current_stream(picked.device).record_event())
-        return picked
+                residual = run(residual, angles, prefix_kv, mask, positions)
+        hidden = self.decoder.norm(_sum(residual)[0, : len(conversations)])
+        if hidden.device.type == "cuda":
+            self._ends.append(torch.cuda.current_stream(hidden.device).record_event())
+        return hidden
 
     def _wait(self) -> None:
-        """Be no more than AHEAD packs ahead of the GPU, so that the page-locked memory of packs stays bounded."""
-        while len(self._ends) > AHEAD:
+        """Be no more than MAX_QUEUED packs ahead of the GPU, so that the page-locked memory of packs stays bounded."""
+        while len(self._ends) > MAX_QUEUED:
             self._ends.popleft().synchronize()
 
-    def _lay_out(self, rows: Sequence[Sequence[int]], reads: Sequence[int] = ()) -> Layout:
-        return lay_out(rows, self.size, self.read, len(self.prefix), self.own, reads)
+    def _lay_out(self, conversations: Sequence[Sequence[int]]) -> Layout:
+        return lay_out(conversations, self.size, len(self.prefix), self.prefix_tokens)
 
 
-def _compiled(function: Any) -> Any:
-    """`function` compiled, with the code kept for later processes.
+def _fresh_compile(function: Any) -> Any:
+    """`function` compiled, with the compiled code kept on disk for later processes.
 
-    It is a copy, since torch compiles a function for a few models only and then runs it as it is, which would take
-    more memory than a GPU has. It is compiled in this process: torch's pool of compilers is larger than the few kernels
-    need, and a process may wait for it for ever (pytorch#189290).
+    Compiled in this process: torch's pool of compilers is larger than the few kernels need, and a process may wait for
+    it for ever (pytorch#189290).
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    # dynamo counts recompilations by code object and then runs it as it is, which takes more memory than a GPU has:
+    # a new code object has a count of its own
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(copy, dynamic=False, options={"compile_threads": 1})
 
 
-def _of(module: Any, function: Any) -> Any:
-    """`function` of the module; where its weights are sharded (FSDP), they are gathered for each call."""
+def _bind_layer_forward(module: Any, function: Any) -> Any:
+    """`function` as a method of the layer; where its weights are sharded (FSDP), they are gathered for each call."""
     module.packed = MethodType(function, module)
-    register_fsdp_forward_method(module, "packed")
-    return module.__dict__.pop("packed")
+    register_fsdp_forward_method(module, "packed")  # wraps an attribute of the module, and nothing else
+    return module.__dict__.pop("packed")  # taken off again: each size of packs binds its own
 
 
 class Masks:
-    """The masks of a pack's tokens and of its label rows, in tensors that stay: compiled code sees the same objects."""
+    """The masks of a pack's tokens and of its labels, in tensors that stay: compiled code sees the same objects."""
 
     def __init__(self, layout: Layout, device: torch.device, side: int) -> None:
         self.side = side
-        self.rows = _sent(layout.rows, device)
-        self._seen = [Seen(layout, queries, device) for queries in _queries(layout)]
+        self.label_positions = _sent(layout.label_positions, device)
+        self._visible = [VisibleKeys(layout, queries, device) for queries in _queries(layout)]
         self.tokens, self.labels = (
-            self._block_mask(layout, queries, seen).to(device)
-            for queries, seen in zip(_queries(layout), self._seen, strict=True)
+            self._block_mask(layout, queries, visible).to(device)
+            for queries, visible in zip(_queries(layout), self._visible, strict=True)
         )
 
     def update(self, layout: Layout) -> "Masks":
         """The masks of another layout of the same sizes."""
-        _write(self.rows, layout.rows)
-        for mask, queries, seen in zip((self.tokens, self.labels), _queries(layout), self._seen, strict=True):
-            seen.update(layout, queries)
-            new = self._block_mask(layout, queries, seen)
+        _write(self.label_positions, layout.label_positions)
+        for mask, queries, visible in zip((self.tokens, self.labels), _queries(layout), self._visible, strict=True):
+            visible.update(layout, queries)
+            new = self._block_mask(layout, queries, visible)
             for name in BLOCK_TENSORS:
                 _write(getattr(mask, name), getattr(new, name))
         return self
 
-    def _block_mask(self, layout: Layout, queries: np.ndarray, seen: "Seen") -> BlockMask:
-        squares = blocks_of(layout, queries, self.side)
-        parts = (squares.partial_count, squares.partial, squares.full_count, squares.full)
+    def _block_mask(self, layout: Layout, queries: np.ndarray, visible: "VisibleKeys") -> BlockMask:
+        blocks = blocks_of(layout, queries, self.side)
+        parts = (blocks.partial_count, blocks.partial, blocks.full_count, blocks.full)
         partial_count, partial, full_count, full = (torch.from_numpy(part)[None, None] for part in parts)
         sizes = len(queries), layout.offset + len(layout.tokens)
         return BlockMask.from_kv_blocks(
-            partial_count, partial, full_count, full, BLOCK_SIZE=self.side, mask_mod=seen.mask, seq_lengths=sizes
+            partial_count, partial, full_count, full, BLOCK_SIZE=self.side, mask_mod=visible.mask, seq_lengths=sizes
         )
 
 
-class Seen:
-    """Which keys each of some queries sees: the template's, and those of its own conversation up to itself."""
+class VisibleKeys:
+    """Which keys each of some queries sees: the prefix's, and those of its own conversation up to itself."""
 
     def __init__(self, layout: Layout, queries: np.ndarray, device: torch.device) -> None:
         first, last = self.ends = [_sent(end, device) for end in _own_keys(layout, queries)]
-        template = layout.template
+        prefix = layout.prefix_length
 
         def mask(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return ((key < template) | (key >= first[query])) & (key <= last[query])
+            return ((key < prefix) | (key >= first[query])) & (key <= last[query])
 
         self.mask = mask
 
@@ -206,8 +213,8 @@ def _own_keys(layout: Layout, queries: np.ndarray) -> list[np.ndarray]:
 
 
 def _queries(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens, and those that are read."""
-    return np.arange(len(layout.tokens)), layout.rows
+    """All tokens, and those at labels."""
+    return np.arange(len(layout.tokens)), layout.label_positions
 
 
 def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -223,7 +230,7 @@ def _write(old: torch.Tensor, new: np.ndarray | torch.Tensor) -> None:
 
 
 def _padded(pair: Pair) -> Pair:
-    """Keys and values, `[1, P, heads, D]`, with P filled up to whole squares; the mask hides the filling."""
+    """Keys and values, `[1, P, heads, D]`, with P filled up to whole blocks; the mask hides the filling."""
     missing = -pair[0].shape[-2] % BLOCK
     keys, values = (pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).contiguous() for x in pair)
     return keys, values
@@ -231,56 +238,72 @@ def _padded(pair: Pair) -> Pair:
 
 def layer(
     module: Any,
-    states: States,
+    residual: Residual,
     angles: Pair,
-    template: Pair | None,
+    prefix_kv: Pair | None,
     mask: BlockMask,
-    rows: torch.Tensor | None,
+    label_positions: torch.Tensor | None,
     tokens: torch.Tensor | None = None,
     first: FirstProducts | None = None,
-) -> States:
-    """One decoder layer of the Llama form, of all tokens `[1, N, H]`, or from the attention on of `rows` only.
+) -> Residual:
+    """One decoder layer of the Llama form, of all tokens `[1, N, H]`; with `label_positions`, of these alone.
 
-    Keys and values are needed of all tokens, all else of the rows that are read. The first layer's are looked up by
-    `tokens[1, N]` where `first` has them. Where the layer's matrices are plain, states are changed in place. Else they
-    come and go as two summands: their sum is taken where it is used next, in one kernel with the norm.
+    Their keys and values are those of all tokens. The first layer's products are looked up by `tokens[1, N]` where
+    `first` has them.
     """
-    attention, mlp = module.self_attn, module.mlp
-    hidden = _sum(states)
+    attention, size = module.self_attn, module.self_attn.head_dim
+    hidden = _sum(residual)
     if first is not None and tokens is not None:
-        queries, keys, values = (embedding(tokens, table) for table in first)
-        values = values if template is None else torch.cat([template[1].flatten(2), values], 1)
-        queries = queries if rows is None else queries[:, rows]
+        queries, keys, values = _looked_up(first, tokens, prefix_kv, label_positions)
     else:
-        normed = module.input_layernorm(hidden)
-        keys, values = attention.k_proj(normed), _values(attention.v_proj, normed, template)
-        queries = attention.q_proj(normed if rows is None else normed[:, rows])
-    keys, values = _rotated(_heads(keys, attention.head_dim), angles), _heads(values, attention.head_dim)
-    if template is not None:
-        keys = torch.cat([template[0], keys], 1)
-    if rows is not None:
-        hidden, angles = hidden[:, rows], (angles[0][:, rows], angles[1][:, rows])
-    queries = _rotated(_heads(queries, attention.head_dim), angles)
-    seen = _attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, attention.scaling)
-    seen = seen.transpose(1, 2).flatten(2)
+        queries, keys, values = _projected(attention, module.input_layernorm(hidden), prefix_kv, label_positions)
+    keys, values = _rotated(_heads(keys, size), angles), _heads(values, size)
+    if prefix_kv is not None:
+        keys = torch.cat([prefix_kv[0], keys], 1)
+    cosine, sine = (_at(part, label_positions) for part in angles)
+    queries = _rotated(_heads(queries, size), (cosine, sine))
+    attended = _attend(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask, attention.scaling)
+    return _added(module, _at(hidden, label_positions), attended.transpose(1, 2).flatten(2))
+
+
+def _projected(
+    attention: Any, normed: torch.Tensor, prefix_kv: Pair | None, label_positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (of the labels, where they are given), keys, and values after the prefix's: `[1, N, heads * D]`."""
+    keys, values = attention.k_proj(normed), _values(attention.v_proj, normed, prefix_kv)
+    return attention.q_proj(_at(normed, label_positions)), keys, values
+
+
+def _looked_up(
+    first: FirstProducts, tokens: torch.Tensor, prefix_kv: Pair | None, label_positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, from the first layer's table."""
+    queries, keys, values = (embedding(tokens, table) for table in first)
+    values = values if prefix_kv is None else torch.cat([prefix_kv[1].flatten(2), values], 1)
+    return _at(queries, label_positions), keys, values
+
+
+def _added(module: Any, hidden: torch.Tensor, attended: torch.Tensor) -> Residual:
+    """What attention and MLP add to the stream: in place where the matrices are plain."""
+    attention, mlp = module.self_attn, module.mlp
     if not _adds_in_place(module):
-        hidden = hidden + attention.o_proj(seen)
-        return hidden, mlp(module.post_attention_layernorm(hidden))
-    add_product(hidden, seen, attention.o_proj.weight)
+        hidden = hidden + attention.o_proj(attended)
+        return Residual(hidden, mlp(module.post_attention_layernorm(hidden)))
+    add_product(hidden, attended, attention.o_proj.weight)
     normed = module.post_attention_layernorm(hidden)
     add_product(hidden, mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed), mlp.down_proj.weight)
-    return hidden, None
+    return Residual(hidden, None)
 
 
-def _values(module: Any, normed: torch.Tensor, template: Pair | None) -> torch.Tensor:
-    """Values `[1, N, heads * D]`, behind the template's where there are any."""
+def _values(module: Any, normed: torch.Tensor, prefix_kv: Pair | None) -> torch.Tensor:
+    """Values `[1, N, heads * D]`, after the prefix's where there are any."""
     values: torch.Tensor
-    if template is None:
+    if prefix_kv is None:
         values = module(normed)
     elif is_plain(module):
-        values = product_behind(template[1].flatten(2), normed, module.weight)
+        values = product_after(prefix_kv[1].flatten(2), normed, module.weight)
     else:
-        values = torch.cat([template[1].flatten(2), module(normed)], 1)
+        values = torch.cat([prefix_kv[1].flatten(2), module(normed)], 1)
     return values
 
 
@@ -289,9 +312,14 @@ def _adds_in_place(module: Any) -> bool:
     return is_plain(module.self_attn.o_proj) and is_plain(module.mlp.down_proj)
 
 
-def _sum(states: States) -> torch.Tensor:
-    first, second = states
-    return first if second is None else first + second
+def _sum(residual: Residual) -> torch.Tensor:
+    stream, pending = residual
+    return stream if pending is None else stream + pending
+
+
+def _at(states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """`[1, N, ...]` at `positions`; all of it without."""
+    return states if positions is None else states[:, positions]
 
 
 def _attend(

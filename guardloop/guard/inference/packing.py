@@ -1,83 +1,85 @@
-"""The one packer: which prompts pass through the model together, and who sees whom in a pack.
+"""Which conversations pass through the model together, and what each token of a packed sequence sees.
 
-A pack is one row of tokens: conversations one after another behind one copy of the template. Each conversation sees
-the template and itself only, at the positions it would have alone.
+A pack is one sequence of tokens: conversations one after another, behind one copy of the prefix (the template's first
+tokens). Each conversation sees the prefix and itself only, at the positions that it would have alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-BLOCK = 128  # sizes of packs are multiples of it: the largest side of the squares in which keys are looked at
-FILLED = 0.4  # a GPU takes about this share of a pack's time for the same rows in batches
+BLOCK = 128
+"""Sizes of packs are multiples of it: the largest side of the mask's blocks."""
+MIN_FILLED = 0.4  # a GPU takes about this share of a pack's time for the same conversations in batches
+T = TypeVar("T")
 
 
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows of like length, shortest first: each batch within `budget` tokens, padding included."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > budget:
+def padded_batches(items: Sequence[T], max_tokens: int, length: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in batches of like length, shortest first, each within `max_tokens` tokens, padding included."""
+    batch: list[T] = []
+    for item in sorted(items, key=length):
+        if batch and (len(batch) + 1) * length(item) > max_tokens:
             yield batch
             batch = []
-        batch.append(index)
+        batch.append(item)
     if batch:
         yield batch
 
 
-def bins(lengths: Sequence[int], size: int, most: int) -> list[list[int]]:
-    """Indices of rows that fill packs of `size` tokens with at most `most` rows: first fit, longest first.
-
-    A row longer than `size` is in no bin.
-    """
-    found: list[list[int]] = []
+def bins(items: Sequence[T], size: int, max_items: int, length: Callable[[T], int]) -> tuple[list[list[T]], list[T]]:
+    """The items in bins of `size` tokens and at most `max_items` items (first fit, longest first); those too long."""
+    filled: list[list[T]] = []
     room: list[int] = []
-    first = 0  # bins before it have no room for any row
-    least = min(lengths, default=0)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > size:
-            continue
-        for number in range(first, len(found)):
-            if room[number] >= lengths[index] and len(found[number]) < most:
+    first = 0  # bins before it have no room for any item
+    shortest = min(map(length, items), default=0)
+    for item in sorted((item for item in items if length(item) <= size), key=length, reverse=True):
+        tokens = length(item)
+        for number in range(first, len(filled)):
+            if room[number] >= tokens and len(filled[number]) < max_items:
                 break
         else:
-            number = len(found)
-            found.append([])
+            number = len(filled)
+            filled.append([])
             room.append(size)
-        found[number].append(index)
-        room[number] -= lengths[index]
-        while first < len(found) and (room[first] < least or len(found[first]) == most):
+        filled[number].append(item)
+        room[number] -= tokens
+        while first < len(filled) and (room[first] < shortest or len(filled[first]) == max_items):
             first += 1
-    return found
+    return filled, [item for item in items if length(item) > size]
 
 
-def packs(lengths: Sequence[int], sizes: Sequence[int]) -> tuple[list[tuple[int, list[int]]], list[int]]:
-    """Packs `(size, indices)` of the few `sizes`, largest first, and the indices that are left over.
+def packs(
+    items: Sequence[T], sizes: Sequence[int], length: Callable[[T], int]
+) -> tuple[list[tuple[int, list[T]]], list[T]]:
+    """Packs `(size, items)` of the few `sizes`, which come largest first, and the items that are left over.
 
-    A pack less than two fifths full is not worth its cost; its rows go to the next size, or are left over. Nothing is
-    packed where the rows do not fill one pack of the largest size.
+    A pack less than two fifths full is not worth its cost; its items go to the next size, or are left over. Nothing is
+    packed where the items do not fill one pack of the largest size.
     """
-    found: list[tuple[int, list[int]]] = []
-    left = list(range(len(lengths)))
-    if sum(lengths) < sizes[0]:
-        return found, left
+    chosen: list[tuple[int, list[T]]] = []
+    left = list(items)
+    if sum(map(length, left)) < sizes[0]:
+        return chosen, left
     for size in sizes:
-        made = [[left[i] for i in chosen] for chosen in bins([lengths[i] for i in left], size, most_rows(size))]
-        full = [pack for pack in made if sum(lengths[i] for i in pack) >= FILLED * size]
-        found += [(size, pack) for pack in full]
-        gone = {i for pack in full for i in pack}
-        left = [i for i in left if i not in gone]
-    return found, left
+        filled, left = bins(left, size, max_labels(size), length)
+        for pack in filled:
+            if sum(map(length, pack)) >= MIN_FILLED * size:
+                chosen.append((size, pack))
+            else:
+                left += pack
+    return chosen, left
 
 
-def most_rows(size: int) -> int:
-    """How many rows of a pack are read: a guard's conversation, with the template's end, is seldom shorter than 64."""
+def max_labels(size: int) -> int:
+    """How many labels a pack has room for: a conversation, with the template's end, seldom has fewer than 64 tokens."""
     return max(BLOCK, size // 64 // BLOCK * BLOCK)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One pack of `N` query tokens, of which `R` rows are read, and `K` keys: cached template, then the pack itself."""
+    """A pack of `N` query tokens, of which `L` are at labels, and its keys: the cached prefix's, then its own."""
 
     tokens: np.ndarray
     """`int[N]`: token ids, 0 where padded."""
@@ -85,50 +87,52 @@ class Layout:
     """`int[N]`: each token's position in its own conversation."""
     start: np.ndarray
     """`int[N]`: the first token of the conversation that a token belongs to; padding belongs to itself."""
-    rows: np.ndarray
-    """`int[R]`: the tokens that are read, conversation after conversation; the last is repeated."""
-    template: int
-    """How many keys are the template's: the first ones."""
+    label_positions: np.ndarray
+    """`int[L]`: each conversation's last token; the last one's is repeated."""
+    prefix_length: int
+    """How many keys are the prefix's: the first ones."""
     offset: int
-    """How many keys are before the pack's own: the cached template, filled up to whole blocks."""
+    """How many keys are before the pack's own: the cached prefix, filled up to whole blocks."""
 
 
 def lay_out(
-    rows: Sequence[Sequence[int]],
+    conversations: Sequence[Sequence[int]],
     size: int,
-    read: int,
-    template: int,
-    own_template: Sequence[int] = (),
-    reads: Sequence[int] = (),
+    prefix_length: int,
+    prefix_tokens: Sequence[int] = (),
 ) -> Layout:
-    """Lay `rows` (tokens behind the template) out in a pack of `size` tokens of which `read` are read.
+    """Lay conversations (their tokens after the prefix) out in a pack of `size` tokens.
 
-    The template's `template` tokens are either cached keys, or, as `own_template`, the pack's first tokens. Of each
-    row the last of `reads` tokens are read, by default one. Raises ValueError where the rows do not fit.
+    The prefix's tokens are either cached keys, or, as `prefix_tokens`, the pack's first tokens. Of each conversation
+    the last token is read. Raises ValueError where they do not fit.
     """
-    reads = reads or [1] * len(rows)
-    used = len(own_template) + sum(map(len, rows))
-    if used > size or sum(reads) > read or not rows:
-        raise ValueError(f"{len(rows)} rows of {used} tokens do not fit a pack of {size} tokens and {read} read ones")
+    count = max_labels(size)
+    used = len(prefix_tokens) + sum(map(len, conversations))
+    if used > size or not 0 < len(conversations) <= count:
+        raise ValueError(
+            f"{len(conversations)} conversations of {used} tokens do not fit a pack of {size} tokens and {count} labels"
+        )
     tokens, positions = np.zeros(size, np.int64), np.zeros(size, np.int64)
     start = np.arange(size)
-    tokens[: len(own_template)] = own_template
-    positions[: len(own_template)] = np.arange(len(own_template))
-    start[: len(own_template)] = 0
-    at, ends = len(own_template), list[int]()
-    for row, count in zip(rows, reads, strict=True):
-        end = at + len(row)
-        tokens[at:end], positions[at:end] = row, np.arange(template, template + len(row))
-        start[at:end] = at
-        ends += range(end - count, end)
-        at = end
-    last = np.array(ends + [ends[-1]] * (read - len(ends)), np.int64)
-    return Layout(tokens, positions, start, last, template, 0 if len(own_template) else -(-template // BLOCK) * BLOCK)
+    tokens[: len(prefix_tokens)] = prefix_tokens
+    positions[: len(prefix_tokens)] = np.arange(len(prefix_tokens))
+    start[: len(prefix_tokens)] = 0
+    begin, last = len(prefix_tokens), list[int]()
+    for conversation in conversations:
+        end = begin + len(conversation)
+        tokens[begin:end] = conversation
+        positions[begin:end] = np.arange(prefix_length, prefix_length + len(conversation))
+        start[begin:end] = begin
+        last.append(end - 1)
+        begin = end
+    last += [last[-1]] * (count - len(last))
+    offset = 0 if len(prefix_tokens) else -(-prefix_length // BLOCK) * BLOCK
+    return Layout(tokens, positions, start, np.array(last, np.int64), prefix_length, offset)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Squares of keys that each square of queries looks at: counts `int[Q]` and indices `int[Q, K]`, block-wise."""
+    """Blocks of keys that each block of queries sees in part or in full: counts `int[Q]` and indices `int[Q, K]`."""
 
     partial_count: np.ndarray
     partial: np.ndarray
@@ -137,23 +141,33 @@ class Blocks:
 
 
 def blocks_of(layout: Layout, queries: np.ndarray, side: int) -> Blocks:
-    """The squares of `side` for `queries` (indices of pack tokens, ascending); a full one needs no look at the mask."""
+    """The blocks of `side` keys for blocks of `queries` (ascending tokens of the pack); a full one needs no mask."""
+
+    def touching(begin: int, end: int) -> set[int]:
+        """Blocks that overlap the keys from `begin` up to `end`."""
+        return set(range(begin // side, -(-end // side)))
+
+    def inside(begin: int, end: int) -> set[int]:
+        """Blocks that lie within them."""
+        return set(range(-(-begin // side), end // side))
+
     keys = (layout.offset + len(layout.tokens)) // side
-    squares = len(queries) // side
-    found = Blocks(
-        np.zeros(squares, np.int32),
-        np.zeros((squares, keys), np.int32),
-        np.zeros(squares, np.int32),
-        np.zeros((squares, keys), np.int32),
+    count = len(queries) // side
+    blocks = Blocks(
+        np.zeros(count, np.int32),
+        np.zeros((count, keys), np.int32),
+        np.zeros(count, np.int32),
+        np.zeros((count, keys), np.int32),
     )
-    for square in range(squares):
-        inside = queries[square * side : (square + 1) * side]
-        first, last = int(inside.min()) + layout.offset, int(inside.max()) + layout.offset
-        starts = layout.start[inside] + layout.offset
-        template, own = min(layout.template, last + 1), int(starts.min())
-        looked_at = {*range(-(-template // side)), *range(own // side, last // side + 1)}
-        whole = {*range(min(template, first + 1) // side), *range(-(-int(starts.max()) // side), (first + 1) // side)}
-        full, partial = sorted(whole), sorted(looked_at - whole)
-        found.full_count[square], found.full[square, : len(full)] = len(full), full
-        found.partial_count[square], found.partial[square, : len(partial)] = len(partial), partial
-    return found
+    for number in range(count):
+        block_queries = queries[number * side : (number + 1) * side]
+        # as keys: the first and the last query, and where the conversations of the block's queries start
+        first, last = int(block_queries.min()) + layout.offset, int(block_queries.max()) + layout.offset
+        starts = layout.start[block_queries] + layout.offset
+        prefix = layout.prefix_length
+        seen_by_all = inside(0, min(prefix, first + 1)) | inside(int(starts.max()), first + 1)
+        seen_by_some = touching(0, min(prefix, last + 1)) | touching(int(starts.min()), last + 1)
+        full, partial = sorted(seen_by_all), sorted(seen_by_some - seen_by_all)
+        blocks.full_count[number], blocks.full[number, : len(full)] = len(full), full
+        blocks.partial_count[number], blocks.partial[number, : len(partial)] = len(partial), partial
+    return blocks

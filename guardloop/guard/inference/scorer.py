@@ -1,4 +1,4 @@
-"""From prompts as tokens to scores: one forward pass each, behind the template's keys and values.
+"""From prompts as tokens to scores: one forward pass each, after a prefix whose keys and values are cached.
 
 On a GPU, prompts are packed (`packed`); on a CPU, and for a few prompts, batched (`forward`). The score is taken in
 float32 from the label position's hidden state, so that scores of half-precision models do not collapse into ties.
@@ -13,30 +13,34 @@ import torch
 from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.guard.inference.forward import (
     PrefixCache,
-    behind,
     decoder_of,
     is_sharded,
     label_hidden,
     label_logits,
+    longest_prefix,
     scores_of,
 )
 from guardloop.guard.inference.packed import PackedForward, fits
-from guardloop.guard.inference.packing import batches, packs
+from guardloop.guard.inference.packing import packs, padded_batches
 from guardloop.guard.inference.products import FirstProducts, first_products
 from guardloop.guard.prompt.verdict import LabelTokens
 from guardloop.models.loading import is_out_of_memory
 
 log = logging.getLogger("guardloop")
 BATCH_TOKENS = {"cpu": 512, "gpu": 4096}  # a CPU's caches hold no more: larger batches take half as long again
-LEAST_PACK, LEAST_BATCH, STEP = 1024, 256, 512  # tokens, as in the settings
+PACK_TOKENS = 20992
+"""Tokens of one pack on a GPU, which bound its memory: these fill an H100's 132 multiprocessors evenly."""
+MIN_PACK_TOKENS, MIN_BATCH_TOKENS, PACK_STEP = 1024, 256, 512
 Prefix = tuple[int, ...]
+Item = tuple[int, Sequence[int]]
+"""A prompt's index, and its tokens after the prefix."""
 Result = TypeVar("Result")
 Scored = tuple[list[int], torch.Tensor, torch.Tensor]
 """Indices of prompts, with their scores and label masses, `float32[B]` each, on the model's device."""
 
 
 class Scorer:
-    """A guard model behind its templates' tokens `prefixes`.
+    """A guard model, and the `prefixes` with which its prompts start.
 
     Where memory runs out, packs and batches are halved for good. GuardLoopError is raised where that cannot help.
     """
@@ -48,7 +52,7 @@ class Scorer:
         labels: LabelTokens,
         *,
         batch_tokens: int | None = None,
-        pack_tokens: int = 20992,
+        pack_tokens: int = PACK_TOKENS,
         packed: bool | None = None,
     ) -> None:
         """`packed`: whether prompts are packed; by default on a GPU, for models that can be.
@@ -69,22 +73,23 @@ class Scorer:
     @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         """Scores and label masses at the end of each prompt, in packs or batches; nothing is waited for on a GPU."""
-        return self._as_it_fits(lambda: [self._scored(*found) for found in self._hidden(prompts)])
+        return self._halving(lambda: [self._scored(*batch) for batch in self._hidden(prompts)])
 
     @torch.inference_mode()
     def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The likeliest token after each prompt."""
 
         def work() -> list[int]:
-            found = [0] * len(prompts)
+            tokens = [0] * len(prompts)
             for indices, hidden in self._hidden(prompts):
                 for index, token in zip(indices, label_logits(self.model, hidden).argmax(-1).tolist(), strict=True):
-                    found[index] = token
-            return found
+                    tokens[index] = token
+            return tokens
 
-        return self._as_it_fits(work)
+        return self._halving(work)
 
-    def _as_it_fits(self, work: Callable[[], Result]) -> Result:
+    def _halving(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; where memory runs out or packs fail, it is done again with less at once."""
         while True:
             try:
                 return work()
@@ -96,20 +101,20 @@ class Scorer:
                     remedy = self._unpack
                 else:
                     raise
-            remedy()  # out of the handler, where the error still holds the tensors of its frames
+            remedy()  # outside the handler, where the error's traceback would keep the failed pass's tensors alive
 
     def _unpack(self) -> None:
         """Do without packs, as where a GPU or its compiler cannot do them."""
         self.packed, self._packs, self._first = False, {}, None
 
     def _halve(self) -> None:
-        if is_sharded(self.model) or (self.pack_tokens <= LEAST_PACK and self.batch_tokens <= LEAST_BATCH):
+        if is_sharded(self.model) or (self.pack_tokens <= MIN_PACK_TOKENS and self.batch_tokens <= MIN_BATCH_TOKENS):
             raise GuardLoopError(
                 f"scoring: out of memory with packs of {self.pack_tokens} and batches of {self.batch_tokens} tokens",
                 "free the GPU from other work, set guard.quantization, or guard.max_text_tokens lower",
             )
-        self.pack_tokens = min(self.pack_tokens, max(LEAST_PACK, self.pack_tokens // 2 // STEP * STEP))
-        self.batch_tokens = min(self.batch_tokens, max(LEAST_BATCH, self.batch_tokens // 2))
+        self.pack_tokens = min(self.pack_tokens, max(MIN_PACK_TOKENS, self.pack_tokens // 2 // PACK_STEP * PACK_STEP))
+        self.batch_tokens = min(self.batch_tokens, max(MIN_BATCH_TOKENS, self.batch_tokens // 2))
         self._caches, self._packs, self._first = {}, {}, None
         log.warning(
             "out of memory: from here on packs of %d and batches of %d tokens", self.pack_tokens, self.batch_tokens
@@ -125,22 +130,20 @@ class Scorer:
 
     def _hidden(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Hidden states at each prompt's last token, with indices into `prompts`."""
-        groups: dict[Prefix, list[int]] = {}
+        by_prefix: dict[Prefix, list[Item]] = {}
         for index, prompt in enumerate(prompts):
-            groups.setdefault(behind(self.prefixes, prompt), []).append(index)
-        for prefix, members in groups.items():
-            rows = [prompts[i][len(prefix) :] for i in members]
-            lengths = [len(row) for row in rows]
+            prefix = longest_prefix(self.prefixes, prompt)
+            by_prefix.setdefault(prefix, []).append((index, prompt[len(prefix) :]))
+        for prefix, items in by_prefix.items():
             sizes = [self.pack_tokens, self.pack_tokens // 4]
-            packed, left = packs(lengths, sizes) if self.packed and prefix else ([], list(range(len(rows))))
+            packed, rest = packs(items, sizes, _length) if self.packed and prefix else ([], items)
             for size, pack in packed:
-                hidden = self._packed(prefix, size)([rows[i] for i in pack])
+                hidden = self._packed(prefix, size)([tokens for _, tokens in pack])
                 self._packs_work = True
-                yield [members[i] for i in pack], hidden
-            for chosen in batches([lengths[i] for i in left], self.batch_tokens):
-                batch = [left[i] for i in chosen]
-                hidden = label_hidden(self.model, self._cache(prefix), [rows[i] for i in batch])
-                yield [members[i] for i in batch], hidden
+                yield [index for index, _ in pack], hidden
+            for batch in padded_batches(rest, self.batch_tokens, _length):
+                hidden = label_hidden(self.model, self._cache(prefix), [tokens for _, tokens in batch])
+                yield [index for index, _ in batch], hidden
 
     def _cache(self, prefix: Prefix) -> PrefixCache:
         if prefix not in self._caches:
@@ -154,3 +157,7 @@ class Scorer:
                 self._first = self._first or first_products(decoder_of(self.model))
             self._packs[prefix, size] = PackedForward(self.model, prefix, size, compiled=compiled, first=self._first)
         return self._packs[prefix, size]
+
+
+def _length(item: Item) -> int:
+    return len(item[1])

@@ -24,6 +24,7 @@ TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
 )
 """What a chat template, which is a program of its own, can fail with."""
+MAX_RESYNC = 4  # tokens after a cut that may differ until both tokenisations agree
 PROBES = ("a", "Zeta 9", "été", "?", "(x)", "\n0", "日本", "[c]", "<b>", "'s", "- x")
 
 
@@ -36,19 +37,20 @@ class GuardPrompt:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Plain text between two special tokens, with messages in it: `pieces` stand before, between and after them.
+class OpenText:
+    """Plain text between two special tokens with messages in it: `texts` stand before, between and after them.
 
-    `head` are the tokens of text that no message can change; what remains of that text is tokenised again with the
-    messages, and the first `skip` tokens of the result dropped, as `head` has them already.
+    `head` are the tokens of text that no message can change; the rest of that text is tokenised with the messages,
+    and the first `skip` tokens of the result are dropped, as `head` has them already.
     """
 
-    pieces: list[str]
+    texts: list[str]
     head: list[int]
     skip: int
 
 
-Plan = list["list[int] | Stretch"]
+Plan = list["list[int] | OpenText"]
+"""A template ready to be filled: tokens that never change, and text that is tokenised with the messages."""
 
 
 class Renderer:
@@ -59,25 +61,16 @@ class Renderer:
         tokenizer: Any,
         family: Family,
         policy: Policy | None = None,
-        excluded: list[str] | None = None,
         max_text_tokens: int = 1024,
     ) -> None:
         self.tokenizer = tokenizer
         self.family = family
         self.max_text_tokens = max_text_tokens
-        self.excluded = excluded or []
-        if (policy or self.excluded) and not (family.template or family.accepts_categories):
-            raise GuardLoopError(
-                f"guard.policy: {family.name} has its policy built in", "leave guard.policy and excluded_categories out"
-            )
+        if policy and not (family.template or family.accepts_categories):
+            raise GuardLoopError(f"guard.policy: {family.name} has its policy built in", "leave guard.policy out")
         own = read_policy(POLICIES / family.policy) if family.policy and policy is None else None
         self.policy = policy if policy is not None else own
-        known = list(self.policy or family.categories)
-        if unknown := [code for code in self.excluded if code not in known]:
-            raise GuardLoopError(
-                f"guard.excluded_categories: the policy has no {', '.join(unknown)}", f"its codes: {', '.join(known)}"
-            )
-        self.codes = [code for code in known if code not in self.excluded]
+        self.codes = list(self.policy or family.categories)
         if family.template is None and not getattr(tokenizer, "chat_template", None):
             raise GuardLoopError(
                 f"guard.family: the tokenizer has no chat template, which {family.name} needs",
@@ -127,15 +120,15 @@ class Renderer:
         return prompts[0][:same]
 
     def _skeleton(self, turns: int) -> list[str]:
-        """The template's text before, between and after `turns` messages: `turns + 1` pieces."""
+        """The template's text before, between and after `turns` messages: `turns + 1` texts."""
         text = self._template(list(SLOTS[:turns]))
-        pieces = re.split("|".join(map(re.escape, SLOTS[:turns])), text)
-        if len(pieces) != turns + 1:
+        texts = re.split("|".join(map(re.escape, SLOTS[:turns])), text)
+        if len(texts) != turns + 1:
             raise GuardLoopError(
                 f"guard.family: the chat template does not show each message once as {self.family.name} should",
                 "choose the family that fits the model",
             )
-        return pieces
+        return texts
 
     def _template(self, contents: list[str]) -> str:
         """The guard's own template, filled with `contents` in turn: User, Agent."""
@@ -146,13 +139,12 @@ class Renderer:
             )
             environment.tests["odd"] = lambda n: n % 2 == 1
             messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-            policy = {code: c for code, c in (self.policy or {}).items() if code not in self.excluded}
-            return environment.get_template(self.family.template).render(messages=messages, categories=policy)
+            return environment.get_template(self.family.template).render(
+                messages=messages, categories=self.policy or {}
+            )
         options: dict[str, Any] = {}
         if self.family.accepts_categories and self.policy is not None:
             options["categories"] = {code: f"{c.name}." for code, c in self.policy.items()}
-        if self.family.accepts_categories and self.excluded:
-            options["excluded_category_keys"] = self.excluded
         parts = self.family.content == "parts"
         chat = [
             {"role": r, "content": [{"type": "text", "text": c}] if parts else c}
@@ -167,7 +159,7 @@ class Renderer:
             ) from error
 
     def _plan(self, skeleton: list[str]) -> Plan:
-        """What `_tokens` does for any messages, done as far as it can be: only stretches are left to tokenise."""
+        """What `_tokens` does for any messages, done as far as it can be: only open text is left to tokenise."""
         plan: Plan = [self._start] if self._start else []
         for part in self._parts(skeleton):
             if isinstance(part, int):
@@ -175,26 +167,27 @@ class Renderer:
             elif len(part) == 1:
                 plan.append(self._plain(part[0]))
             else:
-                plan.append(self._stretch(part))
+                plan.append(self._open_text(part))
         return plan
 
-    def _stretch(self, pieces: list[str]) -> Stretch:
+    def _open_text(self, texts: list[str]) -> OpenText:
         """Cut the text before the first message at its last line break, if tokens then come out the same."""
-        cut = pieces[0].rfind("\n")
-        if cut > 0:
-            short = [pieces[0][cut:], *pieces[1:]]
-            found = set()
+        line = texts[0].rfind("\n")
+        if line > 0:
+            short = [texts[0][line:], *texts[1:]]
+            agreed = set()  # what the probes show: all must agree
             for probe in PROBES:
-                messages = [probe] * (len(pieces) - 1)
-                whole, tail = self._plain(_fill(pieces, messages)), self._plain(_fill(short, messages))
-                skip = next(
-                    (i for i in range(min(4, len(tail))) if whole[len(whole) - len(tail) + i :] == tail[i:]), None
-                )
-                found.add((skip, tuple(whole[: len(whole) - len(tail) + (skip or 0)])))
-            skip, head = found.pop()
-            if not found and skip is not None:
-                return Stretch(short, list(head), skip)
-        return Stretch(pieces, [], 0)
+                messages = [probe] * (len(texts) - 1)
+                full_ids, tail_ids = self._plain(_fill(texts, messages)), self._plain(_fill(short, messages))
+                cut = len(full_ids) - len(tail_ids)
+                same = (i for i in range(min(MAX_RESYNC, len(tail_ids))) if full_ids[cut + i :] == tail_ids[i:])
+                skip = next(same, None)
+                agreed.add((skip, tuple(full_ids[: cut + (skip or 0)])))
+            if len(agreed) == 1:
+                skip, head = agreed.pop()
+                if skip is not None:
+                    return OpenText(short, list(head), skip)
+        return OpenText(texts, [], 0)
 
     def _encode_all(self, prompts: Sequence[tuple[Plan, list[str]]]) -> list[list[int]]:
         """Tokens of filled plans; all texts go to the tokenizer at once."""
@@ -202,16 +195,16 @@ class Renderer:
         for plan, messages in prompts:
             left = list(messages)
             for part in plan:
-                if isinstance(part, Stretch):
-                    texts.append(_fill(part.pieces, [left.pop(0) for _ in part.pieces[1:]]))
+                if isinstance(part, OpenText):
+                    texts.append(_fill(part.texts, [left.pop(0) for _ in part.texts[1:]]))
         encoded = iter(self._plain_all(texts))
-        filled = []
+        prompts_tokens = []
         for plan, _ in prompts:
             tokens: list[int] = []
             for part in plan:
-                tokens += [*part.head, *next(encoded)[part.skip :]] if isinstance(part, Stretch) else part
-            filled.append(tokens)
-        return filled
+                tokens += [*part.head, *next(encoded)[part.skip :]] if isinstance(part, OpenText) else part
+            prompts_tokens.append(tokens)
+        return prompts_tokens
 
     def _tokens(self, skeleton: list[str], messages: list[str]) -> list[int]:
         """Tokens of the filled skeleton: special tokens are parsed in the template's text only.
@@ -231,14 +224,14 @@ class Renderer:
         """The skeleton as special tokens and the plain text between them, the latter open where messages go."""
         parts: list[int | list[str]] = []
         plain = [""]
-        for index, piece in enumerate(skeleton):
+        for index, text in enumerate(skeleton):
             plain += [""] if index else []
             position = 0
-            for match in self._special.finditer(piece) if self._special else ():
-                plain[-1] += piece[position : match.start()]
+            for match in self._special.finditer(text) if self._special else ():
+                plain[-1] += text[position : match.start()]
                 parts += [plain, self.tokenizer.convert_tokens_to_ids(match.group())]
                 plain, position = [""], match.end()
-            plain[-1] += piece[position:]
+            plain[-1] += text[position:]
         return [part for part in [*parts, plain] if part != [""]]
 
     def _plain(self, text: str) -> list[int]:
@@ -298,6 +291,6 @@ def starting_tokens(tokenizer: Any) -> list[int]:
     return whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
 
 
-def _fill(pieces: list[str], messages: list[str]) -> str:
-    """`pieces` with the messages between them."""
-    return pieces[0] + "".join(m + p for m, p in zip(messages, pieces[1:], strict=True))
+def _fill(texts: list[str], messages: list[str]) -> str:
+    """`texts` with the messages between them."""
+    return texts[0] + "".join(m + t for m, t in zip(messages, texts[1:], strict=True))

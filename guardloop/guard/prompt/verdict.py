@@ -12,9 +12,9 @@ SAFE, UNSAFE = "safe", "unsafe"
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """Where a guard's label is read: after `lead` tokens, the choice between `safe` and `unsafe`."""
+    """Where a guard's label is read: after the tokens `before` it, the choice between `safe` and `unsafe`."""
 
-    lead: tuple[int, ...]
+    before: tuple[int, ...]
     safe: int
     unsafe: int
 

@@ -68,10 +68,10 @@ class TransformersResponder:
     """Generates with a transformers model on this machine. Raises GuardLoopError if the model cannot be used so."""
 
     def __init__(self, settings: ResponderSettings, load: str) -> None:
-        device = pick_device("auto")
+        device = pick_device()
         revision = None if load != settings.model else settings.revision
         tokenizer = load_tokenizer(load, revision)
-        model = load_causal_lm(load, revision, pick_dtype("auto", device), device)
+        model = load_causal_lm(load, revision, pick_dtype(device), device)
         self._setup(settings, model, tokenizer)
 
     @classmethod

@@ -14,7 +14,7 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from guardloop.guard.inference.float8 import Float8Linear, to_float8
 from guardloop.guard.inference.forward import decoder_of
 from guardloop.guard.inference.packed import HOPPER_TILES, PackedForward, fits, is_tuned, side_of
-from guardloop.guard.inference.packing import most_rows
+from guardloop.guard.inference.packing import max_labels
 from guardloop.guard.inference.products import first_products
 
 PROPERTY = settings(max_examples=cases(25), deadline=None, derandomize=True)
@@ -98,15 +98,6 @@ def test_a_process_compiles_the_layers_of_any_number_of_guards(monkeypatch):
             PackedForward(tiny_llama(), list(range(40)), size, compiled=True)([[5, 6, 7, 8], [9, 10]])
 
 
-def test_several_last_tokens_of_a_row_are_read(model):
-    prefix, rows, reads = [1, 2, 3], [[4, 5, 6, 7], [8], [9, 10]], [3, 1, 2]
-    with torch.no_grad():
-        found = PackedForward(model, prefix, 256, compiled=False)(rows, reads)
-        whole = [decoder_of(model)(torch.tensor([[*prefix, *row]])).last_hidden_state[0] for row in rows]
-    expected = torch.cat([hidden[-count:] for hidden, count in zip(whole, reads, strict=True)])
-    torch.testing.assert_close(found, expected, atol=NEAR, rtol=0)
-
-
 @pytest.mark.parametrize("checkpointed", [0.0, 0.5, 1.0])
 def test_gradients_of_a_pack_equal_those_of_whole_prompts(checkpointed):
     model, draw = with_lora(tiny_llama()), random.Random(1)
@@ -132,7 +123,7 @@ def test_only_the_rows_that_are_read_pass_through_the_last_layers_mlp():
         layer.mlp.up_proj.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1]))
     with torch.no_grad():
         PackedForward(model, [1, 2, 3], 1024, compiled=False)([[4, 5], [6]])
-    assert shapes[-2:] == [1024, most_rows(1024)]
+    assert shapes[-2:] == [1024, max_labels(1024)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,56 +5,66 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import cases
 
-from guardloop.guard.inference.packed import Seen
+from guardloop.guard.inference.packed import VisibleKeys
 from guardloop.guard.inference.packing import (
     BLOCK,
-    batches,
     bins,
     blocks_of,
     lay_out,
-    most_rows,
+    max_labels,
     packs,
+    padded_batches,
 )
 
 PROPERTY = settings(max_examples=cases(80), deadline=None, derandomize=True)
 lengths = st.lists(st.integers(1, 700), max_size=80)
 
 
+def items_of(lengths):
+    """What is packed: here numbers with their lengths."""
+    return list(enumerate(lengths))
+
+
+def tokens_of(item):
+    return item[1]
+
+
 @given(lengths=lengths, budget=st.integers(1, 3000))
 @PROPERTY
 def test_every_row_is_in_one_batch_within_the_budget(lengths, budget):
-    made = list(batches(lengths, budget))
-    assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
-    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in made)
+    made = list(padded_batches(items_of(lengths), budget, tokens_of))
+    assert sorted(item for batch in made for item in batch) == items_of(lengths)
+    assert all(len(batch) == 1 or len(batch) * max(map(tokens_of, batch)) <= budget for batch in made)
 
 
 @given(lengths=lengths, size=st.integers(1, 1200), most=st.integers(1, 9))
 @PROPERTY
 def test_every_row_that_fits_is_in_one_bin(lengths, size, most):
-    made = bins(lengths, size, most)
-    assert sorted(i for chosen in made for i in chosen) == [i for i, n in enumerate(lengths) if n <= size]
-    assert all(0 < len(chosen) <= most and sum(lengths[i] for i in chosen) <= size for chosen in made)
+    made, too_long = bins(items_of(lengths), size, most, tokens_of)
+    assert sorted(item for filled in made for item in filled) == [i for i in items_of(lengths) if tokens_of(i) <= size]
+    assert too_long == [item for item in items_of(lengths) if tokens_of(item) > size]
+    assert all(0 < len(filled) <= most and sum(map(tokens_of, filled)) <= size for filled in made)
 
 
 @given(lengths=lengths, size=st.integers(1, 1200))
 @PROPERTY
 def test_no_two_bins_could_be_one(lengths, size):
-    filled = [sum(lengths[i] for i in chosen) for chosen in bins(lengths, size, 10**6)]
-    assert sum(2 * f <= size for f in filled) <= 1
+    made, _ = bins(items_of(lengths), size, 10**6, tokens_of)
+    assert sum(2 * sum(map(tokens_of, filled)) <= size for filled in made) <= 1
 
 
 @given(lengths=st.lists(st.integers(84, 592), max_size=120))
 @PROPERTY
 def test_packs_and_what_is_left_over_are_all_rows_once(lengths):
-    made, left = packs(lengths, (4096, 1024))
-    assert sorted([i for _, pack in made for i in pack] + left) == list(range(len(lengths)))
+    made, left = packs(items_of(lengths), (4096, 1024), tokens_of)
+    assert sorted([item for _, pack in made for item in pack] + left) == items_of(lengths)
     for size, pack in made:
-        assert 0.4 * size <= sum(lengths[i] for i in pack) <= size
-        assert len(pack) <= most_rows(size)
+        assert 0.4 * size <= sum(map(tokens_of, pack)) <= size
+        assert len(pack) <= max_labels(size)
     if sum(lengths) < 4096:
         assert not made
     else:
-        assert sum(lengths[i] for i in left) < 0.4 * 1024
+        assert sum(map(tokens_of, left)) < 0.4 * 1024
 
 
 PACK = st.fixed_dictionaries(
@@ -70,7 +80,7 @@ PACK = st.fixed_dictionaries(
 def laid_out(rows, template, cached, spare):
     own = [] if cached else [9] * template
     size = (-(-(len(own) + sum(map(len, rows))) // BLOCK) + spare) * BLOCK
-    return lay_out(rows, size, BLOCK, template, own)
+    return lay_out(rows, size, template, own)
 
 
 def seen_in(rows, template, cached, keys, offset):
@@ -92,11 +102,11 @@ def seen_in(rows, template, cached, keys, offset):
 @pytest.mark.parametrize("side", [64, BLOCK])
 @given(pack=PACK)
 @PROPERTY
-def test_the_squares_hold_all_that_is_seen_and_full_ones_nothing_else(side, pack):
+def test_the_blocks_hold_all_that_is_seen_and_full_ones_nothing_else(side, pack):
     layout = laid_out(**pack)
     keys = layout.offset + len(layout.tokens)
     seen = seen_in(pack["rows"], pack["template"], pack["cached"], keys, layout.offset)
-    for queries in (np.arange(len(layout.tokens)), layout.rows):
+    for queries in (np.arange(len(layout.tokens)), layout.label_positions):
         blocks = blocks_of(layout, queries, side)
         assert len(blocks.full_count) == len(queries) // side
         for square in range(len(queries) // side):
@@ -118,8 +128,8 @@ def test_the_squares_hold_all_that_is_seen_and_full_ones_nothing_else(side, pack
 def test_the_mask_is_what_each_token_sees(pack):
     layout = laid_out(**pack)
     keys = layout.offset + len(layout.tokens)
-    for queries in (np.arange(len(layout.tokens)), layout.rows):
-        mask = Seen(layout, queries, torch.device("cpu")).mask
+    for queries in (np.arange(len(layout.tokens)), layout.label_positions):
+        mask = VisibleKeys(layout, queries, torch.device("cpu")).mask
         found = mask(None, None, torch.arange(len(queries))[:, None], torch.arange(keys)[None]).numpy()
         wanted = seen_in(pack["rows"], pack["template"], pack["cached"], keys, layout.offset)
         assert all((found[n] == wanted[q]).all() for n, q in enumerate(queries.tolist()) if q in wanted)
@@ -135,8 +145,8 @@ def test_positions_are_those_of_a_conversation_alone(pack):
         assert layout.positions[own].tolist() == list(range(pack["template"], pack["template"] + len(row)))
         assert set(layout.start[own].tolist()) == {at}
         at += len(row)
-        assert layout.rows[number] == at - 1
-    assert layout.template == pack["template"]
+        assert layout.label_positions[number] == at - 1
+    assert layout.prefix_length == pack["template"]
     assert layout.offset % BLOCK == 0
     assert (0 <= layout.offset - pack["template"] < BLOCK) if pack["cached"] else layout.offset == 0
 
@@ -144,4 +154,4 @@ def test_positions_are_those_of_a_conversation_alone(pack):
 @pytest.mark.parametrize("rows", [[], [[1] * 129], [[1]] * 129])
 def test_rows_that_do_not_fit_are_refused(rows):
     with pytest.raises(ValueError, match="do not fit a pack"):
-        lay_out(rows, 128, 128, 10)
+        lay_out(rows, 128, 10)

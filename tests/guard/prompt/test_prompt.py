@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.prompt.family import family_of
 from guardloop.guard.prompt.policy import Category
-from guardloop.guard.prompt.renderer import Renderer, Stretch
+from guardloop.guard.prompt.renderer import OpenText, Renderer
 
 PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
 # of many beginnings and ends: the characters at a message's edge may share a token with the template's
@@ -248,8 +248,8 @@ def test_the_prepared_parts_of_a_prompt_change_no_token(first, second):
 def test_the_template_is_not_tokenised_again_for_each_prompt(family):
     plans = cached_renderer(family)._plans
     for plan in plans.values():
-        (stretch,) = (part for part in plan if isinstance(part, Stretch))
-        assert len(stretch.head) > 20
+        (text,) = (part for part in plan if isinstance(part, OpenText))
+        assert len(text.head) > 20
 
 
 def test_many_conversations_are_rendered_as_each_alone(family):
@@ -264,36 +264,20 @@ def test_a_family_with_a_policy_of_its_own_takes_no_other(name):
     policy = {"S1": Category(name="Violence", description="harm")}
     with pytest.raises(GuardLoopError, match="has its policy built in"):
         renderer_of(name, policy=policy)
-    with pytest.raises(GuardLoopError, match="has its policy built in"):
-        renderer_of(name, excluded=["S1"])
 
 
 @pytest.mark.parametrize("name", ["llama-guard-3-1b", "guardloop"])
-def test_categories_are_given_and_left_out(name):
-    policy = {
-        "S1": Category(name="Quarrels", description="fights"),
-        "S2": Category(name="Potions", description="brews"),
-    }
-    renderer = renderer_of(name, policy=policy, excluded=["S1"])
+def test_a_policy_of_ones_own_takes_the_place_of_the_familys(name):
+    policy = {"S2": Category(name="Potions", description="brews")}
+    renderer = renderer_of(name, policy=policy)
     text = renderer.tokenizer.decode(renderer.render("x").tokens)
-    assert "Potions" in text
-    assert "Quarrels" not in text
+    assert "Potions" in text and "S13" not in text and "S1 " not in text
     assert renderer.codes == ["S2"]
 
 
-@pytest.mark.parametrize("name", ["llama-guard-3-1b", "guardloop"])
-def test_a_category_that_cannot_be_left_out_is_named(name):
-    with pytest.raises(GuardLoopError, match="the policy has no s1, S99") as error:
-        renderer_of(name, excluded=["S1", "s1", "S99"])
-    assert error.value.remedy.startswith("its codes: S1, S2")
-
-
-def test_the_3_1b_template_keeps_its_own_policy_unless_told():
+def test_the_3_1b_template_keeps_its_own_policy_where_none_is_given():
     text = tokenizer_of("llama-guard-3-1b").decode(renderer_of("llama-guard-3-1b").render("x").tokens)
     assert "S13: Elections." in text
-    less = renderer_of("llama-guard-3-1b", excluded=["S13"])
-    assert "S13" not in less.tokenizer.decode(less.render("x").tokens)
-    assert "S13" not in less.codes
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ PINNED = {  # lead, safe, unsafe
 
 def test_the_label_tokens_are_pinned(family):
     labels, tokenizer = label_tokens(renderer_of(family)), tokenizer_of(family)
-    found = [tokenizer.convert_ids_to_tokens(ids) for ids in (list(labels.lead), labels.safe, labels.unsafe)]
+    found = [tokenizer.convert_ids_to_tokens(ids) for ids in (list(labels.before), labels.safe, labels.unsafe)]
     assert tuple(found) == PINNED[family]
 
 
@@ -29,7 +29,7 @@ def test_the_label_tokens_are_where_the_model_writes_its_answer(family):
         for answer, label in (("safe", labels.safe), ("unsafe", labels.unsafe)):
             text = renderer._template(messages) + renderer.family.answer_lead + answer
             whole = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert whole == [*renderer.render(*messages).tokens, *labels.lead, label]
+            assert whole == [*renderer.render(*messages).tokens, *labels.before, label]
 
 
 def test_a_training_target_read_back_is_the_same_verdict(family):
@@ -41,7 +41,7 @@ def test_a_training_target_read_back_is_the_same_verdict(family):
         (f"unsafe\n{first},{last}", labels.unsafe, WrittenVerdict("unsafe", (first, last))),
     ):
         tokens = renderer.answer(answer)
-        assert tokens[: len(labels.lead) + 1] == [*labels.lead, label]
+        assert tokens[: len(labels.before) + 1] == [*labels.before, label]
         assert parse_verdict(renderer.tokenizer.decode(tokens), renderer.codes) == verdict
 
 

@@ -94,7 +94,7 @@ def put_in_path(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 @pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
 def test_a_gpu_that_torch_was_not_built_for(examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put_in_path(tmp_path, monkeypatch, "echo NVIDIA H100 80GB HBM3, 570.86.15, 81559 MiB")
-    code, found = examine({"guard": {"device": "cuda"}})
+    code, found = examine({"guard": {"quantization": "fp8"}})
 
     assert code == 1
     assert found["GPU"]["verdict"] == "ok" and "driver 570.86.15" in found["GPU"]["found"]
@@ -123,9 +123,9 @@ def test_a_driver_that_does_not_answer_is_no_gpu(
     examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     put_in_path(tmp_path, monkeypatch, "echo NVIDIA-SMI has failed; exit 9")
-    _, found = examine({"guard": {"device": "cuda"}})
+    _, found = examine({"guard": {"quantization": "fp8"}})
 
-    assert found["GPU"]["verdict"] == "failed" and "guard.device: cuda needs one" in found["GPU"]["found"]
+    assert found["GPU"]["verdict"] == "failed" and "guard.quantization: fp8 needs one" in found["GPU"]["found"]
 
 
 def test_a_package_that_only_the_configuration_asks_for(examine: Doctor) -> None:
