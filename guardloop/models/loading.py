@@ -136,5 +136,8 @@ def _explain(error: Exception, model: str) -> GuardLoopError:
 
 
 def _cpu_has_bf16() -> bool:
+    """Whether bfloat16 is native here, and torch may use it (ATEN_CPU_CAPABILITY=avx2 says no)."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
