@@ -15,6 +15,8 @@ from guardloop.core.records import Row
 from guardloop.data.settings import DatasetSettings
 from guardloop.data.sources import CONTROL, read_conversations
 
+NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 3-grams from which two prompts count as near-duplicates
+MAX_CHARS = 8000  # guards and responders cut what is longer
 PERMUTATIONS = 64
 RECALL = 0.99
 SHINGLE = 3
@@ -62,18 +64,15 @@ class NearIndex:
     datasketch's own index takes four times the memory.
     """
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float = NEAR_DUPLICATE) -> None:
         self.threshold = threshold
-        self.bands = None if threshold >= 1 else _bands(threshold)
-        self.groups: dict[str, str] = {}
+        self.bands = _bands(threshold)
         self.keys: list[str] = []
         self.shingles: list[np.ndarray] = []
         self.buckets: dict[int, int | list[int]] = {}
 
     def find(self, text: str, sketch: Sketch | None = None) -> str | None:
         """The key of a near-duplicate already here, or None. `sketch` is the text's, where it is known."""
-        if self.bands is None:
-            return self.groups.get(_fold(text))
         sketch = sketch or self.sketch(text)
         alike: set[int] = set()
         for band in sketch.bands:
@@ -87,9 +86,6 @@ class NearIndex:
 
     def add(self, key: str, text: str, sketch: Sketch | None = None) -> None:
         """Remember `text` under `key`, which is new."""
-        if self.bands is None:
-            self.groups.setdefault(_fold(text), key)
-            return
         sketch, row = sketch or self.sketch(text), len(self.keys)
         self.keys.append(key)
         self.shingles.append(sketch.shingles)
@@ -103,35 +99,33 @@ class NearIndex:
     def sketch(self, text: str) -> Sketch:
         """The text's sketch, for indexes of this threshold."""
         shingles = _shingles(text)
-        if self.bands is None:
-            return Sketch(shingles, [])
         count, rows = self.bands
         bands = _signature(shingles)[: count * rows].reshape(count, rows)
         return Sketch(shingles, [hash((place, band.tobytes())) for place, band in enumerate(bands)])
 
 
-def prepare(settings: DatasetSettings) -> tuple[list[Row], list[Row], CleanReport]:
+def prepare(settings: DatasetSettings, seed: int = 0) -> tuple[list[Row], list[Row], CleanReport]:
     """Traffic and test conversations, cleaned, grouped and disjoint, with a report of what was dropped.
 
     Raises GuardLoopError for an empty set, a test set without both labels, or one that overlaps with the traffic.
     """
     report = CleanReport()
-    test = list(_test_rows(settings, report))
+    test = list(_test_rows(settings, report, seed))
     seen_in_test: set[str] = set()
-    near_test = NearIndex(settings.near_duplicate)
+    near_test = NearIndex()
     for row in test:
         near_test.add(row["id"], row["prompt"])
     exact: set[bytes] = set()
     ids: set[str] = set()
-    near = NearIndex(settings.near_duplicate)
+    near = NearIndex()
     traffic: list[Row] = []
-    for row in read_conversations(settings.traffic, settings.seed, "dataset.traffic"):
+    for row in read_conversations(settings.traffic, seed, "dataset.traffic"):
         report.read += 1
         text = normalise(row["prompt"])
         if not text:
             report.empty += 1
             continue
-        if len(text) > settings.max_chars:
+        if len(text) > MAX_CHARS:
             report.too_long += 1
             continue
         folded, sketch = _digest(_fold(text)), near.sketch(text)
@@ -164,9 +158,9 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
-def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
+def _test_rows(settings: DatasetSettings, report: CleanReport, seed: int) -> Iterator[Row]:
     """Labelled test rows: exact duplicates dropped, near-duplicates kept and put in one group."""
-    near = NearIndex(settings.near_duplicate)
+    near = NearIndex()
     seen: set[tuple[str, str | None]] = set()
     sources = [(settings.test, "dataset.test"), (settings.response_test, "dataset.response_test")]
     ids: set[str] = set()
@@ -174,7 +168,7 @@ def _test_rows(settings: DatasetSettings, report: CleanReport) -> Iterator[Row]:
     for source, where in sources:
         if source is None:
             continue
-        for row in read_conversations(source, settings.seed, where):
+        for row in read_conversations(source, seed, where):
             text = normalise(row["prompt"])
             response = normalise(row["response"]) if row["response"] and where.endswith("response_test") else None
             key = (_fold(text), response)
@@ -213,7 +207,10 @@ def _check(
             "use a separate test set, or raise dataset.max_overlap to have them removed from the traffic",
         )
     if not traffic:
-        raise GuardLoopError("dataset.traffic: no prompt is left after cleaning", "check the column and max_chars")
+        raise GuardLoopError(
+            "dataset.traffic: no prompt is left after cleaning",
+            f"check the column; prompts of more than {MAX_CHARS:,} characters are dropped",
+        )
     if report.test_unsafe in (0, report.test):
         kind = "safe" if report.test_unsafe == 0 else "unsafe"
         raise GuardLoopError(f"dataset.test: every row is labelled {kind}", "check columns.label and unsafe_labels")

@@ -1,8 +1,8 @@
 """Settings of the data: where the traffic and the test set come from."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from guardloop.core.settings import Section
 
@@ -22,43 +22,50 @@ class SourceSettings(Section):
     """Split of the hub dataset."""
     revision: str | None = None
     """Commit of the hub dataset; pin it, so that a run can be repeated."""
-    columns: dict[str, str] = {}
-    """Our column -> the table's column, for id, prompt, response, label, category, source, language, jailbreak."""
+    columns: dict[str, str | list[str]] = {}
+    """Our column -> the table's column, for id, prompt, response, label, category, source, language, jailbreak. For
+    label, it may be a list of columns, of which any unsafe one decides."""
     unsafe_labels: list[str] = ["unsafe", "1", "true", "toxic"]
     """Values of the label column (as text, any case) that mean unsafe; every other value means safe."""
-    any_label: list[str] = []
-    """Label columns of which any one with an unsafe value makes a row unsafe, in place of one label column."""
-    where: dict[str, str] = {}
-    """Keep only rows whose table column has this value (as text), such as human_annotation: "True"."""
-    where_not: dict[str, str] = {}
-    """Leave out rows whose table column has this value (as text), such as prompt: REDACTED."""
+    where: dict[str, str | dict[Literal["not"], str]] = {}
+    """Keep only rows whose table column has this value (as text), such as human_annotation: "True", or has it not:
+    prompt: {not: REDACTED}."""
     limit: int | None = Field(default=None, ge=1)
     """Keep a seeded random sample of this many rows."""
 
-    @model_validator(mode="after")
-    def _known_columns(self) -> "SourceSettings":
-        if unknown := set(self.columns) - set(COLUMNS):
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+        if unknown := set(columns) - set(COLUMNS):
             raise ValueError(f"columns maps unknown names {', '.join(sorted(unknown))}; known: {', '.join(COLUMNS)}")
-        return self
+        if lists := [ours for ours, theirs in columns.items() if isinstance(theirs, list) and ours != "label"]:
+            raise ValueError(f"{lists[0]} must be one column; only label may be a list of columns")
+        return columns
+
+    @field_validator("where")
+    @classmethod
+    def _not_empty(cls, where: dict[str, Any]) -> dict[str, Any]:
+        if empty := [column for column, value in where.items() if value == {}]:
+            raise ValueError(f"{empty[0]} is empty; write a value, or {{not: VALUE}}")
+        return where
+
+    @property
+    def name(self) -> str:
+        """What reports and the registry call the data: the sample's or hub data set's name, or the file's."""
+        if self.kind == "sample":
+            return "guardloop-sample"
+        return self.path if self.kind == "hub" else self.path.rstrip("/").rpartition("/")[2].partition(".")[0]
 
 
 class DatasetSettings(Section):
     """The traffic that the loop learns from, and the labelled test set that decides."""
 
-    name: str = "guardloop-sample"
-    """Name of the data set, for reports and the registry."""
     traffic: SourceSettings = SourceSettings(path="traffic")
     """Prompts as users send them. Labels, if there are any, are never trained on."""
     test: SourceSettings = SourceSettings(path="test")
     """Labelled prompts that no stage trains or tunes on."""
     response_test: SourceSettings | None = None
     """Labelled prompts with responses, added to the test set to check that responses are still judged well."""
-    near_duplicate: float = Field(default=0.8, gt=0, le=1)
-    """Jaccard similarity of word 3-grams from which two prompts count as near-duplicates (1: exact only)."""
     max_overlap: float = Field(default=0.1, ge=0, le=1)
     """Share of test prompts (near-duplicates count once) that may also be in the traffic; they are removed from it.
     Above, the run is refused."""
-    max_chars: int = Field(default=8000, ge=100)
-    """Longer prompts are dropped and counted."""
-    seed: int = 0
-    """Seed of the sampling of rows."""

@@ -152,21 +152,18 @@ def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> 
     for column, wanted in source.where.items():
         if column not in row:
             raise _no_column(place, column, row)
-        if str(row[column]).lower() != wanted.lower():
-            return None
-    for column, unwanted in source.where_not.items():
-        if column not in row:
-            raise _no_column(place, column, row)
-        if str(row[column]).lower() == unwanted.lower():
+        value, negated = (wanted["not"], True) if isinstance(wanted, dict) else (wanted, False)
+        if (str(row[column]).lower() == value.lower()) == negated:
             return None
     values: dict[str, Any] = {}
     for ours in ("prompt", "response", "label", "id", "category", "source", "language", "jailbreak"):
         theirs = source.columns.get(ours, ours)
+        if isinstance(theirs, list):
+            values[ours] = _any_label(row, theirs, source.unsafe_labels, place)
+            continue
         if theirs not in row and (ours == "prompt" or ours in source.columns):
             raise _no_column(place, theirs, row)
         values[ours] = row.get(theirs)
-    if source.any_label:
-        values["label"] = _any_label(row, source, place)
     for ours in ("prompt", "response"):
         if not isinstance(values[ours], str) and not (ours == "response" and values[ours] is None):
             raise GuardLoopError(
@@ -184,13 +181,13 @@ def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> 
     }
 
 
-def _any_label(row: Row, source: SourceSettings, place: str) -> str | None:
+def _any_label(row: Row, columns: list[str], unsafe_labels: list[str], place: str) -> str | None:
     """The first unsafe value of the label columns, else a safe one; None where all are empty."""
-    for column in source.any_label:
+    for column in columns:
         if column not in row:
             raise _no_column(place, column, row)
-    values = [str(row[column]) for column in source.any_label if row[column] is not None and str(row[column]).strip()]
-    unsafe = (value for value in values if _truth(value, source.unsafe_labels))
+    values = [str(row[column]) for column in columns if row[column] is not None and str(row[column]).strip()]
+    unsafe = (value for value in values if _truth(value, unsafe_labels))
     return next(unsafe, values[0] if values else None)
 
 

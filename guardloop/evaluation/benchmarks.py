@@ -19,7 +19,6 @@ from guardloop.evaluation.slices import flag_rates
 from guardloop.evaluation.table import Table, read_scores
 
 MIXED = ("auprc", "auroc", "f1", "precision", "recall", "fpr", "accuracy")
-NEAR_DUPLICATE = 0.8
 """Likeness of two prompts that makes one a near-duplicate, as in the data stage."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -51,7 +50,7 @@ def read_benchmark(settings: BenchmarkSettings, trained_on: Iterable[str] = ()) 
     benchmark = Benchmark(settings, revision)
     from guardloop.data.clean import NearIndex, normalise  # noqa: PLC0415  (measuring needs no index of texts)
 
-    known, near = NearIndex(NEAR_DUPLICATE), NearIndex(NEAR_DUPLICATE)
+    known, near = NearIndex(), NearIndex()
     for number, text in enumerate(trained_on):
         known.add(str(number), normalise(text))
     groups: dict[str, str] = {}

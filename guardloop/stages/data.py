@@ -13,12 +13,12 @@ def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path, seed:
     """Write the cleaned traffic and the locked test set. Returns the counts of what was kept and dropped."""
     from guardloop.data.clean import fingerprint, prepare
 
-    settings = read_section(DatasetSettings, dataset, "dataset").model_copy(update={"seed": seed})
+    settings = read_section(DatasetSettings, dataset, "dataset")
     with Stage("prepare_data") as stage:
-        stage.say(f"reading {settings.name}")
-        rows, test_rows, report = prepare(settings)
+        stage.say(f"reading {settings.traffic.name}")
+        rows, test_rows, report = prepare(settings, seed)
         metadata = {
-            "dataset": settings.name,
+            "dataset": settings.traffic.name,
             "revision": settings.traffic.revision or "",
             "hash": fingerprint([*rows, *test_rows]),
             "counts": report.plain(),

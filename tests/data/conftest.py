@@ -31,14 +31,11 @@ def dataset(write: Write) -> Callable[..., DatasetSettings]:
     def dataset(
         traffic: list[dict[str, Any]],
         test: list[dict[str, Any]],
-        agent: list[dict[str, Any]] | None = None,
+        responses: list[dict[str, Any]] | None = None,
         **more: Any,
     ) -> DatasetSettings:
-        return DatasetSettings(
-            traffic=SourceSettings(kind="file", path=str(write(traffic, "traffic.jsonl"))),
-            test=SourceSettings(kind="file", path=str(write(test, "test.jsonl"))),
-            response_test=SourceSettings(kind="file", path=str(write(agent, "agent.jsonl"))) if agent else None,
-            **more,
-        )
+        tables = {"traffic": traffic, "test": test} | ({"response_test": responses} if responses else {})
+        sources = {n: SourceSettings(kind="file", path=str(write(rows, f"{n}.jsonl"))) for n, rows in tables.items()}
+        return DatasetSettings(**sources, **more)
 
     return dataset

@@ -62,17 +62,16 @@ traffic_rows = st.lists(st.fixed_dictionaries({"prompt": prompts, "id": ids}), m
 test_rows = st.lists(
     st.fixed_dictionaries({"prompt": prompts, "id": ids, "label": st.sampled_from(["safe", "unsafe", ""])}), max_size=8
 )
-thresholds = st.sampled_from([0.05, 0.5, 0.8, 0.99, 1.0])
 
 
-def cleaned(traffic, test, threshold):
+def cleaned(traffic, test):
     """What `prepare` makes of the rows; None where nothing is left of the traffic."""
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in (("traffic", traffic), ("test", test + LABELLED)):
             Path(folder, f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources = {name: SourceSettings(kind="file", path=f"{folder}/{name}.jsonl") for name in ("traffic", "test")}
         try:
-            return prepare(DatasetSettings(**sources, max_overlap=1, near_duplicate=threshold))
+            return prepare(DatasetSettings(**sources, max_overlap=1))
         except GuardLoopError as error:
             assert "no prompt is left" in error.what
             return None
@@ -80,9 +79,9 @@ def cleaned(traffic, test, threshold):
 
 @pytest.mark.slow
 @few
-@given(traffic_rows, test_rows, thresholds)
-def test_what_is_kept_is_distinct_and_apart_from_the_test_set(traffic, test, threshold):
-    if (made := cleaned(traffic, test, threshold)) is None:
+@given(traffic_rows, test_rows)
+def test_what_is_kept_is_distinct_and_apart_from_the_test_set(traffic, test):
+    if (made := cleaned(traffic, test)) is None:
         return
     kept, tested, _ = made
     texts = [folded(r["prompt"]) for r in kept]
@@ -97,9 +96,9 @@ def test_what_is_kept_is_distinct_and_apart_from_the_test_set(traffic, test, thr
 
 
 @few
-@given(traffic_rows, test_rows, thresholds)
-def test_the_counts_add_up(traffic, test, threshold):
-    if (made := cleaned(traffic, test, threshold)) is None:
+@given(traffic_rows, test_rows)
+def test_the_counts_add_up(traffic, test):
+    if (made := cleaned(traffic, test)) is None:
         return
     kept, tested, report = made
     dropped = report.empty + report.too_long + report.exact_duplicates + report.near_duplicates
@@ -107,16 +106,6 @@ def test_the_counts_add_up(traffic, test, threshold):
     assert report.kept == len(kept) and report.test == len(tested)
     assert report.test_unsafe == sum(r["unsafe"] for r in tested)
     assert report.empty == sum(not normalise(r["prompt"]) for r in traffic)
-
-
-@few
-@given(traffic_rows, st.randoms(use_true_random=False))
-def test_exact_cleaning_keeps_the_same_prompts_in_any_order(traffic, draw):
-    shuffled = draw.sample(traffic, len(traffic))
-    one, other = cleaned(traffic, [], 1.0), cleaned(shuffled, [], 1.0)
-    assert (one is None) == (other is None)
-    if one and other:
-        assert {folded(r["prompt"]) for r in one[0]} == {folded(r["prompt"]) for r in other[0]}
 
 
 @few
@@ -187,13 +176,6 @@ def test_the_threshold_means_what_it_says(threshold):
     assert above >= 15 and found >= 0.98 * above
 
 
-@pytest.mark.parametrize("threshold", [0.001, 0.8, 0.999, 1])
-def test_every_threshold_that_is_allowed_works(dataset, threshold):
-    rows = [{"prompt": "alpha beta gamma"}, {"prompt": " Alpha  BETA gamma"}, {"prompt": "delta epsilon zeta"}]
-    kept, _, _ = prepare(dataset(rows, LABELLED, near_duplicate=threshold))
-    assert [r["prompt"] for r in kept] == ["alpha beta gamma", "delta epsilon zeta"]
-
-
 def test_near_duplicates_of_every_row_are_found_though_ids_repeat(dataset):
     one, two = words(60, 1), words(60, 2)
     rows = [{"id": "turn", "prompt": " ".join(text)} for text in (one, two, [*two[:-1], "zebra"])]
@@ -245,10 +227,10 @@ def test_near_duplicates_in_the_test_set_share_a_group_through_chains(dataset):
     assert report.test == 4 and groups[0] == groups[1] == groups[2] != groups[3]
 
 
-def test_test_and_agent_rows_with_the_same_ids_are_told_apart(dataset):
-    agent = [{"id": i, "prompt": f"agent {i}", "response": "answer", "label": "unsafe"} for i in (1, 2)]
+def test_test_and_response_rows_with_the_same_ids_are_told_apart(dataset):
+    responses = [{"id": i, "prompt": f"responses {i}", "response": "answer", "label": "unsafe"} for i in (1, 2)]
     test = [{"id": i, **row} for i, row in enumerate(LABELLED, start=1)]
-    _, tested, report = prepare(dataset([{"prompt": "traffic"}], test, agent))
+    _, tested, report = prepare(dataset([{"prompt": "traffic"}], test, responses))
     assert len({r["id"] for r in tested}) == len({r["group"] for r in tested}) == 4
     assert (report.test, report.response_test, report.test_unsafe) == (2, 2, 1)
     assert [r["response"] for r in tested] == [None, None, "answer", "answer"]
@@ -315,8 +297,8 @@ def test_an_empty_traffic_or_test_set_is_refused(dataset):
 
 
 def test_traffic_of_which_nothing_is_left_is_refused(dataset):
-    error = refusal(dataset([{"prompt": " "}, {"prompt": "x" * 101}], LABELLED, max_chars=100))
-    assert "dataset.traffic" in error.what and "max_chars" in error.remedy
+    error = refusal(dataset([{"prompt": " "}, {"prompt": "x" * 8001}], LABELLED))
+    assert "dataset.traffic" in error.what and "8,000" in error.remedy
 
 
 @pytest.mark.parametrize("kind", ["safe", "unsafe"])
@@ -330,7 +312,7 @@ def test_a_test_set_without_labels_is_refused(dataset):
     assert "dataset.test" in error.what and "label" in error.remedy
 
 
-def test_an_agent_row_without_a_response_is_refused(dataset):
+def test_a_response_row_without_a_response_is_refused(dataset):
     error = refusal(dataset([{"prompt": "x"}], LABELLED, [{"id": "r7", "prompt": "a", "label": "safe"}]))
     assert "dataset.response_test" in error.what and "r7" in error.what
 
@@ -345,13 +327,13 @@ def test_the_stage_writes_both_tables_and_what_became_of_the_rows(dataset, tmp_p
         {"prompt": "TWO"},
         {"prompt": "something kind"},
     ]
-    made = dataset(rows, LABELLED, max_overlap=0.5, name="tiny")
+    made = dataset(rows, LABELLED, max_overlap=0.5)
     counts = prepare_data(made.plain(), tmp_path / "traffic.parquet", tmp_path / "test.parquet")
     traffic = list(read_table(tmp_path / "traffic.parquet", CONVERSATION))
     assert Counter(counts) >= Counter(read=4, kept=2, exact_duplicates=1, overlap_with_test=1, test=2, test_unsafe=1)
     assert [r["prompt"] for r in traffic] == ["? one", "two"]
     metadata = read_metadata(tmp_path / "test.parquet")
-    assert metadata["dataset"] == "tiny" and metadata["hash"] and metadata["counts"]["kept"] == 2
+    assert metadata["dataset"] == "traffic" and metadata["hash"] and metadata["counts"]["kept"] == 2
 
 
 def test_the_stage_gives_the_same_files_again(dataset, tmp_path):

@@ -125,6 +125,18 @@ def test_where_keeps_the_rows_with_that_value(write, kind):
     assert [r["id"] for r in kept] == ["a", "c"]
 
 
+def test_where_leaves_rows_with_a_value_out(write):
+    kept = read(write(ROWS), columns=COLUMNS, where={"checked": {"not": "TRUE"}})
+    assert [r["id"] for r in kept] == ["b"]
+
+
+def test_of_several_label_columns_any_unsafe_one_decides(write):
+    rows = [{"prompt": "x", "a": a, "b": b} for a, b in ((0, 1), (1, None), (0, 0), (None, 0), (None, ""))]
+    kept = read(write(rows), columns={"label": ["a", "b"]})
+    assert [r["unsafe"] for r in kept] == [True, True, False, False, None]
+    assert "'c'" in refusal(write(rows), columns={"label": ["a", "c"]}).what
+
+
 def test_an_empty_cell_is_a_missing_value(write):
     (row,) = read(write(b"prompt,response,language,jailbreak,category,id\nhello,,,,,\n", "rows.csv"))
     missing = ("response", "language", "jailbreak", "category", "unsafe")
@@ -285,6 +297,8 @@ def test_a_wrong_column_is_named_with_the_columns_there_are(write, kind):
 def test_only_our_own_columns_can_be_mapped():
     with pytest.raises(ValueError, match="unknown names promt"):
         SourceSettings(columns={"promt": "text"})
+    with pytest.raises(ValueError, match="only label may be a list"):
+        SourceSettings(columns={"prompt": ["text", "more"]})
 
 
 @pytest.mark.parametrize("value", [7, 1.5, None, True, ["a"], {"a": "b"}])
