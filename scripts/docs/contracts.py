@@ -53,8 +53,9 @@ CONTENTS = {
 """What is in an artifact of each name; a name that a component uses and that is missing here is refused."""
 TABLES = ("CONVERSATION", "SCREENED", "RESPONSE", "JUDGED", "EXAMPLE", "HELD_OUT_PROMPT", "SCORES", "BENCHMARKED")
 MODELS: tuple[type[BaseModel], ...] = (
-    *(result.Evaluation, result.GuardMetrics, result.Estimate, result.SliceResult, result.Decision, result.Check),
-    *(result.HeldOutResult, result.BenchmarkResult, result.Compared, story.MiningSummary, story.MinedExample),
+    *(result.Evaluation, result.EvaluatedGuard, result.Comparison, result.Estimate, result.SliceResult),
+    *(result.Decision, result.GateCheck, result.HeldOutResult, result.BenchmarkResult),
+    *(story.MiningSummary, story.MinedExample),
 )
 
 

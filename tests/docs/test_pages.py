@@ -12,6 +12,7 @@ from support.pages import PAGES, ROOT, anchors, fenced, links, name
 import components
 import pipeline
 from guardloop.config import Settings, describe_fields, load_settings
+from guardloop.evaluation import harm, improvement, soundness
 from scripts.docs.__main__ import generated
 from scripts.docs.configuration import TOP_LEVEL
 
@@ -91,3 +92,10 @@ def test_the_pages_stay_short() -> None:
 def test_the_glossary_is_a_line_for_each_term() -> None:
     lines = [line for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
     assert len(lines) - 2 <= 30 and all(len(line) <= 120 for line in lines)
+
+
+def test_the_gates_page_has_every_check() -> None:
+    page = (ROOT / "docs/gate.md").read_text()
+    named = set(re.findall(r'name="(\w+)"', "".join(inspect.getsource(one) for one in (harm, improvement, soundness))))
+    named |= set(re.findall(r'_gain_check\(\s*"(\w+)"', inspect.getsource(improvement)))
+    assert len(named) > 6 and not [name for name in named if not re.search(rf"^\| [^|]*\b{name}\b", page, re.M)]
