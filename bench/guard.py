@@ -41,7 +41,7 @@ from guardloop.guard.inference.float8 import to_float8
 from guardloop.guard.inference.forward import decoder_of, scores_of
 from guardloop.guard.inference.packed import PackedForward
 from guardloop.guard.inference.packing import BLOCK
-from guardloop.guard.inference.scorer import Scorer
+from guardloop.guard.inference.scorer import PACK_TOKENS, Scorer
 from guardloop.guard.prompt.verdict import LabelTokens
 
 LABELS = LabelTokens((), SAFE, UNSAFE)
@@ -64,23 +64,23 @@ def main(
     if only_vllm:
         only_vllm.write_text(json.dumps(vllm_rate(weights)), "utf-8")
     elif only_packs:
-        before, many = prompts(MANY)
-        list(map(told, packed_ways(LLAMA_7B, before, many)))
+        prefix, many = prompts(MANY)
+        list(map(shown, packed_ways(LLAMA_7B, prefix, many)))
     elif tiny or torch.cuda.is_available():
         report("guard-gpu", "one GPU", on_gpu(TINY if tiny else LLAMA_7B, 64 if tiny else MANY), page)
     else:
         report("guard-cpu", "a CPU", on_cpu(), page)
 
 
-def report(name: str, place: str, found: Iterator[Row | str], page: Path) -> None:
+def report(name: str, place: str, results: Iterator[Row | str], page: Path) -> None:
     """Print rows and notes as they come, and write the section with all so far, the slowest way first."""
     rows, notes = list[Row](), list[str]()
-    for item in found:
+    for item in results:
         if isinstance(item, str):
             notes.append(item)
             console.print(item)
         else:
-            rows.append(told(item))
+            rows.append(shown(item))
         ordered = sorted(rows, key=lambda row: (row[1] is None, row[1] or 0.0))
         lines = [
             f"## Guard scoring on {place} (`make bench-guard`)",
@@ -94,10 +94,10 @@ def report(name: str, place: str, found: Iterator[Row | str], page: Path) -> Non
 
 def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
     """Every way on one GPU, the fast ones first, with the largest differences between scores."""
-    before, many = prompts(count)
+    prefix, many = prompts(count)
     yield (
-        f"{size.layers} layers of {size.hidden}, random weights; {len(many):,} prompts behind a template of "
-        f"{len(before)} tokens, {sum(map(len, many)) / len(many) - len(before):.0f} tokens more on average."
+        f"{size.layers} layers of {size.hidden}, random weights; {len(many):,} prompts after a template of "
+        f"{len(prefix)} tokens, {sum(map(len, many)) / len(many) - len(prefix):.0f} tokens more on average."
     )
     if size is LLAMA_7B:
         with tempfile.TemporaryDirectory() as folder:
@@ -105,17 +105,17 @@ def on_gpu(size: Size, count: int) -> Iterator[Row | str]:
             free()
             yield vllm_row("vLLM, prefix caching, 1 token", Path(folder))
         yield vllm_row(f"vLLM, prefix caching, 1 token{TINY_WEIGHTS}", None)
-    yield from packed_ways(size, before, many)
+    yield from packed_ways(size, prefix, many)
     model = llama(size)
-    batched = Scorer(model, [before], LABELS, packed=False, batch_tokens=8192)
-    yield "this engine, batches behind the cached template", rate(batched.score, many[: count // 8], warm=64), ""
+    batched = Scorer(model, [prefix], LABELS, packed=False, batch_tokens=8192)
+    yield "this engine, batches after the cached prefix", rate(batched.score, many[: count // 8], warm=64), ""
     yield "batch 32, one forward pass of the whole prompt", rate(lambda p: whole(model, p, 32), many[: count // 32]), ""
     yield "batch 32, generate 5 tokens", rate(lambda p: generate(model, p, 32), many[: count // 64]), ""
     yield "one by one, generate 5 tokens", rate(lambda p: generate(model, p, 1), many[:8]), ""
     sample = many[:24]
-    plain, packed = whole(model, sample, 1), one_pack(model, before, sample)
+    plain, packed = whole(model, sample, 1), one_pack(model, prefix, sample)
     model.float()
-    exact, exact_packed = whole(model, sample, 1), one_pack(model, before, sample)
+    exact, exact_packed = whole(model, sample, 1), one_pack(model, prefix, sample)
     apart = difference(exact_packed, exact)
     yield f"float32 ({len(sample)} prompts): packs differ from whole prompts by {apart:.1e} at most."
     yield (
@@ -151,29 +151,29 @@ def on_cpu() -> Iterator[Row | str]:
     yield "Ways that need a GPU were skipped: there is none here."
 
 
-def packed_ways(size: Size, before: list[int], many: list[list[int]]) -> Iterator[Row]:
+def packed_ways(size: Size, prefix: list[int], many: list[list[int]]) -> Iterator[Row]:
     """This engine's packs: of a bf16 model, and of others with one thing changed."""
-    yield engine("bf16", llama(size), before, many)
-    yield engine(f"bf16{TINY_WEIGHTS}", with_tiny_weights(llama(size)), before, many)
-    yield engine("bf16, twice as large", llama(size), before, many, times=2)
-    yield engine("fp8", to_float8(llama(size)), before, many)
+    yield engine("bf16", llama(size), prefix, many)
+    yield engine(f"bf16{TINY_WEIGHTS}", with_tiny_weights(llama(size)), prefix, many)
+    yield engine("bf16, twice as large", llama(size), prefix, many, times=2)
+    yield engine("fp8", to_float8(llama(size)), prefix, many)
     adapted = get_peft_model(llama(size), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).eval()
-    yield engine("bf16, LoRA adapter attached", adapted, before, many[: len(many) // 2])
+    yield engine("bf16, LoRA adapter attached", adapted, prefix, many[: len(many) // 2])
     del adapted
-    yield engine("nf4", in_nf4(llama(size)), before, many[: len(many) // 2])
+    yield engine("nf4", in_nf4(llama(size)), prefix, many[: len(many) // 2])
 
 
-def engine(form: str, model: Any, before: list[int], many: list[list[int]], times: int = 1) -> Row:
-    """This engine's rate in packs `times` as large as by default, after a start of which the time is told."""
+def engine(form: str, model: Any, prefix: list[int], many: list[list[int]], times: int = 1) -> Row:
+    """This engine's rate in packs `times` as large as by default, and how long it takes to start."""
     free()
-    pack = times * (20992 if sum(map(len, many)) > 10 * 20992 else 2048)
-    scorer = Scorer(model, [before], LABELS, packed=True, pack_tokens=pack)
+    pack = times * (PACK_TOKENS if sum(map(len, many)) > 10 * PACK_TOKENS else 2048)
+    scorer = Scorer(model, [prefix], LABELS, packed=True, pack_tokens=pack)
     cold = seconds(lambda: scorer.score(many[: times * BOTH_SIZES]))
-    found = rate(scorer.score, many, warm=len(many) // 8)
-    return f"this engine, packs, {form}", found, f"first packs after {cold:.0f} s; at most {peak_gib():.0f} GiB"
+    per_second = rate(scorer.score, many, warm=len(many) // 8)
+    return f"this engine, packs, {form}", per_second, f"first packs after {cold:.0f} s; at most {peak_gib():.0f} GiB"
 
 
-def told(row: Row) -> Row:
+def shown(row: Row) -> Row:
     """The row, printed at once."""
     console.print(row[0], "skipped" if row[1] is None else f"{row[1]:,.1f}", row[2])
     return row
@@ -199,24 +199,24 @@ def generate(model: Any, rows: Sequence[list[int]], batch: int) -> None:
 @torch.inference_mode()
 def whole(model: Any, rows: Sequence[list[int]], batch: int, labels: LabelTokens = LABELS) -> torch.Tensor:
     """Scores from full forward passes of whole prompts, right-padded."""
-    found = []
+    scores = []
     for start in range(0, len(rows), batch):
         chunk = rows[start : start + batch]
         width = max(map(len, chunk))
         ids = torch.tensor([r + [0] * (width - len(r)) for r in chunk], device=model.device)
         last = torch.tensor([len(r) - 1 for r in chunk], device=model.device)
         hidden = decoder_of(model)(input_ids=ids).last_hidden_state[torch.arange(len(chunk), device=model.device), last]
-        found.append(scores_of(model, hidden, labels))
-    return torch.cat(found)
+        scores.append(scores_of(model, hidden, labels))
+    return torch.cat(scores)
 
 
 @torch.inference_mode()
-def one_pack(model: Any, before: list[int], rows: Sequence[list[int]]) -> torch.Tensor:
+def one_pack(model: Any, prefix: list[int], rows: Sequence[list[int]]) -> torch.Tensor:
     """Scores of whole prompts that are one pack."""
-    own = [row[len(before) :] for row in rows]
-    size = -(-sum(map(len, own)) // BLOCK) * BLOCK
-    forward = PackedForward(model, before, size, compiled=model.device.type == "cuda")
-    return scores_of(model, forward(own), LABELS)
+    after = [row[len(prefix) :] for row in rows]
+    size = -(-sum(map(len, after)) // BLOCK) * BLOCK
+    forward = PackedForward(model, prefix, size, compiled=model.device.type == "cuda")
+    return scores_of(model, forward(after), LABELS)
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -240,8 +240,8 @@ def vllm_row(way: str, weights: Path | None) -> Row:
         if not result.exists():
             console.print(log.read_text("utf-8", "replace")[-4000:])
             return way, None, f"vLLM failed, or had not answered after {VLLM_SECONDS} s"
-        found, version = json.loads(result.read_text("utf-8"))
-        return way, found, f"vLLM {version}"
+        per_second, version = json.loads(result.read_text("utf-8"))
+        return way, per_second, f"vLLM {version}"
 
 
 def vllm_rate(weights: Path | None) -> tuple[float, str]:

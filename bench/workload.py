@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-BEFORE, AFTER, VOCABULARY = 640, 80, 32_000
+PREFIX, SUFFIX, VOCABULARY = 640, 80, 32_000
 SAFE, UNSAFE = 9109, 25110
 
 
@@ -35,9 +35,9 @@ def prompts(count: int, seed: int = 0) -> tuple[list[int], list[list[int]]]:
     User texts are lognormal(3.6, 1) tokens long, cut to 4..512 (mean about 58), as in ToxicChat.
     """
     draw = np.random.default_rng(seed)
-    before, after = draw.integers(3, VOCABULARY, BEFORE).tolist(), draw.integers(3, VOCABULARY, AFTER).tolist()
+    prefix, suffix = (draw.integers(3, VOCABULARY, length).tolist() for length in (PREFIX, SUFFIX))
     lengths = np.clip(draw.lognormal(3.6, 1.0, count), 4, 512).astype(int)
-    return before, [[*before, *draw.integers(3, VOCABULARY, n).tolist(), *after] for n in lengths]
+    return prefix, [[*prefix, *draw.integers(3, VOCABULARY, n).tolist(), *suffix] for n in lengths]
 
 
 def config(size: Size, **more: Any) -> LlamaConfig:

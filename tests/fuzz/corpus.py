@@ -189,7 +189,7 @@ TARGETS = {
         30,
     ),
     "policy": Target(
-        _copy(ROOT / "guardloop" / "guard" / "policies" / "guardloop.yaml", "p.yaml"),
+        _copy(ROOT / "guardloop" / "guard" / "prompt" / "policies" / "guardloop.yaml", "p.yaml"),
         ("p.yaml",),
         lambda f: read_policy(f / "p.yaml"),
         20,

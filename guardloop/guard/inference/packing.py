@@ -1,6 +1,6 @@
 """Which conversations pass through the model together, and what each token of a packed sequence sees.
 
-A pack is one sequence of tokens: conversations one after another, behind one copy of the prefix (the template's first
+A pack is one sequence of tokens: conversations one after another, after one copy of the prefix (the template's first
 tokens). Each conversation sees the prefix and itself only, at the positions that it would have alone.
 """
 
