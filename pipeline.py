@@ -1,9 +1,13 @@
-"""GuardLoop as a pipeline: full = process -> train -> evaluate, each of which also runs alone."""
+"""GuardLoop as a pipeline: full = process -> train -> evaluate, each of which also runs alone.
 
-from typing import NamedTuple
+What they share are plain functions, so that the loop over shards and the conditions are the only graphs within a graph:
+on a cluster each of those costs a pod, some seconds, and size.
+"""
+
+from typing import Any, NamedTuple
 
 from kfp import dsl
-from kfp.dsl import Dataset, Input, Model
+from kfp.dsl import Dataset, Model
 
 import components as stage
 
@@ -20,17 +24,10 @@ class Processed(NamedTuple):
     """Whether there are enough examples to train on; kfp.local's conditions know an output of this name only."""
 
 
-@dsl.pipeline(name="guardloop-process", description="Screen prompts, answer them, judge the responses, mine.")
-def process(
-    dataset: dict,
-    guard: dict,
-    responders: list,
-    mining: dict,
-    seed: int = 0,
-    max_error_share: float = 0.05,
-    shards: int = 1,
+def screen_and_mine(
+    dataset: Any, guard: Any, responders: Any, mining: Any, seed: Any, max_error_share: Any, shards: Any
 ) -> Processed:
-    """From raw prompts to a training set."""
+    """The tasks from raw prompts to a training set."""
     prepared = stage.prepare_data(dataset=dataset, seed=seed, shards=shards)
     with dsl.ParallelFor(prepared.outputs["Output"]) as shard:
         screened = stage.screen(
@@ -54,6 +51,20 @@ def process(
     return Processed(mined.outputs["training_set"], prepared.outputs["test_set"], mined.outputs["Output"])
 
 
+@dsl.pipeline(name="guardloop-process", description="Screen prompts, answer them, judge the responses, mine.")
+def process(
+    dataset: dict,
+    guard: dict,
+    responders: list,
+    mining: dict,
+    seed: int = 0,
+    max_error_share: float = 0.05,
+    shards: int = 1,
+) -> Processed:
+    """From raw prompts to a training set."""
+    return screen_and_mine(dataset, guard, responders, mining, seed, max_error_share, shards)
+
+
 @dsl.pipeline(name="guardloop-train", description="Train the candidate on a mined training set.")
 def train(training_set_uri: str, guard: dict, training: dict, registry: dict, seed: int = 0) -> Model:
     """From the training set of an earlier run to an adapter."""
@@ -64,22 +75,18 @@ def train(training_set_uri: str, guard: dict, training: dict, registry: dict, se
     return trained.outputs["adapter"]
 
 
-@dsl.pipeline(name="guardloop-evaluate-guards", description="Score the test set with both guards, and decide.")
 def evaluate_guards(
-    test_set: Input[Dataset],
-    training_set: Input[Dataset],
-    adapter: Input[Model],
-    guard: dict,
-    evaluation: dict,
-    gate: dict,
-    registry: dict,
-    seed: int = 0,
-    dataset: dict = {},  # noqa: B006  (KFP takes the default into the pipeline's YAML)
-    responders: list = [],  # noqa: B006
-    mining: dict = {},  # noqa: B006
-    training: dict = {},  # noqa: B006
-):
-    """From an adapter to a decision: the part that `evaluate` and `full` share."""
+    test_set: Any,
+    training_set: Any,
+    adapter: Any,
+    guard: Any,
+    evaluation: Any,
+    gate: Any,
+    registry: Any,
+    seed: Any,
+    **recorded: Any,
+) -> None:
+    """The tasks from an adapter to a decision. `recorded` are further sections that the registry keeps."""
     baseline = stage.screen(conversations=test_set, guard=guard, what="screen test (baseline)")
     candidate = stage.screen_candidate(
         conversations=test_set,
@@ -109,11 +116,8 @@ def evaluate_guards(
         guard=guard,
         evaluation=evaluation,
         gate=gate,
-        dataset=dataset,
-        responders=responders,
-        mining=mining,
-        training=training,
         seed=seed,
+        **recorded,
     )
     with dsl.If(compared.outputs["Output"] == True, name="promote"):  # noqa: E712  (a KFP expression)
         promoted = stage.promote_model(version=registered.outputs["Output"], registry=registry)
@@ -159,22 +163,14 @@ def full(
     shards: int = 1,
 ):
     """The whole loop. Too few examples to train on end it early, with a report that says so."""
-    processed = process(
-        dataset=dataset,
-        guard=guard,
-        responders=responders,
-        mining=mining,
-        seed=seed,
-        max_error_share=max_error_share,
-        shards=shards,
-    )
-    with dsl.If(processed.outputs["Output"] == True, name="enough to train on"):  # noqa: E712
+    processed = screen_and_mine(dataset, guard, responders, mining, seed, max_error_share, shards)
+    with dsl.If(processed.Output == True, name="enough to train on"):  # noqa: E712
         trained = stage.train_guard(
-            training_set=processed.outputs["training_set"], guard=guard, training=training, registry=registry, seed=seed
+            training_set=processed.training_set, guard=guard, training=training, registry=registry, seed=seed
         )
         evaluate_guards(
-            test_set=processed.outputs["test_set"],
-            training_set=processed.outputs["training_set"],
+            test_set=processed.test_set,
+            training_set=processed.training_set,
             adapter=trained.outputs["adapter"],
             guard=guard,
             evaluation=evaluation,
@@ -186,9 +182,9 @@ def full(
             mining=mining,
             training=training,
         )
-    with dsl.If(processed.outputs["Output"] == False, name="too little to train on"):  # noqa: E712
+    with dsl.If(processed.Output == False, name="too little to train on"):  # noqa: E712
         stage.record_mining(
-            training_set=processed.outputs["training_set"],
+            training_set=processed.training_set,
             run_id=RUN_ID,
             registry=registry,
             guard=guard,

@@ -11,7 +11,10 @@ def stage(name: str) -> Any:
     """The decorator of a stage's component: its own image, and no package installed when it runs.
 
     Registry and tag are the platform's business: they are put to the name where a pipeline is compiled or executed.
+    In a stage's image KFP's executor loads this file, and wants the function as it is.
     """
+    if not hasattr(dsl, "component"):  # kfp.dsl without its compiler
+        return lambda function: function
     return partial(dsl.component, base_image=f"guardloop/{name}", install_kfp_package=False)()
 
 

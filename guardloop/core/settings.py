@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.escaped import unescape
 
 S = TypeVar("S", bound="Section")
 
@@ -111,10 +112,8 @@ class Section(BaseModel):
 
 def read_section(model: type[S], values: object, where: str) -> S:
     """Validate `values` as a `model`. Raises GuardLoopError naming each wrong key or value, under `where`."""
-    if values is None:
-        values = {}
     try:
-        return model.model_validate(values)
+        return model.model_validate({} if values is None else unescape(values))
     except ValidationError as error:
         raise GuardLoopError(
             "\n".join(_explain(model, problem, where) for problem in error.errors()),

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from guardloop.core.escaped import unescape
 from guardloop.core.progress import Stage
 from guardloop.core.records import read_json, read_metadata
 from guardloop.core.settings import read_section
@@ -26,6 +27,7 @@ def record_mining(training_set: str | Path, run_id: str, sections: Sections) -> 
     """Record in MLflow a run that ended early, as it found too little to train on."""
     from guardloop.registry.registry import Registry
 
+    sections = unescape(sections)
     settings = read_section(RegistrySettings, sections["registry"], "registry")
     with Stage("record_mining") as stage:
         training_set = Path(training_set)
@@ -42,6 +44,7 @@ def register_model(
     """Record the run in MLflow and register the adapter as the `candidate`. Returns its version."""
     from guardloop.registry.registry import Registry
 
+    sections = unescape(sections)
     settings = read_section(RegistrySettings, sections["registry"], "registry")
     with Stage("register_model") as stage:
         stage.say("recording the run")

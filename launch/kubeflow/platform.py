@@ -17,6 +17,10 @@ RUN_ID_LABEL = "pipeline/runid"  # KFP puts it on every pod; its value is what P
 STAGE_LABEL = "app.kubernetes.io/component"
 SHARED_MEMORY = "/dev/shm"
 WAITING_SECONDS = 7 * 86400
+COMPONENTS = "/opt/components.py"  # components/stages.py in every image
+EXECUTOR = ["env", "_KFP_RUNTIME=true", "python3", "-m", "kfp.dsl.executor_main", "--component_module_path", COMPONENTS]
+"""What stands in place of a component's source and the script that writes it to a file: each would travel in every pod,
+and four times in the Workflow."""
 
 
 def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configuration: str = "") -> Spec:
@@ -35,6 +39,7 @@ def apply_cluster(spec: Spec, cluster: ClusterSettings, commit: str, configurati
         stages[label] = name = stage_of(container["image"])
         settings = cluster.stage(name)
         container["image"] = image_of(name, cluster.registry, cluster.tag or commit, gpu=settings.gpus > 0)
+        container["command"] = EXECUTOR
         container["resources"] = _resources(settings)
         container["env"] = [{"name": key, "value": value} for key, value in sorted(variables.items())]
         executors[label] = _pod(name, settings, cluster)
@@ -85,7 +90,14 @@ def _pod(name: str, settings: StageSettings, cluster: ClusterSettings) -> Spec:
     kubernetes.set_security_context(task, run_as_user=cluster.run_as_user, run_as_non_root=True)
     kubernetes.set_timeout(task, settings.timeout_seconds)
     kubernetes.use_field_path_as_env(task, "GUARDLOOP_RUN_ID", f"metadata.labels['{RUN_ID_LABEL}']")
-    return cast(Spec, task.platform_config["kubernetes"])
+    return cast(Spec, _once(task.platform_config["kubernetes"]))
+
+
+def _once(value: Any) -> Any:
+    """The same without the second form in which kfp-kubernetes names secrets, config maps and claims."""
+    if isinstance(value, dict):
+        return {name: _once(part) for name, part in value.items() if not name.endswith("NameParameter")}
+    return [_once(part) for part in value] if isinstance(value, list) else value
 
 
 def _for_stage(name: str, parts: list[Any]) -> list[Any]:

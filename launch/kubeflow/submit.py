@@ -12,6 +12,7 @@ from typing import Any
 
 from guardloop.config import PlatformSettings, Settings
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.escaped import escape
 from launch import pipelines
 from launch.kubeflow.cluster import Cluster
 from launch.kubeflow.compile import compile_all
@@ -66,13 +67,12 @@ def prepare(
         raise GuardLoopError(
             f"--artifact {name}: not an input of {pipeline}", f"its inputs: {', '.join(needed) or 'none'}"
         )
-    given = {**settings.sections(), "shards": platform.shards}
+    given = {**escape(settings.sections()), "shards": platform.shards}
     arguments = {name: given[name] for name in pipelines.parameters(pipeline)}
     arguments |= {f"{name}_uri": uri for name, uri in artifacts.items()}
     code = code_state()
     with TemporaryDirectory() as folder:
-        files = compile_all(Path(folder), platform, code.tag, settings, configuration, fresh)
-        compiled = next(path for path in files if path.stem == pipeline)
+        (compiled,) = compile_all(Path(folder), platform, code.tag, settings, configuration, fresh, pipeline)
         text, package = compiled.read_text("utf-8"), Package.read(compiled)
     order = Order(pipeline, configuration, text, package, "", arguments)
     situation = f"{platform_name}-{Path(configuration).stem}{'-fresh' if fresh else ''}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from guardloop.config import PlatformSettings
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.escaped import escape
 from guardloop.core.settings import read_section
 from launch.images import use_images
 from launch.local.containers import Watch, docker_runner
@@ -47,7 +48,7 @@ def execute(folder: Path) -> None:
         raise_on_error=True,
     )
     with watch:
-        pipeline(**run["arguments"])
+        pipeline(**escape(run["arguments"]))
 
 
 def _stop(watch: Any) -> None:

@@ -11,7 +11,6 @@ from support.root import ROOT
 
 from guardloop.cli import main as cli
 from guardloop.config import load_platform
-from launch import pipelines
 from launch.kubeflow import calls, follow, submit, target
 from launch.kubeflow.compile import compile_all
 
@@ -44,7 +43,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: Path
     monkeypatch.setattr(submit.Package, "read", read_once)
 
     def compiled(*given: object) -> list[Path]:
-        return [packages / ("fresh" if given[-1] else "") / f"{name}.yaml" for name in pipelines.pipelines()]
+        return [packages / ("fresh" if given[-2] else "") / f"{given[-1]}.yaml"]
 
     monkeypatch.setattr(submit, "compile_all", compiled)
 

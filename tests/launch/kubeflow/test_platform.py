@@ -1,7 +1,12 @@
 """What a cluster's settings make of the pipelines."""
 
+import ast
+import gzip
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import read_section
 from launch.images import image_of, stage_of
 from launch.kubeflow.compile import compile_all
+from launch.kubeflow.platform import COMPONENTS, EXECUTOR
+from launch.kubeflow.size import workflow_bytes
 
 STAGES = StageName.__args__
 PIPELINES = ("process", "train", "evaluate", "full")
@@ -187,7 +194,7 @@ def test_components_know_nothing_of_the_platform(compiled: Compiled, tmp_path: P
     before = yaml.safe_load(plain.read_text("utf-8"))["deploymentSpec"]["executors"]
     for label, (_, container, _) in pods(compiled, "full").items():
         own = before[label]["container"]
-        assert {key: container[key] for key in ("command", "args")} == {key: own[key] for key in ("command", "args")}
+        assert container["args"] == own["args"] and container["command"] == EXECUTOR
         assert own.keys() == {"command", "args", "image"}  # and compiling for one platform leaves the next alone
 
 
@@ -285,3 +292,63 @@ def _differences(expected: Any, found: Any, place: str = "") -> list[str]:
     if expected == found:
         return []
     return [f"{place}: {json.dumps(expected)[:60]} -> {json.dumps(found)[:60]}"]
+
+
+# The form for a cluster
+
+
+def test_the_images_copy_of_a_component_is_what_the_pipeline_was_compiled_from(tmp_path: Path) -> None:
+    """KFP's executor in an image gets the function from components/stages.py; elsewhere from the compiled pipeline."""
+    (plain,) = compile_all(tmp_path, only="full")
+    program = "import sys, stages, inspect; print(inspect.getsource(getattr(stages, sys.argv[1])))"
+    surroundings = {**os.environ, "_KFP_RUNTIME": "true", "PYTHONPATH": str(ROOT / "components")}
+    spec = yaml.safe_load(plain.read_text("utf-8"))
+    names = []
+    for executor in spec["deploymentSpec"]["executors"].values():
+        inline, arguments = executor["container"]["command"][-1], executor["container"]["args"]
+        names.append(arguments[arguments.index("--function_to_execute") + 1])
+        (compiled,) = [node for node in ast.parse(inline).body if isinstance(node, ast.FunctionDef)]
+        baked = next(
+            node
+            for node in ast.parse((ROOT / "components/stages.py").read_text("utf-8")).body
+            if isinstance(node, ast.FunctionDef) and node.name == names[-1]
+        )
+        baked.decorator_list = []
+        assert ast.dump(compiled) == ast.dump(baked)
+    loaded = subprocess.run(
+        [sys.executable, "-c", program, names[0]], env=surroundings, capture_output=True, text=True, check=True
+    )
+    assert f"def {names[0]}(" in loaded.stdout
+
+
+def test_every_image_holds_the_components() -> None:
+    dockerfile = (ROOT / "images/Dockerfile").read_text("utf-8")
+    assert dockerfile.count("cp /dist/components.py /opt/") == dockerfile.count("/dist/*.whl") == 8
+    assert f"/opt/{Path(COMPONENTS).name}" == COMPONENTS
+
+
+RECORDED = Path(__file__).parent / "recordings" / "workflow-4-shards.json.gz"
+
+
+def test_the_size_of_a_workflow_is_reckoned_as_it_was_measured() -> None:
+    """On what a cluster made of a run with four shards, before the pipelines were made smaller."""
+    with gzip.open(RECORDED, "rt", encoding="utf-8") as file:
+        recorded = json.load(file)
+
+    size = workflow_bytes(recorded["spec"], recorded["platform"], recorded["arguments"], 4)
+
+    assert size == pytest.approx(recorded["bytes"], rel=0.05) and recorded["bytes"] > 2**20
+
+
+def test_more_shards_than_a_workflow_can_hold_are_refused_with_the_number_that_fits(tmp_path: Path) -> None:
+    settings, platform = load_settings("configs/llama-guard-7b.yaml"), load_platform("gpu-cluster")
+    assert compile_all(tmp_path, platform, "abc", settings, only="full")  # as it is shipped
+
+    many = platform.model_copy(update={"shards": 64})
+    with pytest.raises(GuardLoopError, match="64 shards make a workflow of about") as refused:
+        compile_all(tmp_path, many, "abc", settings, only="full")
+    largest = int(re.search(r"set shards to (\d+)", str(refused.value))[1])
+
+    assert compile_all(tmp_path, platform.model_copy(update={"shards": largest}), "abc", settings, only="full")
+    with pytest.raises(GuardLoopError):
+        compile_all(tmp_path, platform.model_copy(update={"shards": largest + 1}), "abc", settings, only="full")
