@@ -10,7 +10,7 @@ MIN_KEY = 16
 
 
 class Keys:
-    """The API keys of a file: a line each, `NAME KEY`. The file is read again when it changes, so keys can be rotated."""
+    """The API keys of a file, a line each: `NAME KEY`. A changed file is read again, so keys can be rotated."""
 
     def __init__(self, path: str) -> None:
         """Raises GuardLoopError for a file without a key, or with a short one."""

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from guardloop import __version__
 from guardloop.core.errors import GuardLoopError
 from guardloop.serving.access import Keys, Limit
-from guardloop.serving.batches import Answer, Batches, Late, TooManyWaiting
+from guardloop.serving.batches import Answer, Batches, LateError, QueueFullError
 from guardloop.serving.champion import Champion
 from guardloop.serving.conversation import Judged, Scope, text_of, to_judge
 from guardloop.serving.metrics import Metrics
@@ -89,20 +89,18 @@ class Service:
 
     async def _judge(self, request: Request, judged: list[Judged]) -> Answer:
         """The verdicts; given up when the client is gone, refused where the guard is too busy."""
-        work = asyncio.ensure_future(
-            self.batches.judge([one.row for one in judged], self.settings.timeout_seconds)
-        )
+        work = asyncio.ensure_future(self.batches.judge([one.row for one in judged], self.settings.timeout_seconds))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise HTTPException(GONE, "the client is gone")
             return work.result()
-        except TooManyWaiting as error:
+        except QueueFullError as error:
             raise HTTPException(
                 429, "the guard is busy: try again later", {"Retry-After": f"{error.retry_after:.0f}"}
             ) from None
-        except Late:
+        except LateError:
             raise HTTPException(503, "the guard did not answer in time", {"Retry-After": "1"}) from None
         finally:
             work.cancel()
@@ -194,7 +192,7 @@ def create_app(service: Service) -> FastAPI:
     async def moderations(request: Request, body: ModerationRequest) -> dict[str, Any]:
         """As OpenAI's moderations: a result for each text."""
         texts = _texts(body.input)
-        checks = [await service.check(request, [("user", text)], "all", None) for text in texts]
+        checks = await asyncio.gather(*(service.check(request, [("user", text)], "all", None) for text in texts))
         guard = checks[0].guard
         return {"id": f"modr-{checks[0].id}", "model": guard, "results": [_moderation(one) for one in checks]}
 
@@ -262,7 +260,7 @@ async def _size_problem(request: Request) -> Response | None:
         body += part
         if len(body) > MAX_BODY_BYTES:
             return _refusal(413, f"the request is larger than {MAX_BODY_BYTES:,} bytes")
-    request._body = bytes(body)  # noqa: SLF001  (where Starlette keeps a body that was read)
+    request._body = bytes(body)
     return None
 
 
@@ -322,14 +320,13 @@ def _moderation(found: CheckResponse) -> dict[str, Any]:
 
 def _completion(found: CheckResponse) -> dict[str, Any]:
     content = "unsafe" + ("\n" + ",".join(found.categories) if found.categories else "") if found.flagged else "safe"
+    message = {"role": "assistant", "content": content}
     return {
         "id": f"chatcmpl-{found.id}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": found.guard,
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop", "logprobs": None}
-        ],
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
         "guardloop": found.model_dump(include={"verdict", "score", "threshold", "judged"}),
     }

@@ -18,7 +18,7 @@ from guardloop.serving.settings import MAX_BATCH
 log = logging.getLogger("guardloop")
 
 
-class TooManyWaiting(Exception):
+class QueueFullError(Exception):
     """The queue is full. `retry_after` are the seconds after which there should be room."""
 
     def __init__(self, retry_after: float) -> None:
@@ -26,7 +26,7 @@ class TooManyWaiting(Exception):
         self.retry_after = retry_after
 
 
-class Late(Exception):
+class LateError(Exception):
     """The request's time was over before the guard came to it."""
 
 
@@ -55,7 +55,7 @@ class _Job:
             if answer is not None:
                 self.future.set_result(answer)
             else:
-                self.future.set_exception(error or Late())
+                self.future.set_exception(error or LateError())
 
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(settle)
@@ -65,7 +65,10 @@ class Batches:
     """The queue before a guard. `current` gives (version, guard); it is asked once for each pass."""
 
     def __init__(
-        self, current: Callable[[], tuple[str, Any]], max_waiting: int, report: Callable[[int, float], None] | None = None
+        self,
+        current: Callable[[], tuple[str, Any]],
+        max_waiting: int,
+        report: Callable[[int, float], None] | None = None,
     ) -> None:
         """`report(messages, seconds)` is called after each pass."""
         self._current = current
@@ -81,7 +84,7 @@ class Batches:
         self._thread.start()
 
     async def judge(self, rows: Sequence[dict[str, Any]], timeout_seconds: float) -> Answer:
-        """The verdicts on `rows`. Raises TooManyWaiting, or Late where the time is over.
+        """The verdicts on `rows`. Raises QueueFullError, or LateError where the time is over.
 
         Cancelled, it leaves the queue: a client that is gone costs nothing more.
         """
@@ -89,14 +92,14 @@ class Batches:
         job = _Job(rows, time.monotonic() + timeout_seconds, loop.create_future(), loop)
         with self._changed:
             if self._closing or self.waiting + len(rows) > self._max_waiting:
-                raise TooManyWaiting(max(1.0, self.waiting / self._rate))
+                raise QueueFullError(max(1.0, self.waiting / self._rate))
             self._jobs.append(job)
             self.waiting += len(rows)
             self._changed.notify()
         try:
             return await asyncio.wait_for(job.future, timeout_seconds)
         except TimeoutError:
-            raise Late from None
+            raise LateError from None
 
     def close(self) -> None:
         """Answer what waits, then end."""
@@ -150,7 +153,7 @@ class Batches:
         """A verdict for each row; where the pass fails, each row is tried by itself, so that one harms no other."""
         try:
             return list(guard.score(rows))
-        except Exception:  # noqa: BLE001  (whatever it is, the others are to be answered)
+        except Exception:
             if len(rows) == 1:
                 log.exception("a message could not be judged")
                 return [None]

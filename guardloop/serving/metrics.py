@@ -21,21 +21,27 @@ class Metrics:
             "guardloop_request_seconds", "Time to answer.", ["endpoint"], buckets=SECONDS, registry=self._all
         )
         self.verdicts = Counter(
-            "guardloop_verdicts", "Messages by verdict: safe, unsafe or failed.", ["version", "role", "verdict"],
+            "guardloop_verdicts",
+            "Messages by verdict: safe, unsafe or failed.",
+            ["version", "role", "verdict"],
             registry=self._all,
         )
         self.scores = Histogram(
             "guardloop_score", "Scores of judged messages.", ["version", "role"], buckets=SCORES, registry=self._all
         )
         self.batch = Histogram(
-            "guardloop_batch_messages", "Messages judged in one pass.", buckets=(1, 2, 4, 8, 16, 32, 64),
+            "guardloop_batch_messages",
+            "Messages judged in one pass.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
             registry=self._all,
         )
         self.batch_seconds = Histogram(
             "guardloop_batch_seconds", "Time of one pass.", buckets=SECONDS, registry=self._all
         )
         self.lost = Counter("guardloop_log_lost", "Requests that could not be logged.", registry=self._all)
-        Gauge("guardloop_waiting_messages", "Messages that wait for the guard.", registry=self._all).set_function(waiting)
+        Gauge("guardloop_waiting_messages", "Messages that wait for the guard.", registry=self._all).set_function(
+            waiting
+        )
         Gauge(
             "guardloop_champion_refused", "1 where the champion failed its self-test.", registry=self._all
         ).set_function(lambda: float(refused()))

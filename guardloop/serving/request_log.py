@@ -166,5 +166,3 @@ def _draw(conversation: str) -> float:
 
 def _hash(text: Any) -> str:
     return hashlib.sha256(json.dumps(text).encode() if not isinstance(text, str) else text.encode()).hexdigest()
-
-
