@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from guardloop import __version__
-from guardloop.cli import before, cluster, configuration, guard, registry, report, run, schedule
+from guardloop.cli import before, cluster, configuration, guard, registry, report, run, schedule, serve
 from guardloop.core.errors import GuardLoopError
 
 STOPPED = 130
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find prompts that slip past a safeguard model, train it on them, and promote it only if it got better.",
 )
-for group in (run, guard, report, registry, before, cluster):
+for group in (run, guard, report, registry, serve, before, cluster):
     app.add_typer(group.app)
 app.add_typer(configuration.app, name="config")
 app.add_typer(schedule.app, name="schedule")

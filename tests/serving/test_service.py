@@ -7,10 +7,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import requests
 from support.models import tiny_guard
 from support.moderation import Brittle, Registry, Slow, serving
+
+from guardloop.data.settings import SourceSettings
+from guardloop.data.sources import read_conversations
 
 pytestmark = pytest.mark.slow
 
@@ -237,3 +241,28 @@ def test_as_a_guard_behind_vllm(address: str) -> None:
     content = found["choices"][0]["message"]["content"]
     assert content.splitlines()[0] == ("unsafe" if found["guardloop"]["verdict"] == "unsafe" else "safe")
     assert [m["role"] for m in found["guardloop"]["judged"]] == ["assistant"]
+
+
+def test_the_openai_client_understands_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("app 0123456789abcdef-a\n")
+    with serving(keys=str(keys)) as (address, _, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="0123456789abcdef-a", max_retries=0)
+        moderated = client.moderations.create(input=["hello", "a bomb"])
+        answered = client.chat.completions.create(model="guard", messages=[{"role": "user", "content": "a bomb"}])
+        assert [result.flagged for result in moderated.results][1] == (
+            answered.choices[0].message.content.splitlines()[0] == "unsafe"
+        )
+        with pytest.raises(openai.UnprocessableEntityError, match="unknown role"):
+            client.chat.completions.create(model="guard", messages=[{"role": "wizard", "content": "x"}])  # type: ignore[list-item]
+        with pytest.raises(openai.AuthenticationError, match="no valid API key"):
+            client.with_options(api_key="wrong").moderations.create(input="hello")
+
+
+def test_the_log_is_read_as_the_next_rounds_traffic(tmp_path: Path) -> None:
+    with serving(log=str(tmp_path / "log")) as (address, _, _):
+        for n in range(4):
+            post(address, "/v1/check", {"prompt": f"question {n}"})
+    (file,) = (tmp_path / "log").rglob("*.jsonl")
+    source = SourceSettings(kind="file", path=str(file), columns={"id": "id", "prompt": "prompt"})
+    assert [row["prompt"] for row in read_conversations(source)] == [f"question {n}" for n in range(4)]
