@@ -65,6 +65,7 @@ TESTED = {  # where a command is run: a test that names it, or what it needs tha
     "guardloop config fields": "tests/cli/test_cli.py: fields",
     "guardloop doctor": "tests/launch/checks/test_doctor.py: doctor",
     "guardloop plan": "tests/launch/checks/test_plan.py: plan",
+    "guardloop serve": "tests/serving/test_service.py: serving",
     "guardloop demo-report": "tests/cli/test_cli.py: demo-report",
     "guardloop review": "tests/registry/test_registry.py: versions",
     "guardloop promote": "tests/registry/test_registry.py: promote",
@@ -218,6 +219,7 @@ def test_every_target_can_be_read_by_make(target: str) -> None:
 
 PROSE_ONLY = {  # commands that print no table, and so need no --json
     "guardloop compile": "names files",
+    "guardloop serve": "tests/serving/test_service.py: serving",
     "guardloop demo-report": "names a file",
     "guardloop promote": "a sentence",
     "guardloop rollback": "a sentence",

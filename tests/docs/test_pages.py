@@ -85,7 +85,7 @@ def test_the_pages_stay_short() -> None:
     by_hand = [
         page for page in PAGES if page.name not in ("CHANGELOG.md", "configuration.md", "contracts.md", "benchmarks.md")
     ]
-    assert sum(len(page.read_text().split()) for page in by_hand) <= 14_000 and len(by_hand) <= 21
+    assert sum(len(page.read_text().split()) for page in by_hand) <= 14_500 and len(by_hand) <= 22
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
