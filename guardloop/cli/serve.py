@@ -65,5 +65,6 @@ def serve(
     )
     service = Service(champion, settings)
     version, _ = champion.current()
-    console.print(f"{version} answers at http://{host}:{port} (what can be asked: /docs; Ctrl-C ends it)", soft_wrap=True)
+    address = f"http://{host}:{port}"
+    console.print(f"{version} answers at {address} (what can be asked: {address}/docs; Ctrl-C ends it)", soft_wrap=True)
     uvicorn.run(create_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
