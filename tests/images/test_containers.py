@@ -14,7 +14,7 @@ from launch.images import MODEL_STAGES, STAGES, image_of
 TAG = os.environ.get("GUARDLOOP_TEST_IMAGES", "")
 pytestmark = [pytest.mark.images, pytest.mark.skipif(not TAG, reason="`make test-images` builds the images first")]
 DOCKER = {"runner": "docker", "docker": {"tag": TAG}}
-SECRETS = ("/etc/uv", "/etc/pip.conf", "/tmp/.cache", "/root/.cache", "/lock.txt", "/torch", "/dist")
+SECRETS = ("/etc/uv", "/etc/pip.conf", "/tmp/.cache", "/lock.txt", "/torch", "/dist")
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from support.models import save_guard
@@ -25,13 +26,13 @@ class Workshop:
         responder = folder / "responder"
         responder.mkdir()
         save_responder(responder)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "dataset": {"traffic": {"path": "traffic", "limit": 40}, "test": {"path": "test", "limit": 60}},
             "guard": {"base": str(guard), "min_label_mass": 0, "threshold": 10.0},
-            "responder": {
-                "model": str(responder), "samples": 2, "max_new_tokens": 4, "dtype": "float32",
-                "max_prompt_tokens": 256, "max_error_share": 1.0,
-            },
+            "responders": [
+                {"model": str(responder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}
+            ],
+            "max_error_share": 1.0,
             "mining": {"min_blocked_share": 0.5, "min_positives": 1},
             "training": {"rank": 2, "batch_size": 16, "validation": 0.2},
             "evaluation": {"resamples": 200, "benchmarks": [_benchmark(folder)]},
@@ -43,7 +44,7 @@ class Workshop:
     ) -> subprocess.CompletedProcess[str]:
         """`guardloop run`, where `runner` is more of the platform file and `changes` go over the settings."""
         config, platform = self.folder / "config.yaml", self.folder / "platform.yaml"
-        settings = {name: {**values, **changes.get(name, {})} for name, values in self.settings.items()}
+        settings = {**self.settings, **{name: {**self.settings[name], **more} for name, more in changes.items()}}
         config.write_text(yaml.safe_dump(settings))
         platform.write_text(yaml.safe_dump({"shards": shards, **(runner or {})}))
         environment = {**os.environ, "GUARDLOOP_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
