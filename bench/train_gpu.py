@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import cross_entropy
 
 from bench.machine import machine
@@ -101,7 +102,7 @@ def rows(size: Size) -> Iterator[Row]:
         "nf4, batch 4, padded, checkpointing, loss on every token", size, examples, 4, nf4=True, everywhere=True
     )
     yield engine("this engine, nf4, packs of 8k, all checkpointed", 1.0, nf4=True)
-    attention = torch.compile(packed.flex_attention, dynamic=False)  # by itself it would hold every score
+    attention = torch.compile(flex_attention, dynamic=False)  # by itself it would hold every score
     with patch.object(packed, "flex_attention", attention):
         yield engine("this engine, bf16, packs of 8k, only attention compiled", 0.0, compiled=False)
         if torch.cuda.is_available() and find_spec("liger_kernel"):

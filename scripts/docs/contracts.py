@@ -104,9 +104,9 @@ def _schema_notes() -> dict[str, tuple[str, list[str], dict[str, str]]]:
     for node, following in zip(body, [*body[1:], None], strict=True):
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             continue
-        starred = [inner.value.id for inner in ast.walk(node.value) if isinstance(inner, ast.Starred)]  # type: ignore[attr-defined]
+        starred = [ast.unparse(inner.value) for inner in ast.walk(node.value) if isinstance(inner, ast.Starred)]
         comments = {
-            call.args[0].value: lines[call.lineno - 1].partition("  # ")[2]
+            ast.literal_eval(call.args[0]): lines[call.lineno - 1].partition("  # ")[2]
             for call in ast.walk(node.value)
             if isinstance(call, ast.Call) and ast.unparse(call.func) == "pa.field"
         }

@@ -123,7 +123,7 @@ class PackedForward:
                 residual = run(residual, angles, prefix_kv, mask, positions, tokens, self.first)
             else:
                 residual = run(residual, angles, prefix_kv, mask, positions)
-        hidden = self.decoder.norm(_sum(residual)[0, : len(conversations)])
+        hidden: torch.Tensor = self.decoder.norm(_sum(residual)[0, : len(conversations)])
         if hidden.device.type == "cuda":
             self._ends.append(torch.cuda.current_stream(hidden.device).record_event())
         return hidden
