@@ -43,15 +43,14 @@ def tasks_of(spec: Spec) -> Iterator[tuple[str, str, Spec]]:
 
 
 def stage_titles(spec: Spec) -> dict[str, str]:
-    """What each stage calls itself in logs and summaries, by the name of its component.
+    """What each stage calls itself in logs and summaries, by the name of its task; {} where the spec is not known.
 
     A stage is a task that runs a container; one that serves several times says in its constant `what` which it is.
     """
     titles, executors = {}, spec.get("deploymentSpec", {}).get("executors", {})
-    for _, component, task in tasks_of(spec):
+    for name, component, task in tasks_of(spec):
         label = spec["components"].get(component, {}).get("executorLabel")
         if "container" in executors.get(label, {}):  # an importer has none
             what = task.get("inputs", {}).get("parameters", {}).get("what", {})
-            named = what.get("runtimeValue", {}).get("constant")
-            titles[component.removeprefix("comp-")] = named or component.removeprefix("comp-").replace("-", "_")
+            titles[name] = what.get("runtimeValue", {}).get("constant") or name.replace("-", "_")
     return titles

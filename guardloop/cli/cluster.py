@@ -135,6 +135,7 @@ def runs(
 def logs(
     run: RunArgument,
     stage: Annotated[str | None, typer.Argument(help="Only this stage, such as train-guard.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also the lines of Kubeflow and Argo.")] = False,
     platform: KnownPlatform = None,
     host: HostOption = None,
     namespace: NamespaceOption = None,
@@ -144,8 +145,9 @@ def logs(
     from launch.kubeflow.logs import stage_logs
 
     for log in stage_logs(cluster, cluster.find_run(run), stage):
-        console.print(f"[bold]── {escape(log.stage)}[/] [dim]{escape(log.pod)}[/]", soft_wrap=True)
-        typer.echo(log.text.rstrip("\n"))
+        part = f", shard {log.shard + 1}" if log.shard is not None else ""
+        console.print(f"[bold]── {escape(log.stage)}{part}[/] [dim]{escape(log.pod)}[/]", soft_wrap=True)
+        typer.echo((log.text if everything else log.own).rstrip("\n"))
 
 
 @app.command()
@@ -184,12 +186,20 @@ def _follow(cluster: "Cluster", run_id: str, console: Console) -> None:
             f"{error.what}\nthe run may go on: {cluster.target.run_page(run_id)}", f"guardloop follow {run_id}"
         ) from None
     if ending.succeeded:
+        if ending.decision:
+            console.print(f"[bold]{escape(ending.decision)}[/]", soft_wrap=True)
+            console.print("  report: on the run's page, outputs of the stage evaluate", soft_wrap=True)
+            console.print("  guards: `guardloop review` lists them, with what the gate said of each", soft_wrap=True)
         console.print(f"[green]succeeded[/]: run {run_id}", soft_wrap=True)
         return
     errors = Console(stderr=True, highlight=False)
-    stage = f" in {ending.stage}" if ending.stage else ""
+    if ending.state == "CANCELED":
+        errors.print(f"[yellow]stopped[/]: run {run_id}; nothing was promoted", soft_wrap=True)
+        raise typer.Exit(FAILED)
+    stage = f" in {ending.stage.title}" if ending.stage else ""
     errors.print(f"[red]{escape(ending.state)}[/]{escape(stage)}: run {run_id}", soft_wrap=True)
     if ending.message:
         errors.print(escape(ending.message), soft_wrap=True)
-    errors.print(f"  -> its log: guardloop logs {run_id}{' ' + ending.stage if ending.stage else ''}", soft_wrap=True)
+    task = f" {ending.stage.task}" if ending.stage else ""
+    errors.print(f"  -> its log: guardloop logs {run_id}{task}", soft_wrap=True)
     raise typer.Exit(FAILED)

@@ -7,12 +7,14 @@ from typing import Any
 
 from guardloop.core.errors import GuardLoopError
 from launch.kubeflow.cluster import Cluster
-from launch.kubeflow.namespace import Namespace, NoAccessError
-from launch.kubeflow.tasks import stage_of, stages_of
+from launch.kubeflow.namespace import NODE_NAME, RUN_LABEL, Namespace, NoAccessError
+from launch.kubeflow.tasks import stage_of, titles_of
 
-RUN_LABEL = "pipeline/runid"
-NODE_NAME = "workflows.argoproj.io/node-name"
 TAIL = 12
+LAUNCHER = re.compile(r"[IWEF]\d{4} [\d:.]+ +\d+ \S+\.go:\d+\]|time=\S+ level=|Error: exit status \d+$")
+EXECUTOR = re.compile(r"\[KFP Executor \d{4}-\d\d-\d\d ([\d:]+),\d+ [A-Z]+\]: ?(.*)")
+EXECUTORS_OWN = re.compile(r"Looking for component|Loading KFP component|Got executor_input|Wrote executor output")
+ERROR = re.compile(r"(\S+\.)?\w*(Error|Exception)\b.*|error: .*")
 
 
 @dataclass(frozen=True)
@@ -20,62 +22,93 @@ class StageLog:
     """The log of one pod of a stage; a stage has several where it ran for several shards or was tried again."""
 
     stage: str
+    shard: int | None
     pod: str
     text: str
+
+    @property
+    def own(self) -> str:
+        """Without the lines of Kubeflow's launcher and executor and of Argo."""
+        return own_lines(self.text)
 
 
 def stage_logs(cluster: Cluster, run: Any, stage: str | None = None) -> list[StageLog]:
     """The logs of a run, of one stage or all. Raises GuardLoopError if there are none to be had, and says why."""
-    stages = stages_of(cluster.version_of(run))
-    if stage is not None and stages and stage not in stages:
-        raise GuardLoopError(f"the run has no stage {stage!r}", f"its stages: {', '.join(sorted(stages))}")
+    titles = titles_of(cluster.version_of(run))
+    if stage is not None and titles and stage not in titles:
+        raise GuardLoopError(f"the run has no stage {stage!r}", f"its stages: {', '.join(sorted(titles))}")
     namespace = cluster.target.namespace or "kubeflow"
     try:
-        found = list(_from_pods(Namespace(namespace), run.run_id, stages))
+        logs = list(_from_pods(Namespace(namespace), run.run_id, titles))
         why = f"its pods are gone from namespace {namespace}, or have not started"
     except NoAccessError as error:
-        found, why = [], error.what
-    found = found or list(_from_kubeflow(cluster, run, stages))
-    logs = [log for log in found if stage in (None, log.stage)]
-    if not logs:
+        logs, why = [], error.what
+    logs = logs or list(_from_kubeflow(cluster, run, titles))
+    wanted = [log for log in logs if stage in (None, log.stage)]
+    if not wanted:
         what = f"stage {stage}" if stage else "any stage"
         raise GuardLoopError(
             f"no log of {what} of run {run.run_id}: {why}",
             f"with access to the cluster: kubectl -n {namespace} logs -c main -l {RUN_LABEL}={run.run_id} --prefix",
         )
-    return logs
+    return wanted
 
 
-def last_words(cluster: Cluster, run: Any, stage: str) -> list[str]:
-    """The end of a stage's log, from its last error on; [] where the log cannot be had."""
+def own_lines(text: str) -> str:
+    """What a stage printed, without the lines of Kubeflow's launcher and executor and of Argo."""
+    kept, skipping = [], False
+    for line in text.splitlines():
+        executor = EXECUTOR.match(line)
+        if skipping and line == "}":  # the end of what the launcher or the executor printed over several lines
+            skipping = False
+        elif LAUNCHER.match(line):
+            skipping = line.endswith("{")
+        elif executor and EXECUTORS_OWN.match(executor[2]):
+            skipping = executor[2].startswith("Got executor_input")
+        elif not skipping:
+            kept.append(f"{executor[1]} {executor[2]}" if executor else line)
+    return "\n".join(kept)
+
+
+def last_words(cluster: Cluster, run: Any, stage: str, shard: int | None = None) -> list[str]:
+    """Why a stage failed, from its log: the error and what mends it, else the end; [] where the log cannot be had."""
     try:
-        lines = stage_logs(cluster, run, stage)[-1].text.rstrip().splitlines()
+        logs = stage_logs(cluster, run, stage)
     except GuardLoopError:
         return []
-    errors = [number for number, line in enumerate(lines) if re.match(r"(\S+\.)?\w*(Error|Exception)\b|error:", line)]
-    return lines[errors[-1] :][:TAIL] if errors else lines[-TAIL:]
+    of_shard = [log for log in logs if log.shard == shard]
+    return error_in((of_shard or logs)[-1].text)
 
 
-def _from_pods(namespace: Namespace, run_id: str, stages: frozenset[str]) -> Iterator[StageLog]:
+def error_in(text: str) -> list[str]:
+    """The last error of a log with its remedy, in the stage's own words; else the log's end."""
+    lines = own_lines(text).rstrip().splitlines()
+    errors = [number for number, line in enumerate(lines) if ERROR.match(line)]
+    if not errors:
+        return lines[-TAIL:]
+    first = re.sub(r"^(\S+\.)?GuardLoopError: ", "", lines[errors[-1]])
+    return [first, *lines[errors[-1] + 1 :]][:TAIL]
+
+
+def outcome_in(text: str, stage: str) -> str:
+    """What a stage said when it ended well: `evaluate: 684 items in 2.1 s: OUTCOME`; empty where it is not there."""
+    said = re.findall(rf"{stage}: \d+ items in [\d.]+ s: (.*)", text)
+    return str(said[-1]) if said else ""
+
+
+def _from_pods(namespace: Namespace, run_id: str, titles: dict[str, str]) -> Iterator[StageLog]:
     for pod in namespace.pods(f"{RUN_LABEL}={run_id}"):
-        node = (pod.metadata.annotations or {}).get(NODE_NAME, "")
-        stage = _stage_of_node(node, stages)
-        if stage and (text := namespace.log(pod.metadata.name)):
-            yield StageLog(stage, pod.metadata.name, text)
+        stage = stage_of((pod.metadata.annotations or {}).get(NODE_NAME, ""), titles)
+        if stage and not stage.from_driver and (text := namespace.log(pod.metadata.name)):
+            yield StageLog(stage.task, stage.shard, pod.metadata.name, text)
 
 
-def _stage_of_node(node: str, stages: frozenset[str]) -> str | None:
-    """The stage of an Argo node such as `guardloop-x.root.screen.executor`; None for a driver or what else there is."""
-    parts = [part for part in node.split(".") if not part.startswith("executor")]
-    return stage_of(parts[-1], stages) if parts and not parts[-1].endswith("-driver") else None
-
-
-def _from_kubeflow(cluster: Cluster, run: Any, stages: frozenset[str]) -> Iterator[StageLog]:
+def _from_kubeflow(cluster: Cluster, run: Any, titles: dict[str, str]) -> Iterator[StageLog]:
     """For each stage, what Kubeflow Pipelines has of the pods that it names."""
     tasks = (run.run_details.task_details if run.run_details else None) or []
     for task in tasks:
-        stage = stage_of(task.display_name or "", stages)
+        stage = stage_of(task.display_name or "", titles)
         pods = [task.pod_name, *(child.pod_name for child in task.child_tasks or [])]
         for pod in filter(None, pods):
-            if stage and (text := cluster.log(run.run_id, pod)):
-                yield StageLog(stage, pod, text)
+            if stage and not stage.from_driver and (text := cluster.log(run.run_id, pod)):
+                yield StageLog(stage.task, stage.shard, pod, text)

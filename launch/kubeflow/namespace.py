@@ -9,6 +9,8 @@ from urllib3.exceptions import HTTPError
 from guardloop.core.errors import GuardLoopError
 
 TIMEOUT = (5, 20)
+RUN_LABEL = "pipeline/runid"
+NODE_NAME = "workflows.argoproj.io/node-name"
 T = TypeVar("T")
 
 
@@ -74,6 +76,27 @@ class Namespace:
         read = self._core.read_namespaced_pod_log
         return self._ask(lambda: read(pod, self.name, container=container, _request_timeout=TIMEOUT), absent=(400, 404))
 
+    def why_waiting(self, run_id: str) -> dict[str, str]:
+        """For each pod of a run that cannot start, why not, by the full name of its node in the run's graph."""
+        pending = [pod for pod in self.pods(f"{RUN_LABEL}={run_id}") if pod.status.phase == "Pending"]
+        warnings = self._warnings() if pending else {}
+        reasons = {}
+        for pod in pending:
+            node = (pod.metadata.annotations or {}).get(NODE_NAME, "")
+            if reason := _reason(pod.status) or warnings.get(pod.metadata.name, ""):
+                reasons[node] = reason
+        return reasons
+
+    def _warnings(self) -> dict[str, str]:
+        """What Kubernetes last warned of, such as a volume that is not there, by the name of the object."""
+        listing = self._core.list_namespaced_event
+        try:
+            events = self._ask(lambda: listing(self.name, field_selector="type=Warning", _request_timeout=TIMEOUT))
+        except NoAccessError:
+            return {}
+        found = events.items if events else []
+        return {event.involved_object.name: f"{event.reason}: {event.message}" for event in found}
+
     def _ask(self, question: Callable[[], T], absent: tuple[int, ...] = (404,)) -> T | None:
         try:
             return question()
@@ -88,3 +111,15 @@ class Namespace:
             raise NoAccessError(
                 f"Kubernetes ({self.context}) does not answer", "check the network and kubectl's context"
             ) from None
+
+
+def _reason(status: Any) -> str:
+    """What keeps a pod from starting: no node for it, an image, a secret, a volume; empty while it is just slow."""
+    for condition in status.conditions or []:
+        if condition.type == "PodScheduled" and condition.status == "False":
+            return f"{condition.reason}: {condition.message}"
+    for container in [*(status.init_container_statuses or []), *(status.container_statuses or [])]:
+        waiting = container.state.waiting if container.state else None
+        if waiting and waiting.reason not in (None, "PodInitializing", "ContainerCreating"):
+            return f"{waiting.reason}: {waiting.message or container.image}"
+    return ""

@@ -80,7 +80,7 @@ def test_cancel(at: Call, submits: Call, server: KubeflowServer) -> None:
 
     server.plays("CANCELED")
     followed = at("follow")
-    assert followed.code == 1 and "CANCELED" in followed.err
+    assert followed.code == 1 and "stopped" in followed.err
     again = at("cancel", "latest")
     assert again.code == 0 and "has ended already: CANCELED" in again.out
 
@@ -99,11 +99,16 @@ def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kubernetes:
 def test_logs_of_the_pods(at: Call, submits: Call, server: KubeflowServer, kubernetes: Kubernetes) -> None:
     submits("--no-wait", "--force")
     run_id = newest(server)
-    graph = "guardloop-x7k2p.root.guardloop-process"
+    graph = "guardloop-x7k2p.root"
     kubernetes.add_pod("p-1", run_id, f"{graph}.prepare-data-driver", "driver words")
     kubernetes.add_pod("p-2", run_id, f"{graph}.prepare-data.executor", "360 prompts\n[bold]as they are[/]\n")
     for shard in range(2):
-        kubernetes.add_pod(f"s-{shard}", run_id, f"{graph}.for-loop-1(0:{shard}).screen.executor(0)", f"shard {shard}")
+        kubernetes.add_pod(
+            f"s-{shard}",
+            run_id,
+            f"{graph}.for-loop-1.iteration-iterations({shard}:{shard}).iteration-item.screen.executor(0)",
+            f"shard {shard}",
+        )
     kubernetes.add_pod("w-1", run_id, f"{graph}.mine-feedback.executor", None)
     kubernetes.add_pod("o-1", "another-run", f"{graph}.screen.executor", "of another run")
 

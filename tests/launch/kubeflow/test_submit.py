@@ -275,11 +275,11 @@ def test_stages_are_told_as_they_end_and_nothing_else_is(server: KubeflowServer,
     assert ended.code == 0
     assert told[:-1] == [
         "waiting to start",
-        "… prepare-data",
-        "✓ prepare-data 12.5 s",
-        "… train-guard",
-        "✓ train-guard 12.5 s",
-        "- promote-model 12.5 s skipped",
+        "… prepare data",
+        "✓ prepare data 12.5 s",
+        "… train guard",
+        "✓ train guard 12.5 s",
+        "- promote model 12.5 s skipped",
     ]
 
 
@@ -291,7 +291,7 @@ def test_a_failed_stage_is_named_with_its_message_and_its_log(server: KubeflowSe
 
     run_id = only(server.runs)["run_id"]
     assert ended.code == 1
-    assert "FAILED in train-guard" in ended.err and "the adapter is [red]broken[/]" in ended.err
+    assert "FAILED in train guard" in ended.err and "the adapter is [red]broken[/]" in ended.err
     assert f"guardloop logs {run_id} train-guard" in ended.err
 
 
@@ -300,7 +300,7 @@ def test_a_stage_that_could_not_start_is_named(server: KubeflowServer, submits: 
 
     ended = submits()
 
-    assert ended.code == 1 and "FAILED in screen-candidate" in ended.err and "could not be started" in ended.err
+    assert ended.code == 1 and "FAILED in screen test (candidate)" in ended.err and "could not be started" in ended.err
 
 
 def test_a_failure_outside_the_stages_tells_what_the_run_says(server: KubeflowServer, submits: Call) -> None:
