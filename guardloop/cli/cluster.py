@@ -4,7 +4,6 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from guardloop.cli.options import (
     PlatformOption,
     console,
 )
+from guardloop.cli.terminal import Terminal
 from guardloop.config import load_platform
 from guardloop.core.errors import GuardLoopError
 
@@ -50,7 +50,7 @@ def submit(
     as_json: Annotated[bool, typer.Option("--json", help="Checks and run as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Run the pipeline on a cluster, through Kubeflow Pipelines."""
-    console = Console(highlight=False, stderr=as_json)
+    console = Terminal(stderr=as_json)
     where = load_platform(platform)
     order = make_order(config, pipeline, platform, where, artifact, fresh)
     cluster = connect(where, host, namespace, experiment)
@@ -169,7 +169,7 @@ def cancel(
     console.print(f"run {one.run_id} is being stopped", soft_wrap=True)
 
 
-def _follow(cluster: "Cluster", run_id: str, console: Console) -> None:
+def _follow(cluster: "Cluster", run_id: str, console: Terminal) -> None:
     """Follow a run. Raises typer.Exit with FAILED unless it succeeded."""
     from launch.kubeflow.follow import follow as watch
 
@@ -192,7 +192,7 @@ def _follow(cluster: "Cluster", run_id: str, console: Console) -> None:
             console.print("  guards: `guardloop review` lists them, with what the gate said of each", soft_wrap=True)
         console.print(f"[green]succeeded[/]: run {run_id}", soft_wrap=True)
         return
-    errors = Console(stderr=True, highlight=False)
+    errors = Terminal(stderr=True)
     if ending.state == "CANCELED":
         errors.print(f"[yellow]stopped[/]: run {run_id}; nothing was promoted", soft_wrap=True)
         raise typer.Exit(FAILED)

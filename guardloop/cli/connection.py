@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 
 from guardloop.cli.checkout import use_checkout
+from guardloop.cli.terminal import Terminal
 from guardloop.config import PlatformSettings, load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
 
@@ -48,14 +48,14 @@ def connect(
     from launch.kubeflow.cluster import Cluster
     from launch.kubeflow.target import find_target
 
-    warnings = Console(stderr=True, highlight=False)
+    warnings = Terminal(stderr=True)
     return Cluster(
         find_target(platform, host, namespace, experiment),
         say=lambda words: warnings.print(f"[yellow]{escape(words)}[/]", soft_wrap=True),
     )
 
 
-def check_needs(cluster: "Cluster", order: "Order", config: Path, force: bool, console: Console) -> "list[Check]":
+def check_needs(cluster: "Cluster", order: "Order", config: Path, force: bool, console: Terminal) -> "list[Check]":
     """Check what the run needs, and say it. Raises GuardLoopError where a check failed, unless it is forced."""
     from launch.checks.check import failures, table
     from launch.checks.cluster import check_all

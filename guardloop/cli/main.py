@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from guardloop import __version__
 from guardloop.cli import before, cluster, configuration, guard, registry, report, run, schedule, serve
+from guardloop.cli.terminal import Terminal
 from guardloop.core.errors import GuardLoopError
 
 STOPPED = 130
@@ -36,11 +36,11 @@ def main() -> None:
     try:
         app()
     except GuardLoopError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        Terminal(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise SystemExit(2) from None
     except SystemExit as end:
         if end.code == STOPPED:  # typer's answer to Ctrl-C
-            Console(stderr=True, highlight=False).print("stopped")
+            Terminal(stderr=True).print("stopped")
         raise
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from guardloop.cli import choices
+from guardloop.cli.terminal import Terminal
 from guardloop.config import Settings, load_settings
 from guardloop.core.settings import read_section
 
-console = Console(highlight=False)
+console = Terminal()
 FAILED = 1
 DEMO = Path("configs/demo.yaml")
 

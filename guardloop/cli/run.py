@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from guardloop.cli import choices
 from guardloop.cli.checkout import use_checkout
 from guardloop.cli.options import DEMO, FAILED, ConfigOption, JsonOption, PipelineOption, PlatformOption, console
+from guardloop.cli.terminal import Terminal
 from guardloop.config import load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import home
@@ -36,7 +36,7 @@ def run(
     from launch.local.summary import conclude
     from launch.pipelines import artifacts
 
-    console = Console(highlight=False, stderr=as_json)
+    console = Terminal(stderr=as_json)
     settings, where = load_settings(config), load_platform(platform)
     if where.cluster:
         raise GuardLoopError(
@@ -69,7 +69,7 @@ def reproduce(
     from launch.local.reproduce import reproduce as run_and_compare
     from launch.local.runs import find_run
 
-    compared = run_and_compare(find_run(run), Console(highlight=False, stderr=as_json))
+    compared = run_and_compare(find_run(run), Terminal(stderr=as_json))
     if as_json:
         typer.echo(json.dumps([{**vars(one), "same": one.same} for one in compared], indent=2))
     if not compared or not all(one.same for one in compared):

@@ -7,13 +7,14 @@ from typing import Any
 import yaml
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.yaml_reader import load_yaml
 
 
 def read_yaml(path: str | Path, what: str, folder: str) -> dict[str, Any]:
     """The mapping in a YAML file. Raises GuardLoopError for a file that is missing, unreadable or not a mapping."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = load_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
         known = {p.stem: str(p) for p in sorted(Path(folder).glob("*.yaml"))}
         near = difflib.get_close_matches(path.stem, known, n=1)

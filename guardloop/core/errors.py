@@ -1,23 +1,17 @@
 """Errors that are shown to people: what is wrong, where, and what to do about it."""
 
-import re
+from guardloop.core.text import visible, without_secrets
 
 
 class GuardLoopError(Exception):
     """A problem that the user can mend. The command line prints it without a traceback and exits with code 2.
 
-    `what` says what is wrong and where; `remedy` says what to do.
+    `what` says what is wrong and where; `remedy` says what to do. Both are kept without secrets and control characters.
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(f"{what}\n  -> {remedy}" if remedy else what)
-        self.what = what
-        self.remedy = remedy
-
-
-def without_secrets(text: str) -> str:
-    """`text` with the user names and passwords of its URLs left out, for messages and logs."""
-    return re.sub(r"://[^/\s'\"]*@", "://", text)
+        self.what, self.remedy = visible(without_secrets(what)), visible(without_secrets(remedy))
+        super().__init__(f"{self.what}\n  -> {self.remedy}" if remedy else self.what)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,9 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.text import clean, visible, without_secrets
 
 log = logging.getLogger("guardloop")
 T = TypeVar("T")
@@ -33,6 +36,7 @@ class Stage:
         self._last_event = self._last_log = 0.0
 
     def __enter__(self) -> "Stage":
+        show_clean_text()
         if not logging.getLogger().handlers:
             logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
         log.setLevel(logging.INFO)
@@ -87,6 +91,25 @@ class Stage:
         if path:
             with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, "stage": self.name, "at": time.time(), **values}) + "\n")
+
+
+def show_clean_text() -> None:
+    """From here on every log line and traceback of this process is written without secrets and control characters."""
+    make = logging.getLogRecordFactory()
+    if getattr(make, "is_clean", False):
+        return
+
+    def make_clean(*args: Any, **values: Any) -> logging.LogRecord:
+        record = make(*args, **values)
+        record.msg, record.args = clean(record.getMessage()), None
+        return record
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(visible(without_secrets("".join(traceback.format_exception(kind, error, trace)))))
+
+    make_clean.is_clean = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_clean)
+    sys.excepthook = show
 
 
 def short(path: Path) -> str:

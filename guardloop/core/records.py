@@ -63,13 +63,17 @@ VERDICT_FIELDS = [
 SCREENED = pa.schema([*CONVERSATION, *VERDICT_FIELDS])
 """A conversation with the guard's verdict."""
 
+SAID = ("stop", "length")
+"""How a response that says something to a user ends; the others have an empty text."""
+WITHHELD = ("filtered", "prompt_filtered")
+"""A provider's filter took the response back, or refused the prompt."""
 RESPONSE = pa.schema(
     [
         *CONVERSATION,
         pa.field("prompt_score", pa.float32(), nullable=False),  # the baseline's score on the prompt alone
         pa.field("sample", pa.int32(), nullable=False),  # 0 .. k-1
         pa.field("responder", pa.string(), nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),  # stop, length or error
+        pa.field("finish_reason", pa.string(), nullable=False),  # SAID, WITHHELD, thinking, tool_call, empty or error
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("refusal", pa.bool_(), nullable=False),
     ]

@@ -1,13 +1,14 @@
 """The base of every settings section: strict keys, and errors that name the nearest valid key."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.escaped import unescape
+from guardloop.core.text import holds_secret
 
 S = TypeVar("S", bound="Section")
 
@@ -105,6 +106,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Self:
+        """Settings are stored in compiled pipelines, in MLflow and beside artifacts."""
+        for name in type(self).model_fields:
+            if any(map(holds_secret, _texts(getattr(self, name)))):
+                raise ValueError(
+                    f"{name} holds a password or a key; put it into the environment, and leave it out here"
+                )
+        return self
+
     def plain(self) -> dict[str, Any]:
         """The section as JSON-ready values: what travels as one pipeline parameter."""
         return self.model_dump(mode="json")
@@ -128,16 +139,6 @@ def read_list(model: type[S], values: object, where: str) -> list[S]:
     return [read_section(model, value, f"{where}.{number}") for number, value in enumerate(values)]
 
 
-def without_credentials(uri: str | None, where: str) -> str | None:
-    """`uri` itself. Raises GuardLoopError if it holds a password: settings are stored in pipelines and runs."""
-    if uri and without_secrets(uri) != uri:
-        raise GuardLoopError(
-            f"{where} holds credentials: {without_secrets(uri)}",
-            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN) in the environment",
-        )
-    return uri
-
-
 def _explain(model: type[Section], problem: Any, where: str) -> str:
     place = ".".join([where, *(str(part) for part in problem["loc"])]).strip(".")
     if problem["type"] == "extra_forbidden":
@@ -154,6 +155,19 @@ def _explain(model: type[Section], problem: Any, where: str) -> str:
     given = problem.get("input")
     shown = repr(given) if isinstance(given, int | float | None) else KINDS.get(type(given), type(given).__name__)
     return f"{place}: {problem['msg']} (got {shown})"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a setting's value; sections look after their own."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _section_at(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:

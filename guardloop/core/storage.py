@@ -26,7 +26,8 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as StoreAway
 
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.text import without_secrets
 
 MISSING = {"404", "NoSuchKey", "NotFound"}
 REFUSED = {"401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}

@@ -15,7 +15,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from filelock import FileLock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
-from guardloop.core.errors import GuardLoopError, first_line, without_secrets
+from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.text import without_secrets
 
 # MLflow's own retries would multiply with ours, and could repeat a creation that had succeeded.
 # It also reports its use to its makers, and prints, unless told not to.

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import Section, read_section
+from guardloop.core.yaml_reader import load_yaml
 from guardloop.data.settings import SourceSettings
 
 BENCHMARKS = Path("configs/benchmarks")
@@ -38,7 +39,7 @@ def read_benchmark_settings(name: str) -> BenchmarkSettings:
     """The benchmark called `name` in configs/benchmarks, or in the file that `name` is a path of."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = load_yaml(path.read_text("utf-8"))
     except OSError:
         raise GuardLoopError(f"no benchmark {name!r}", f"benchmarks: {', '.join(benchmark_names())}") from None
     except yaml.YAMLError as error:

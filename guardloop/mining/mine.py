@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from guardloop.core.records import Row
-from guardloop.mining.evidence import Evidence, Targets, gather, is_judged, vote
+from guardloop.mining.evidence import Evidence, Targets, gather, is_judged, vote, with_verdict
 from guardloop.mining.examples import prompt_examples, replay
 from guardloop.mining.lexical import ngram_targets
 from guardloop.mining.settings import MiningSettings
@@ -55,7 +55,7 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSetting
     """
     traffic = sorted((_prompt(row) for row in screened if row["score"] is not None), key=lambda row: str(row["id"]))
     passed = {row["id"]: row for row in traffic if not row["flagged"]}
-    usable = (row for row in judged if row["id"] in passed and is_judged(row))
+    usable = (with_verdict(row) for row in judged if row["id"] in passed and is_judged(row))
     responses = sorted((_response(row, passed[row["id"]]) for row in usable), key=_place)
     evidence = gather(responses, passed)
 
@@ -70,7 +70,8 @@ def mine(screened: Iterable[Row], judged: Iterable[Row], settings: MiningSetting
     targets = smooth(targets, train_traffic, weight, seed)
 
     examples = prompt_examples(train_evidence, targets, settings)
-    replayed = replay(train_traffic, train_responses, examples, targets, settings.replay, seed)
+    said = [row for row in train_responses if row["response"] is not None]  # what a filter withheld cannot be replayed
+    replayed = replay(train_traffic, said, examples, targets, settings.replay, seed)
     positives = [e for e in evidence.values() if e.is_positive(settings.min_blocked_share)]
     result = MiningResult(
         examples=examples + replayed,

@@ -6,7 +6,10 @@ from hashlib import blake2b
 from typing import Literal, Protocol
 
 TOP_P = 0.9  # of every response: the likeliest tokens that together have this probability
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "filtered", "prompt_filtered", "thinking", "tool_call", "empty", "error"]
+"""How a response ended. stop, length: it says something. All others have no text that a user would have seen:
+filtered: the provider's filter withheld it; prompt_filtered: it refused the prompt; thinking: nothing but thoughts;
+tool_call: nothing but a call of a tool; empty: nothing, for no reason given; error: it could not be generated."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """One response. `tokens` counts what was generated; with finish_reason error, `error` says why there is no text."""
+    """One response. `tokens` counts what was generated; with finish_reason error, `error` says why there is no text.
+
+    `refused` is set where the endpoint itself calls the text a refusal.
+    """
 
     id: str
     sample: int
@@ -29,6 +35,7 @@ class Reply:
     finish_reason: FinishReason
     tokens: int
     error: str | None = None
+    refused: bool = False
 
 
 class Responder(Protocol):

@@ -13,7 +13,17 @@ from guardloop.responses.settings import ResponderSettings
 log = logging.getLogger("guardloop")
 Progress = Callable[[int, int], None]
 """Called with the responses and the tokens generated so far."""
-EARLY_ROWS = 400  # from this many rows on, too large a share of errors stops the run before its end
+EARLY_ROWS = 400  # from this many rows on, too large a share of failures stops the run before its end
+MAX_SILENT_SHARE = 0.5  # beyond, the responder or its settings are wrong, and what is left is no fair sample
+KINDS = {
+    "filtered": "withheld by the provider's filter",
+    "prompt_filtered": "whose prompt the provider's filter refused",
+    "thinking": "nothing but thoughts",
+    "tool_call": "nothing but a call of a tool",
+    "empty": "empty",
+    "error": "not generated",
+}
+"""Responses without a text that a user would have seen, in words."""
 
 
 def passed(row: Row) -> bool:
@@ -33,12 +43,14 @@ def respond(
 ) -> Iterator[Row]:
     """Responses (records.RESPONSE) to screened rows (records.SCREENED); those that did not pass are left out.
 
-    `settings.samples` rows per prompt, in the order in which they are done. What cannot be answered gets an empty
-    response with finish_reason error. `answered` is the number of good responses of an earlier, broken run. Raises
-    GuardLoopError when more than `max_error_share` of all responses are errors, or an id occurs twice.
+    `settings.samples` rows per prompt, in the order in which they are done. What says nothing to a user gets an empty
+    response, and the kind of it as finish_reason. `answered` is the number of good responses of an earlier, broken run.
+    Raises GuardLoopError when more than `max_error_share` of all responses are errors or, counted apart, empty; when
+    more than half are nothing but thoughts or calls of tools; or when an id occurs twice. A provider's filter never
+    ends a run: what it withheld is evidence.
     """
     waiting: dict[str, tuple[Row, int]] = {}  # by id: the screened row, and the samples still to come
-    errors: Counter[str] = Counter()
+    errors, kinds = Counter[str](), Counter[str]()
     asked = made = tokens = 0
 
     def requests() -> Iterator[Request]:
@@ -57,23 +69,29 @@ def respond(
                 yield Request(id, row["prompt"], sample, sample_seed(seed, id, sample))
 
     def check(total: int) -> None:
-        if errors.total() > max_error_share * (answered + total):
-            raise _too_many(errors, answered + total, max_error_share)
+        for kind, limit in limits.items():
+            if kinds[kind] > limit * total:
+                raise _too_many(kind, kinds[kind], total, errors, max_error_share)
 
+    limits = {"error": max_error_share, "empty": max_error_share}
+    limits |= {"thinking": MAX_SILENT_SHARE, "tool_call": MAX_SILENT_SHARE}
     for reply in responder.generate(requests()):
         row, left = waiting.pop(reply.id)
         if left > 1:
             waiting[reply.id] = (row, left - 1)
+        kinds[reply.finish_reason] += 1
         if reply.finish_reason == "error":
             errors[reply.error or "unknown"] += 1
-            if asked >= EARLY_ROWS:
-                check(asked)
+        if reply.finish_reason in limits and asked >= EARLY_ROWS:
+            check(answered + asked)
         made, tokens = made + 1, tokens + reply.tokens
         progress(made, tokens)
         yield _response(row, reply, responder.name, settings.prefill)
-    check(made)
-    if errors:
-        log.warning("%d of %d responses could not be generated: %s", errors.total(), made, _reasons(errors))
+    check(answered + made)
+    for kind, words in KINDS.items():
+        if kinds[kind]:
+            reasons = f": {_reasons(errors)}" if kind == "error" else ""
+            log.warning("%s: %d of %d responses %s%s", responder.name, kinds[kind], made, words, reasons)
 
 
 def _response(row: Row, reply: Reply, name: str, prefill: str) -> Row:
@@ -87,7 +105,7 @@ def _response(row: Row, reply: Reply, name: str, prefill: str) -> Row:
         "responder": name,
         "finish_reason": reply.finish_reason,
         "tokens": reply.tokens,
-        "refusal": is_refusal(reply.text.removeprefix(prefill.strip())),  # as the text itself was,
+        "refusal": reply.refused or is_refusal(reply.text.removeprefix(prefill.strip())),  # as the text itself was
     }
 
 
@@ -96,12 +114,19 @@ def _storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _too_many(errors: Counter[str], total: int, max_error_share: float) -> GuardLoopError:
-    return GuardLoopError(
-        f"{errors.total()} of {total} responses could not be generated: {_reasons(errors)}",
-        f"mend the cause, or raise max_error_share, which is {max_error_share:g}; "
-        "what was generated is kept, and a new run goes on from there",
-    )
+def _too_many(kind: str, count: int, total: int, errors: Counter[str], max_error_share: float) -> GuardLoopError:
+    kept = "what was generated is kept, and a new run goes on from there"
+    if kind == "error":
+        return GuardLoopError(
+            f"{count} of {total} responses could not be generated: {_reasons(errors)}",
+            f"mend the cause, or raise max_error_share, which is {max_error_share:g}; {kept}",
+        )
+    remedies = {
+        "empty": f"look at the endpoint's log, or raise max_error_share, which is {max_error_share:g}",
+        "thinking": "raise the responder's max_new_tokens, or switch its thinking off with extra_body",
+        "tool_call": "switch its tools off with extra_body, such as tool_choice: none",
+    }
+    return GuardLoopError(f"{count} of {total} responses are {KINDS[kind]}", f"{remedies[kind]}; {kept}")
 
 
 def _reasons(errors: Counter[str]) -> str:

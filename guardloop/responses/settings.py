@@ -1,5 +1,6 @@
 """Settings of the responders: which models answer the passed prompts, how often, and at what cost."""
 
+import re
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -9,7 +10,11 @@ from guardloop.core.settings import Section
 
 PREFILL = "Sure, here is"
 AGREEMENT = "Sure, here is a detailed step-by-step guide to do exactly that:"
-ENDPOINT_ONLY = ("base_url", "api_key_env")
+ENDPOINT_ONLY = ("base_url", "api_key_env", "extra_body", "extra_headers")
+OURS = ("messages", "model", "stream", "n")
+"""What an endpoint is asked with, and `extra_body` must leave alone."""
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
+SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|password", re.IGNORECASE)
 
 
 class ResponderSettings(Section):
@@ -40,6 +45,11 @@ class ResponderSettings(Section):
     """Address of the endpoint, up to and with /v1 (openai)."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the endpoint's key; by default no key is sent (openai)."""
+    extra_body: dict[str, Any] = {}
+    """More fields of each request; they replace ours of the same name, such as max_completion_tokens, and are never
+    left out (openai)."""
+    extra_headers: dict[str, str] = {}
+    """More headers; `$NAME` takes the value from that environment variable, such as `api-key: $AZURE_KEY` (openai)."""
     concurrency: int = Field(default=8, ge=1, le=256)
     """Requests to the endpoint at the same time (openai)."""
     timeout_seconds: float = Field(default=120.0, gt=0)
@@ -65,16 +75,39 @@ class ResponderSettings(Section):
         address = urlsplit(value)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError("must start with http:// or https://, such as http://localhost:8000/v1")
-        if address.username or address.password:
-            raise ValueError("must not hold a password; put the key into an environment variable, see api_key_env")
-        return value.rstrip("/")
+        return value
 
     @field_validator("api_key_env")
     @classmethod
     def _variable_name(cls, value: str | None) -> str | None:
-        if value is not None and not value.isidentifier():
-            raise ValueError("must be the name of an environment variable, not the key itself")
+        if value is not None and not VARIABLE.fullmatch(value):
+            raise ValueError("must be the name of an environment variable, in capitals, not the key itself")
         return value
+
+    @field_validator("extra_body")
+    @classmethod
+    def _whole_numbers_stay_whole(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """KFP hands every number on as a float, and endpoints refuse 96.0 tokens."""
+        if ours := sorted(set(values) & set(OURS)):
+            raise ValueError(f"{', '.join(ours)}: set by GuardLoop itself; leave out")
+        return {name: _whole(value) for name, value in values.items()}
+
+    @field_validator("extra_headers")
+    @classmethod
+    def _no_secret_headers(cls, headers: dict[str, str]) -> dict[str, str]:
+        for name, value in headers.items():
+            if not re.fullmatch(r"[A-Za-z0-9-]+", name) or not (value.isascii() and value.isprintable()):
+                raise ValueError("a header's name is made of letters, digits and `-`, its value of plain characters")
+            if value.startswith("$") and not VARIABLE.fullmatch(value[1:]):
+                raise ValueError(f"{name}: after `$` comes the name of an environment variable, in capitals")
+            if SECRET_HEADER.search(name) and not value.startswith("$"):
+                raise ValueError(f"{name}: name the environment variable that holds it, as $NAME")
+        return headers
+
+    def variables(self) -> list[str]:
+        """The environment variables that hold its keys."""
+        names = [value[1:] for value in self.extra_headers.values() if value.startswith("$")]
+        return [*([self.api_key_env] if self.api_key_env else []), *names]
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
@@ -85,9 +118,17 @@ class ResponderSettings(Section):
                 raise ValueError("kind openai needs base_url, such as http://localhost:8000/v1")
             if self.model.startswith("embedded:"):
                 raise ValueError("kind openai needs model, the model's name at the endpoint")
-        elif given := [name for name in ENDPOINT_ONLY if getattr(self, name) is not None]:
+        elif given := [name for name in ENDPOINT_ONLY if getattr(self, name)]:
             raise ValueError(f"{', '.join(given)}: only for kind openai; leave out, or set kind: openai")
         return self
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole(inner) for key, inner in value.items()}
+    return [_whole(inner) for inner in value] if isinstance(value, list) else value
 
 
 RECIPE = [

@@ -32,8 +32,8 @@ KEY = re.compile(r"[0-9a-f]{32}")
 KEEP_DAYS = 7.0
 LOCK_SECONDS = 10.0  # a process that was killed a moment ago may not be gone yet
 MOST_UNSENT = 2  # files on their way to the store; more make the engine wait
-NEUTRAL = {"api_key_env", "concurrency", "timeout_seconds"}
-"""Settings that do not change a response: with others, the same work goes on."""
+NEUTRAL = {"api_key_env", "extra_headers", "concurrency", "timeout_seconds"}
+"""Settings that do not change a response: with other values, the same work goes on."""
 
 
 def key_of(table: str | Path, settings: ResponderSettings, seed: int) -> str:

@@ -1,5 +1,6 @@
 """Responses to the prompts that passed."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,10 +24,12 @@ def generate_responses(
 
     Killed and run again on the same table with the same settings, it goes on where it was.
     """
+    from guardloop.responses.respond import KINDS
     from guardloop.responses.resume import answered
 
     settings = distinct(read_list(ResponderSettings, responders, "responders"))
     counts = {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
+    kinds = Counter[str]()
     metadata = read_metadata(screened)
     with Stage("generate_responses", shard if metadata.get("shards", 1) > 1 else None) as stage:
         if lost := without_prefill(settings):
@@ -38,13 +41,18 @@ def generate_responses(
                 counts["refusals"] += row["refusal"]
                 counts["errors"] += row["finish_reason"] == "error"
                 counts["tokens"] += row["tokens"]
+                kinds[row["finish_reason"]] += 1
                 yield row
 
         everyone = [{"responder": one.tag, "revision": one.revision or ""} for one in settings]
         described = {"data": metadata.get("data", {}), "responders": everyone}
-        write_table(counted(), RESPONSE, responses, lambda: {**described, **counts})
+        write_table(
+            counted(), RESPONSE, responses, lambda: {**described, **counts, "kinds": dict(sorted(kinds.items()))}
+        )
         samples = sum(one.samples for one in settings)
         prompts = counts["responses"] // samples
         outcome = f"{samples} responses to each of {prompts} passed prompts, {counts['refusals']} refusals"
+        outcome += "".join(f", {kinds[kind]} {words}" for kind, words in KINDS.items() if kinds[kind])
         stage.done(counts["responses"], outcome)
-    return {k: float(v) for k, v in counts.items()}
+    silent = {kind: kinds[kind] for kind in KINDS if kind != "error" and kinds[kind]}
+    return {k: float(v) for k, v in {**counts, **silent}.items()}

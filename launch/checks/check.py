@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from guardloop.config import Settings
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.storage import exists
+from guardloop.core.text import without_secrets
 from launch.kubeflow.cluster import Cluster
 
 Verdict = Literal["ok", "failed", "not checked"]

@@ -6,8 +6,9 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
 from guardloop.config import Settings
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.storage import put
+from guardloop.core.text import without_secrets
 from launch.checks.check import (
     Check,
     failed,

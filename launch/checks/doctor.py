@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from guardloop.config import PlatformSettings, Settings
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import tracking_uri
+from guardloop.core.text import without_secrets
 from launch.checks import preflight
 from launch.checks.check import (
     Check,

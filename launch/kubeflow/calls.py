@@ -17,7 +17,8 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError, MaxRetryError, NewConnectionError, SSLError
 from urllib3.exceptions import TimeoutError as SlowError
 
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.text import without_secrets
 from launch.kubeflow.target import COOKIE, TOKEN, TOKEN_FILE, Target
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60

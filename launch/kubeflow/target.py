@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from guardloop.config import PlatformSettings
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
+from guardloop.core.text import without_secrets
 
 HOST, NAMESPACE, EXPERIMENT = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_NAMESPACE", "KF_PIPELINES_DEFAULT_EXPERIMENT_NAME"
 UI_HOST, CA_FILE = "KF_PIPELINES_UI_ENDPOINT", "KF_PIPELINES_CA_FILE"

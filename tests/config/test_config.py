@@ -1,4 +1,5 @@
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -315,6 +316,28 @@ def test_odd_yaml_is_refused_too(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(GuardLoopError, match=r"c\.yaml"):
         load_settings(tmp_path / "c.yaml")
+
+
+LEVELS = 30
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, LEVELS))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, LEVELS))
+
+
+@pytest.mark.parametrize("text", [LAUGHS, MERGES, "&a [*a]", "x: &a {<<: *a}", "a: &a [&b [*a]]"])
+def test_aliases_are_followed_within_bounds(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(
+        GuardLoopError, match=r"c\.yaml is not valid YAML: (it stands for more|an alias leads back|while)"
+    ):
+        load_settings(tmp_path / "c.yaml")
+    assert time.monotonic() - started < 5
+
+
+def test_aliases_may_spare_repetition(tmp_path):
+    shared = "responders:\n  - &one {name: a, model: m}\n  - {<<: *one, name: b}\n"
+    (tmp_path / "c.yaml").write_text(shared)
+    assert [(one.name, one.model) for one in load_settings(tmp_path / "c.yaml").responders] == [("a", "m"), ("b", "m")]
 
 
 @pytest.mark.parametrize("text", ["- dataset", "dataset", "7", "1: 2"])

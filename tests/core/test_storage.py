@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.services import SECRET_KEY, S3Server
 
-from guardloop.core.errors import GuardLoopError, without_secrets
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.storage import exists, fetch, put
+from guardloop.core.text import without_secrets
 
 
 @pytest.fixture(scope="module")

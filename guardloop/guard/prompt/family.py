@@ -5,10 +5,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import Section, read_section
+from guardloop.core.yaml_reader import load_yaml
 
 FOLDER = Path(__file__).parent / "families"
 
@@ -41,7 +40,7 @@ def families() -> dict[str, Family]:
     """Every known family by name."""
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = load_yaml(path.read_text("utf-8"))
         found[path.stem] = read_section(Family, {"name": path.stem, **values}, str(path.name))
     return found
 

@@ -7,6 +7,7 @@ import yaml
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.settings import Section, read_section
+from guardloop.core.yaml_reader import load_yaml
 
 FOLDER = Path(__file__).parent / "policies"
 CODE = re.compile(r"^[A-Z]{1,3}[0-9]{1,3}$")
@@ -28,7 +29,7 @@ def read_policy(path: str | Path) -> Policy:
     """Read a YAML of `code: {name, description}`. Raises GuardLoopError for a missing file or a malformed code."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = load_yaml(path.read_text("utf-8"))
     except FileNotFoundError:
         raise GuardLoopError(f"guard.policy: no such file: {path}", "check the path") from None
     except (OSError, yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # PyYAML's
