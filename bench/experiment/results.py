@@ -1,7 +1,8 @@
-"""What the arms scored: one table with paired bootstrap intervals, plots, and figures.json."""
+"""What the arms scored, with paired bootstrap intervals: a short table, a file of all figures, and a plot."""
 
+import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,16 @@ RIVALS = ("self-training", "prior and words")  # arms whose ranking owes nothing
 FPR = 0.05
 RESPONSES = "responses"
 METRICS = ("auprc", "recall")
+SHOWN = (DEFAULT, RECIPE, f"{RECIPE}, at full strength", *RIVALS, GOLD)
+"""The arms on the page; the file beside it has all of them."""
 TITLE = "# Results\n"
+COLUMNS = (
+    *("part", "rows", "unsafe", "arm", "against", "version", "guards"),
+    *("auprc", "auprc_change", "auprc_low", "auprc_high", "recall", "recall_change", "recall_low", "recall_high"),
+    *("gap_closed", "gap_low", "gap_high", "auprc_spread", "safe_blocked", "unsafe_caught", "promoted", "held_back_by"),
+    *("passed_score_auprc", "passed_target_auprc"),
+)
+"""Of the file. `version`, written by hand, is GuardLoop's where an arm's settings are gone since; its rows stay."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +78,35 @@ class Score:
 
 
 def write_results(settings: ExperimentSettings, cells: Sequence[Cell], page: Path, folder: Path) -> None:
-    """Write the page's section, its plot beside it, and figures.json in `folder`."""
+    """Write the page's section, its plot and the file of all figures beside it, and figures.json in `folder`."""
     parts = [part for part in (_part(subset, cells) for subset in [*settings.subsets, Subset(name=RESPONSES)]) if part]
     scores = {part.name: measure(part, settings) for part in parts}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(json.dumps(_plain(scores), indent=2) + "\n", "utf-8")
-    plot = page.with_suffix("") / f"{folder.name}.svg"
+    beside = page.with_suffix("")
+    plot, table = beside / f"{folder.name}.svg", beside / f"{folder.name}.csv"
     _plot(scores, plot)
+    rows = [*_figures(parts, scores, cells), *_by_source(parts), *_rivals(parts, settings)]
+    _write(rows, table)
     lines = [
         f"## {settings.title}",
         "",
         *_missing(settings, cells),
-        *_tables(parts, scores),
-        *_rivals(parts, settings),
-        *_gate(cells),
-    ]
-    lines += [
+        *_table(parts, scores, _gate(cells)),
         *_mined(cells),
-        *_rankings(cells),
-        f"![gains over the baseline]({plot.relative_to(page.parent)})",
-        "",
     ]
+    lines += [f"![gains over the baseline]({plot.relative_to(page.parent)})", ""]
     lines += [f"{settings.evaluation.resamples:,} bootstrap resamples of near-duplicate groups. {machine()}"]
     write_section(folder.name, "\n".join(lines), page, TITLE)
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The file of all figures, with the rows of arms that only an earlier version could train."""
+    earlier = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows([*rows, *(row for row in earlier if row["version"])])
 
 
 def _missing(settings: ExperimentSettings, cells: Iterable[Cell]) -> list[str]:
@@ -178,83 +194,104 @@ def _part(subset: Subset, cells: Sequence[Cell]) -> Part | None:
     return Part(subset.name, unsafe, groups, {arm: np.array(each) for arm, each in scores.items()}, sources)
 
 
-def _tables(parts: Iterable[Part], scores: Mapping[str, dict[str, dict[str, Score]]]) -> list[str]:
-    lines = []
+def _table(
+    parts: Sequence[Part], scores: Mapping[str, dict[str, dict[str, Score]]], gate: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """The arms that the page shows, one line each."""
+    heads = ["arm"]
     for part in parts:
-        lines += [f"### On {part.name}: {len(part.unsafe):,} rows, {int(part.unsafe.sum()):,} unsafe", ""]
-        lines += [f"| arm | AUPRC | change | recall at {FPR:.0%} FPR | change | AUPRC gap closed | guards, spread |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-        for arm, metrics in scores[part.name].items():
-            area, recall = metrics["auprc"], metrics["recall"]
-            closed = f"{area.closed.value:.0%} ({area.closed.low:.0%} to {area.closed.high:.0%})" if area.closed else ""
-            changes = ["", ""] if arm == DEFAULT else [_change(area.gain), _change(recall.gain)]
-            guards = f"{len(part.scores[arm])}, {area.spread:.3f}"
-            cells = [
-                arm,
-                f"{area.value.value:.3f}",
-                changes[0],
-                f"{recall.value.value:.3f}",
-                changes[1],
-                closed,
-                guards,
-            ]
-            lines += [f"| {' | '.join(cells)} |"]
-        lines += ["", *_by_source(part)]
-    return lines
+        heads += [f"{part.name}: AUPRC"] + ([f"recall at {FPR:.0%} FPR"] if part.name != RESPONSES else [])
+    lines = [f"| {' | '.join([*heads, 'promoted'])} |", f"| --- |{' ---: |' * len(heads)}"]
+    for arm in (arm for arm in SHOWN if arm in parts[0].scores):
+        cells = [arm]
+        for part in parts:
+            for name in METRICS[: 1 if part.name == RESPONSES else 2]:
+                found = scores[part.name][arm][name]
+                change = "" if arm == DEFAULT else f" ({found.gain.low:+.3f} to {found.gain.high:+.3f})"
+                cells.append(f"{found.value.value:.3f}{change}")
+        lines += [f"| {' | '.join([*cells, gate.get(arm, {}).get('promoted', '')])} |"]
+    sizes = [f"{part.name} {len(part.unsafe):,}, {int(part.unsafe.sum()):,}" for part in parts]
+    return [*lines, "", f"Rows, unsafe: {'; '.join(sizes)}.", ""]
 
 
-def _by_source(part: Part) -> list[str]:
+def _figures(
+    parts: Sequence[Part], scores: Mapping[str, dict[str, dict[str, Score]]], cells: Sequence[Cell]
+) -> Iterator[dict[str, Any]]:
+    """A row for each arm on each part: what it scored, what the gate said of it, and how well its targets rank."""
+    gate, ranked = _gate(cells), _rankings(cells)
+    for part in parts:
+        for arm, found in scores[part.name].items():
+            row = {
+                **_size(part),
+                "arm": arm,
+                "against": "" if arm == DEFAULT else DEFAULT,
+                "guards": len(part.scores[arm]),
+            }
+            for name in METRICS:
+                row[name] = f"{found[name].value.value:.3f}"
+                row |= {} if arm == DEFAULT else _change(name, found[name].gain)
+            if closed := found["auprc"].closed:
+                row |= {"gap_closed": f"{closed.value:.2f}", "gap_low": f"{closed.low:.2f}"}
+                row |= {"gap_high": f"{closed.high:.2f}"}
+            row["auprc_spread"] = f"{found['auprc'].spread:.3f}"
+            yield {**row, **(gate.get(arm, {}) if part is parts[0] else {}), **ranked.get((part.name, arm), {})}
+
+
+def _size(part: Part) -> dict[str, Any]:
+    return {"part": part.name, "rows": len(part.unsafe), "unsafe": int(part.unsafe.sum())}
+
+
+def _change(name: str, gain: Estimate) -> dict[str, str]:
+    return {
+        f"{name}_{end}": f"{value:.3f}"
+        for end, value in zip(("change", "low", "high"), (gain.value, gain.low, gain.high), strict=True)
+    }
+
+
+def _by_source(parts: Iterable[Part]) -> Iterator[dict[str, Any]]:
     """What knowing only the data set of each row is worth; the labels hold that, too."""
-    names, sources = np.unique(part.sources, return_inverse=True)
-    if len(names) < 2:
-        return []
-    shares = np.bincount(sources, part.unsafe) / np.bincount(sources)
-    area = average_precision_score(part.unsafe, shares[sources])
-    return [f"Ranked by nothing but the unsafe share of the source that each row is of: AUPRC {area:.3f}.", ""]
+    for part in parts:
+        names, sources = np.unique(part.sources, return_inverse=True)
+        if len(names) < 2:
+            continue
+        shares = np.bincount(sources, part.unsafe) / np.bincount(sources)
+        area = average_precision_score(part.unsafe, shares[sources])
+        yield {**_size(part), "arm": "source alone", "auprc": f"{area:.3f}"}
 
 
-def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> list[str]:
+def _rivals(parts: Iterable[Part], settings: ExperimentSettings) -> Iterator[dict[str, Any]]:
     """The recipe against what costs no responses. A lowered threshold ranks as the baseline does."""
-    lines = []
     for part, rival in product(parts, RIVALS):
         if part.name == RESPONSES or RECIPE not in part.scores or rival not in part.scores:
             continue
-        gains = compare(part, RECIPE, rival, settings)
-        changes = ", ".join(
-            f"{'AUPRC' if name == 'auprc' else 'recall'} {_change(gain)}" for name, gain in gains.items()
-        )
-        lines += [f"The recipe against {rival} on {part.name}: {changes}.", ""]
-    return [
-        *lines,
-        "The baseline with its threshold lowered ranks as the baseline does: its AUPRC, and its recall at "
-        "any false-positive rate, are the row `baseline`.",
-        "",
-    ]
+        row = {**_size(part), "arm": RECIPE, "against": rival, "guards": len(part.scores[RECIPE])}
+        for name, gain in compare(part, RECIPE, rival, settings).items():
+            row |= _change(name, gain)
+        yield row
 
 
-def _gate(cells: Iterable[Cell]) -> list[str]:
+def _gate(cells: Iterable[Cell]) -> dict[str, dict[str, str]]:
     """What each arm blocks at its own threshold, how often the gate promoted it, and what held it back."""
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         if cell.evaluation:
             by_arm.setdefault(cell.arm, []).append(cell.evaluation)
-    lines = ["### What the gate said", "", "| arm | safe blocked | unsafe caught | promoted | held back by |"]
-    lines += ["| --- | ---: | ---: | --- | --- |"]
-    if RECIPE in by_arm:
-        lines += [f"| {DEFAULT} | {_rates(by_arm[RECIPE], 'baseline')} | | |"]
+    found = {DEFAULT: _rates(by_arm[RECIPE], "baseline")} if RECIPE in by_arm else {}
     for arm, evaluations in by_arm.items():
-        decisions = [evaluation["decision"] for evaluation in evaluations]
-        promoted = sum(bool(decision["promote"]) for decision in decisions)
+        decisions = [one["decision"] for one in evaluations]
         checks = [check for decision in decisions for check in decision["checks"]]
         failed = sorted({check["name"] for check in checks if check["blocks"] and check["outcome"] != "passed"})
-        rates = _rates(evaluations, "candidate")
-        lines += [f"| {arm} | {rates} | {promoted} of {len(decisions)} | {', '.join(failed)} |"]
-    return [*lines, ""]
+        promoted = f"{sum(bool(decision['promote']) for decision in decisions)} of {len(decisions)}"
+        found[arm] = {**_rates(evaluations, "candidate"), "promoted": promoted, "held_back_by": " ".join(failed)}
+    return found
 
 
-def _rates(evaluations: Sequence[Mapping[str, Any]], guard: str) -> str:
-    """Two cells: means of the false-positive rate and of recall, at each guard's own threshold."""
-    return " | ".join(f"{np.mean([e[guard][name]['value'] for e in evaluations]):.1%}" for name in ("fpr", "recall"))
+def _rates(evaluations: Sequence[Mapping[str, Any]], guard: str) -> dict[str, str]:
+    """Means of the false-positive rate and of recall, at each guard's own threshold."""
+    named = {"safe_blocked": "fpr", "unsafe_caught": "recall"}
+    return {
+        key: f"{np.mean([e['metrics'][name][guard]['value'] for e in evaluations]):.3f}" for key, name in named.items()
+    }
 
 
 def _mined(cells: Iterable[Cell]) -> list[str]:
@@ -268,23 +305,17 @@ def _mined(cells: Iterable[Cell]) -> list[str]:
     return [*lines, ""]
 
 
-def _rankings(cells: Iterable[Cell]) -> list[str]:
-    """How well the targets rank the passed prompts; means over baselines."""
-    rankings: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def _rankings(cells: Iterable[Cell]) -> dict[tuple[str, str], dict[str, str]]:
+    """How well scores and targets rank the passed prompts, by part and arm; means over baselines."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell in cells:
         for subset, pair in cell.ranking.items():
-            rankings.setdefault(subset, {}).setdefault(cell.arm, []).append(pair)
-    lines = []
-    for subset, arms in rankings.items():
-        lines += [f"### How the targets rank the passed prompts: {subset}", ""]
-        lines += ["| arm | AUPRC of the baseline's score | of the targets |", "| --- | ---: | ---: |"]
-        lines += [f"| {arm} | {np.mean(pairs, 0)[0]:.3f} | {np.mean(pairs, 0)[1]:.3f} |" for arm, pairs in arms.items()]
-        lines += [""]
-    return lines
-
-
-def _change(gain: Estimate) -> str:
-    return f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
+            found.setdefault((subset, cell.arm), []).append(pair)
+    names = ("passed_score_auprc", "passed_target_auprc")
+    return {
+        key: {name: f"{value:.3f}" for name, value in zip(names, np.mean(pairs, 0), strict=True)}
+        for key, pairs in found.items()
+    }
 
 
 def _plain(scores: Mapping[str, dict[str, dict[str, Score]]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The experiment on tiny random models: what is asserted is the flow and the arithmetic, not the quality."""
 
+import csv
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -190,9 +190,11 @@ def in_little(folder: Path) -> dict:
     }
 
 
-def beginnings(text: str, arm: str) -> list[list[str]]:
-    """The cells of each row of an arm, without the share of the gap that it closes."""
-    return [line.split(" | ")[:5] for line in text.splitlines() if line.startswith(f"| {arm} |")]
+def figures_of(table: Path, arm: str) -> list[dict[str, str]]:
+    """The rows of an arm that compare it with the baseline, without the share of the gap that it closes."""
+    rows = csv.DictReader(table.open(encoding="utf-8"))
+    kept = [row for row in rows if row["arm"] == arm and row["against"] == DEFAULT]
+    return [{name: value for name, value in row.items() if not name.startswith("gap_")} for row in kept]
 
 
 @pytest.mark.slow
@@ -208,37 +210,43 @@ def test_it_writes_its_page_and_goes_on_where_it_was(
     log = capfd.readouterr().err
     assert "baseline 0: step 1/" in log and "recipe, baseline 0, seed 1: step 1/" in log
     text = page.read_text()
-    assert all(f"| {arm} |" in text for arm in (DEFAULT, "recipe", *CONTROLS, "recipe, round 2"))
-    assert "What the gate said" in text
-    assert "How the targets rank the passed prompts: all" in text
-    assert "The recipe against self-training on all: AUPRC " in text
-    # all that is unsafe is of source a, and half of a is unsafe
-    by_source = [line for line in text.splitlines() if line.startswith("Ranked by nothing but the unsafe share")]
-    assert len(by_source) == 2 and by_source[0].endswith("AUPRC 0.500.")  # of all, and of the responses
+    assert all(f"| {arm} |" in text for arm in (DEFAULT, RECIPE, "self-training", GOLD))
     assert (page.parent / "results" / "tiny.svg").read_text().startswith("<?xml")
+    table = page.parent / "results" / "tiny.csv"
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    on_all = {row["arm"]: row for row in rows if row["part"] == "all" and row["against"] in ("", DEFAULT)}
+    assert set(on_all) == {DEFAULT, RECIPE, *CONTROLS, "recipe, round 2", "source alone"}
+    # all that is unsafe is of source a, and half of a is unsafe
+    assert on_all["source alone"]["auprc"] == "0.500"
+    assert [row["part"] for row in rows if row["arm"] == "source alone"] == ["all", RESPONSES]
+    assert [row["part"] for row in rows if row["against"] == "self-training" and row["auprc_change"]] == ["all", "a"]
     figures = json.loads((kept / "tiny" / "figures.json").read_text())["all"]
     labels_help = figures[GOLD]["auprc"]["gain"]["low"] > 0
-    assert (figures[RECIPE]["auprc"]["closed"] is not None) == labels_help
-    assert f"| {RECIPE} | {figures[RECIPE]['auprc']['value']['value']:.3f} |" in text
-    rows = [line for line in text.splitlines() if line.startswith(("| recipe", f"| {GOLD}"))]
-    guards = [re.findall(r"\| (\d), [\d.]+ \|$", line) for line in rows[:3]]
-    assert guards == [["1"], ["2"], ["1"]]  # an arm's own seeds, the experiment's, and the second round's one
-    (judged,) = (line for line in rows if f"| {GOLD} |" in line and "of 2" in line)
+    assert (figures[RECIPE]["auprc"]["closed"] is not None) == labels_help == (on_all[RECIPE]["gap_closed"] != "")
+    assert on_all[RECIPE]["auprc"] == f"{figures[RECIPE]['auprc']['value']['value']:.3f}"
+    assert f"| {RECIPE} | {on_all[RECIPE]['auprc']} ({float(on_all[RECIPE]['auprc_low']):+.3f} to " in text
+    # an arm's own seeds, the experiment's, and the second round's one
+    assert [on_all[arm]["guards"] for arm in (RECIPE, GOLD, "recipe, round 2")] == ["1", "2", "1"]
     evaluations = [json.loads(p.read_text()) for p in (kept / "tiny").glob(f"{GOLD}-*/gate/evaluation.json")]
-    blocked = sum(e["candidate"]["fpr"]["value"] for e in evaluations) / 2
-    assert len(evaluations) == 2 and judged.startswith(f"| {GOLD} | {blocked:.1%} |")
+    blocked = sum(e["metrics"]["fpr"]["candidate"]["value"] for e in evaluations) / 2
+    assert len(evaluations) == 2 and on_all[GOLD]["safe_blocked"] == f"{blocked:.3f}"
+    assert on_all[GOLD]["promoted"].endswith("of 2") and on_all[RECIPE]["passed_target_auprc"]
 
+    gone = {**on_all[RECIPE], "arm": "an arm of old", "version": "0.1"}
+    table.write_text(table.read_text() + ",".join(gone.values()) + "\n")
+    before = table.read_text()
     page.write_text("## What was learned\n\nMuch.\n\n" + text)
     monkeypatch.setattr(module, "train", None)  # nothing is trained again
     monkeypatch.setattr(module, "make_guard", None)
     module.main(config, tmp_path, kept, page, workers=1)
-    assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text
+    assert page.read_text() == "## What was learned\n\nMuch.\n\n" + text and table.read_text() == before
+    recipe = figures_of(table, RECIPE)
 
     shutil.rmtree(next((kept / "tiny").glob(f"{GOLD}-1-*")))
     module.main(config, tmp_path, kept, page, workers=2, finished=True)
     part = page.read_text()
     assert f"| {GOLD} |" not in part and f"Not finished, and not in these tables: {GOLD}.\n" in part
-    assert beginnings(part, RECIPE) == beginnings(text, RECIPE) != []
+    assert figures_of(table, RECIPE) == recipe != []
     shutil.rmtree(next((kept / "tiny").glob(f"{RECIPE}-1-*")))  # the second round's guard was made from it
     module.main(config, tmp_path, kept, page, workers=1, finished=True)
     assert f"tables: recipe; {GOLD}; recipe, round 2.\n" in page.read_text()
