@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +25,12 @@ AdapterOption = Annotated[str | None, typer.Option(help="An adapter: a folder, s
 
 @app.command()
 def check(
-    text: Annotated[str | None, typer.Argument(help="A prompt to judge.")] = None,
-    response: Annotated[str | None, typer.Option(help="A response to judge; the text is then its prompt.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts to judge; by default the lines that a pipe brings.")
+    ] = None,
+    response: Annotated[
+        list[str] | None, typer.Option(help="A response to judge, one for each prompt: repeat it.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` and perhaps `response`.")] = None,
     config: ConfigOption = DEMO,
     adapter: AdapterOption = None,
@@ -35,16 +41,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Judge a prompt, a response, or a file of them with the guard, or with two side by side."""
-    from guardloop.data.settings import SourceSettings
-    from guardloop.data.sources import read_conversations
-
-    if (text is None) == (file is None):
-        raise GuardLoopError("check: give either a text or --file", 'for example: guardloop check "How do I ...?"')
-    if response is not None and file is not None:
-        raise GuardLoopError("check: --response goes with a text", "write `response` into the rows of the file")
-    rows: list[dict[str, Any]] = [{"id": "1", "prompt": text, "response": response}]
-    if file is not None:
-        rows = list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
+    rows = _rows_of(texts or [], response or [], file)
     settings = settings_of(config).guard
     from guardloop.guard.engine import Guard  # torch loads for seconds; wrong input is told before
     from guardloop.models.locate import fetch_adapter
@@ -62,6 +59,29 @@ def check(
             typer.echo(json.dumps({"id": row["id"], **first} | ({"against": second[0]} if second else {})))
         else:
             console.print("  ".join(map(_shown, judged)) + f"  {escape(row['prompt'][:100])}")
+
+
+def _rows_of(texts: list[str], responses: list[str], file: Path | None) -> list[dict[str, Any]]:
+    """The conversations to judge: of a file, of the command line, or of a pipe."""
+    from guardloop.data.settings import SourceSettings
+    from guardloop.data.sources import read_conversations
+
+    if file is not None:
+        if texts or responses:
+            raise GuardLoopError("check: --file goes alone", "write prompts and responses into the rows of the file")
+        return list(read_conversations(SourceSettings(kind="file", path=str(file)), where="--file"))
+    if not texts and not sys.stdin.isatty():
+        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise GuardLoopError("check: give a text, a pipe or --file", 'for example: guardloop check "How do I ...?"')
+    if responses and len(responses) != len(texts):
+        raise GuardLoopError(
+            f"check: {len(texts)} prompts and {len(responses)} responses", "give each prompt its own --response"
+        )
+    return [
+        {"id": str(number), "prompt": text, "response": response}
+        for number, (text, response) in enumerate(zip_longest(texts, responses), start=1)
+    ]
 
 
 def _second_guard(settings: Any, name: str) -> tuple[Any, str | None]:

@@ -35,7 +35,7 @@ def serve(
     from guardloop.config import Settings, load_settings
     from guardloop.core.settings import read_section
     from guardloop.guard.engine import Guard
-    from guardloop.guard.loading import fetch_adapter
+    from guardloop.models.locate import fetch_adapter
     from guardloop.serving.app import Service, create_app
     from guardloop.serving.champion import Champion
     from guardloop.serving.settings import ServingSettings

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.ended import Ended
+from support.models import save_guard
 from support.root import ROOT
 
 from guardloop import __version__
@@ -188,10 +190,31 @@ def test_a_pipeline_that_starts_from_a_run_there_is_not(guardloop, pipeline):
     refused(guardloop("run", "--pipeline", pipeline, "--from", "yesterday"), "no run 'yesterday'")
 
 
-def test_check_needs_a_text_or_a_file(guardloop, tmp_path):
-    refused(guardloop("check"), "either a text or --file")
-    refused(guardloop("check", "hello", "--file", str(tmp_path / "x.jsonl")), "either a text or --file")
-    refused(guardloop("check", "--response", "hi", "--file", str(tmp_path / "x.jsonl")), "--response goes with a text")
+def test_check_needs_something_to_judge(guardloop, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("  \n"))
+    refused(guardloop("check"), "give a text, a pipe or --file")
+    refused(guardloop("check", "hello", "--file", str(tmp_path / "x.jsonl")), "--file goes alone")
+    refused(guardloop("check", "--response", "hi", "--file", str(tmp_path / "x.jsonl")), "--file goes alone")
+    refused(guardloop("check", "one", "two", "--response", "hi"), "2 prompts and 1 responses")
+
+
+@pytest.mark.slow
+def test_check_takes_many_texts_and_a_pipe(guardloop, tmp_path, monkeypatch):
+    (tmp_path / "small.yaml").write_text(f"guard: {{base: {save_guard(tmp_path / 'guard')}, min_label_mass: 0}}\n")
+    config = ("--config", str(tmp_path / "small.yaml"), "--json")
+
+    def checked(*arguments: str) -> list[dict]:
+        ended = guardloop("check", *arguments, *config)
+        assert ended.code == 0, ended.err
+        return [json.loads(line) for line in ended.out.splitlines()]
+
+    two = checked("hello", "a bomb")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\r\n\na bomb\n"))
+    piped = checked()
+    answered = checked("hello", "hello", "--response", "no", "--response", "a bomb")
+    assert [row["score"] for row in piped] == pytest.approx([row["score"] for row in two], abs=1e-4)
+    assert len({row["score"] for row in two + answered}) == 4
+    assert [row["id"] for row in answered] == ["1", "2"]
 
 
 def test_check_names_the_row_that_it_cannot_read(guardloop, tmp_path):
