@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +17,7 @@ from filelock import FileLock
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential_jitter
 
 from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.mlflow_server import refuse_old_server
 from guardloop.core.text import without_secrets
 
 # MLflow's own retries would multiply with ours, and could repeat a creation that had succeeded.
@@ -29,6 +31,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402  (reads the settings above)
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
@@ -82,6 +85,7 @@ class Connection:
         def report(state: RetryCallState) -> None:
             log.warning("%s failed (try %d), trying again: MLflow at %s", what, state.attempt_number, self.place)
 
+        started = time.monotonic()
         retrying = Retrying(
             retry=retry_if_exception(_may_pass),
             stop=stop_after_delay(self.patience_seconds),
@@ -92,7 +96,9 @@ class Connection:
         try:
             return retrying(lambda: action(self._connected()))
         except FAILURES as error:
-            raise self._explain(what, error) from None  # the causes may hold the address with its password
+            raise self._explain(
+                what, error, time.monotonic() - started
+            ) from None  # the causes may hold the address with its password
 
     def _connected(self) -> Any:
         """The client, made on first use: a database may be away then."""
@@ -100,6 +106,7 @@ class Connection:
             if self._client is None:
                 if database := self._database():
                     _make_database(database)
+                refuse_old_server(self.uri)
                 self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
             return self._client
 
@@ -107,8 +114,8 @@ class Connection:
         """The id of the experiment called `name`, made where there is none. Raises GuardLoopError if it was deleted."""
 
         def find_or_create(client: Any) -> str:
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 database = self._database()  # its artifacts are kept beside it; MLflow's default is the cwd
                 artifacts = (database.parent / "artifacts").absolute().as_uri() if database else None
                 try:
@@ -116,13 +123,14 @@ class Connection:
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
-                    found = client.get_experiment_by_name(name)  # another process was faster
-            if found.lifecycle_stage == "deleted":
+                    experiment = client.get_experiment_by_name(name)  # another process was faster
+            if experiment.lifecycle_stage == "deleted":
                 raise GuardLoopError(
                     f"the experiment {name!r} was deleted in MLflow at {self.place}",
-                    f"run `mlflow experiments restore -x {found.experiment_id}`, or set another registry.experiment",
+                    f"`mlflow experiments restore -x {experiment.experiment_id}` brings it back; or set another "
+                    "registry.experiment",
                 )
-            return str(found.experiment_id)
+            return str(experiment.experiment_id)
 
         return self.attempt(f"opening the experiment {name!r}", find_or_create)
 
@@ -134,8 +142,8 @@ class Connection:
 
         def find_or_create(client: Any) -> Any:
             query = f"tags.`{RUN_ID}` = '{run_id}'"
-            if found := client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time"]):
-                return found[0]
+            if runs := client.search_runs([experiment], query, max_results=1, order_by=["attributes.start_time"]):
+                return runs[0]
             return client.create_run(experiment, run_name=run_id, tags={**tags, RUN_ID: run_id})
 
         return self.attempt(f"opening the run {run_id}", find_or_create)
@@ -145,7 +153,7 @@ class Connection:
         _, separator, path = self.uri.partition("?")[0].partition(":///")
         return Path(path) if separator and self.uri.startswith("sqlite") and path else None
 
-    def _explain(self, what: str, error: Exception) -> GuardLoopError:
+    def _explain(self, what: str, error: Exception, seconds: float) -> GuardLoopError:
         text, reason = str(error), without_secrets(first_line(error))[:300]
         status = _status(error)
         if status in {401, 403}:
@@ -158,9 +166,16 @@ class Connection:
                 f"{what}: the TLS certificate of MLflow at {self.place} is not trusted",
                 "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of its authority",
             )
+        if re.search(r"ReadTimeout|ConnectTimeout|timeout exception|timed out", text):
+            limit = MLFLOW_HTTP_REQUEST_TIMEOUT.get()
+            return GuardLoopError(
+                f"{what}: MLflow at {self.place} did not answer a request within {limit} s ({seconds:.0f} s of trying)",
+                "check that the server can reach its database and artifact store; where the link is slow, set "
+                "MLFLOW_HTTP_REQUEST_TIMEOUT to more seconds",
+            )
         if _may_pass(error):
             return GuardLoopError(
-                f"{what}: MLflow at {self.place} does not work after {self.patience_seconds:.0f} s of trying: {reason}",
+                f"{what}: MLflow at {self.place} does not work after {seconds:.0f} s of trying: {reason}",
                 "check that the server runs and can reach its database and artifact store, then run this again",
             )
         return GuardLoopError(

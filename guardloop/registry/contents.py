@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import reduce
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,17 @@ METRICS = "guardloop.metrics"
 FORCE_REASON = "guardloop.force_reason"
 PROMOTED_AT = "guardloop.promoted_at"
 REPLACED = "guardloop.replaced"
+EVALUATION_DIGEST = "guardloop.evaluation_sha256"
+ALSO_RUNS = "guardloop.also_of_runs"
+"""Of a version: later runs whose adapter and evaluation were the same."""
+VERSION = "guardloop.version"
+"""Of a run: the version that holds its adapter."""
 NOTE = "mlflow.note.content"  # shown as the run's description
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "guard.json")
 GUARDS = ("baseline", "candidate")
 KEY_METRICS = ("baseline_auprc", "candidate_auprc", "change_auprc", "change_recall_near_baseline_fpr", "change_fpr")
+MARKED_RUNS = 50
 PARAM_LIMIT = 6000
 PARAM_NAME_LIMIT = 250
 NOT_IN_PARAM_NAMES = re.compile(r"[^\w. :-]")
@@ -98,7 +105,14 @@ def version_tags(origin: Origin, evaluation: Evaluation, digest: str) -> dict[st
         HEADLINE: evaluation.decision.headline,
         METRICS: json.dumps({name: round(metrics[name], 6) for name in kept if name in metrics}),
         DIGEST: digest,
+        EVALUATION_DIGEST: sha256(evaluation.model_dump_json().encode()).hexdigest(),
     }
+
+
+def mark(tags: Mapping[str, str], run_id: str) -> tuple[str, str]:
+    """The tag by which a version is marked with one more run: the last ones, as many as a tag holds."""
+    runs = [run for run in tags.get(ALSO_RUNS, "").split(", ") if run not in ("", run_id)]
+    return ALSO_RUNS, ", ".join([*runs, run_id][-MARKED_RUNS:])
 
 
 def key_metrics(tags: Mapping[str, str]) -> dict[str, float]:

@@ -129,7 +129,8 @@ class Registry:
         """Register the adapter folder as a version of the model and return its number; the newest is `candidate`.
 
         `guard` are the settings of the baseline, with which the adapter is served.
-        The same adapter of the same run is registered once: again, its tags and description are brought up to date.
+        An adapter is registered once for each evaluation: again by the same run, its tags and description are brought
+        up to date; by another run (which took both from a cache), the version that exists is marked with that run.
         Raises GuardLoopError if the folder lacks one of an adapter's files.
         """
         contents.check_adapter(adapter)
@@ -143,12 +144,17 @@ class Registry:
 
         def create_or_update(client: Any) -> int:
             _create_model(client, name)
-            for found in self._versions(client):
-                if found.run_id == run_id and found.tags.get(DIGEST) == digest:
+            for known in self._versions(client):
+                if known.tags.get(DIGEST) != digest:
+                    continue
+                if known.run_id == run_id:
                     for key, value in tags.items():
-                        client.set_model_version_tag(name, found.version, key, value)
-                    client.update_model_version(name, found.version, text)
-                    return int(found.version)
+                        client.set_model_version_tag(name, known.version, key, value)
+                    client.update_model_version(name, known.version, text)
+                    return int(known.version)
+                if known.tags.get(contents.EVALUATION_DIGEST) == tags[contents.EVALUATION_DIGEST]:
+                    client.set_model_version_tag(name, known.version, *contents.mark(known.tags, origin.run_id))
+                    return int(known.version)
             model = _upload(client, folder, run_id, name, digest)
             created = client.create_model_version(
                 name,
@@ -165,6 +171,10 @@ class Registry:
             package(adapter, guard or GuardSettings(base=origin.base_model or "embedded:guard"), folder)
             version = self.connection.attempt(f"registering the adapter of the run {origin.run_id}", create_or_update)
         self.connection.attempt("setting the alias candidate", self._point_to_newest)
+        made_by = f"{name}/{version}"
+        self.connection.attempt(
+            f"closing the run {origin.run_id}", lambda client: client.set_tag(run_id, contents.VERSION, made_by)
+        )
         log.info("registered %s version %d, gate: %s", name, version, evaluation.decision.verdict)
         return version
 
@@ -175,8 +185,7 @@ class Registry:
         given; a reason is kept as a tag of the version.
         """
         name = self.settings.model
-        found = self._version(version)
-        verdict = found.tags.get(contents.VERDICT, "unknown")
+        verdict = self._version(version).tags.get(contents.VERDICT, "unknown")
         forced = verdict != "passed"
         if forced and not force_reason.strip():
             raise GuardLoopError(
@@ -222,7 +231,7 @@ class Registry:
     def versions(self) -> list[Version]:
         """Every registered version, newest first."""
         aliases = self._aliases()
-        found = self.connection.attempt("listing the versions", self._versions)
+        versions = self.connection.attempt("listing the versions", self._versions)
         return [
             Version(
                 version=int(version.version),
@@ -234,30 +243,30 @@ class Registry:
                 run_id=version.tags.get(RUN_ID, ""),
                 force_reason=version.tags.get(contents.FORCE_REASON, ""),
             )
-            for version in found
+            for version in versions
         ]
 
     def _versions(self, client: Any) -> list[Any]:
         """All versions, newest first."""
-        found, token = [], None
+        versions, token = [], None
         while True:
             page = client.search_model_versions(f"name = '{self.settings.model}'", page_token=token)
-            found += page
+            versions += page
             token = page.token
             if not token:
-                return sorted(found, key=lambda version: int(version.version), reverse=True)
+                return sorted(versions, key=lambda version: int(version.version), reverse=True)
 
     def _version(self, version: int) -> Any:
         def find(client: Any) -> Any:
-            return next((found for found in self._versions(client) if int(found.version) == version), None)
+            return next((known for known in self._versions(client) if int(known.version) == version), None)
 
-        found = self.connection.attempt(f"reading version {version}", find)
-        if found is None:
+        registered = self.connection.attempt(f"reading version {version}", find)
+        if registered is None:
             raise GuardLoopError(
                 f"{self.settings.model} has no version {version} in MLflow at {self.connection.place}",
                 "`guardloop review` lists the versions",
             )
-        return found
+        return registered
 
     def _aliases(self) -> dict[str, int]:
         """Versions by alias; empty where nothing is registered."""
@@ -351,10 +360,10 @@ def _upload(client: Any, folder: Path, run_id: str, name: str, digest: str) -> A
     """The packaged adapter as a logged model of the run, complete; an upload that was cut off is taken up again."""
     experiment = client.get_run(run_id).info.experiment_id
     query = f"tags.`{DIGEST}` = '{digest}'"
-    found = [model for model in client.search_logged_models([experiment], query) if model.source_run_id == run_id]
+    models = [model for model in client.search_logged_models([experiment], query) if model.source_run_id == run_id]
     model = (
-        found[0]
-        if found
+        models[0]
+        if models
         else client.create_logged_model(experiment, name, run_id, tags={DIGEST: digest}, model_type="lora-adapter")
     )
     client.log_model_artifacts(model.model_id, str(folder))

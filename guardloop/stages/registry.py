@@ -56,7 +56,7 @@ def register_model(
         registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
         guard = read_section(GuardSettings, sections["guard"], "guard")
         version = registry.register_adapter(adapter, origin, evaluation, guard)
-        stage.done(1, f"{settings.model} version {version} is the candidate")
+        stage.done(1, f"registered as {settings.model} version {version}")
     return version
 
 

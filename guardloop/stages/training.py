@@ -33,10 +33,12 @@ def train_guard(
         arguments = {"training_set": str(training_set), "adapter": str(adapter), "seed": seed}
         sections = {"guard": guard, "training": training, "registry": registry}
         return train_in_processes(settings.processes, "guardloop.stages", arguments | sections)
+    from guardloop.core.mlflow_server import refuse_old_server
     from guardloop.registry.training_log import TrainingLog
     from guardloop.training.train import train
 
     examples = list(read_table(Path(training_set) / EXAMPLES, EXAMPLE))
+    refuse_old_server(os.environ.get("MLFLOW_TRACKING_URI", ""))  # an hour later it would refuse the adapter
     run_id = os.environ.get("GUARDLOOP_RUN_ID", "")
     curves = TrainingLog(run_id, read_section(RegistrySettings, registry, "registry")) if run_id else None
     with Stage("train_guard") as stage, curves or nullcontext():

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from guardloop.config import Settings
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.mlflow_server import refuse_old_server
 from guardloop.core.storage import exists
 from guardloop.core.text import without_secrets
 from launch.kubeflow.cluster import Cluster
@@ -160,6 +161,10 @@ def mlflow_server(uri: str) -> Check:
         found = f"{place} {'is a service of the cluster, not reached from here' if inside else 'does not answer'}"
         remedy = "check the address, and that the server runs"
         return Check(name, "not checked" if inside else "failed", found, remedy)
+    try:
+        refuse_old_server(uri)
+    except GuardLoopError as error:
+        return failed(name, error)
     known = {200: f"{place} answers", 401: f"{place} answers, and asks for a login"}  # the stages have their own
     remedy = "" if status in known else "check the address, and the server's log"
     return Check(name, "failed" if remedy else "ok", known.get(status, f"{place} answered {status} to /health"), remedy)

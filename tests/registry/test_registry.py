@@ -1,7 +1,8 @@
 import json
+import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Barrier, Thread, Timer
 from typing import Any
@@ -14,8 +15,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from support.registry_examples import evaluation, origin
 from support.services import MlflowServer, S3Server
+from support.small_servers import SmallServer
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.mlflow_server import refuse_old_server, server_version
 from guardloop.core.settings import read_section
 from guardloop.models.registered import resolve_model
 from guardloop.registry.contents import DataSource, description
@@ -213,6 +216,20 @@ def test_another_adapter_of_the_same_run_is_another_version(local: Registry, ada
     assert versions == [1, 2]
 
 
+def test_a_run_whose_stages_came_from_a_cache_marks_the_version_that_exists(
+    registry: Registry, adapter: Callable[..., Path]
+) -> None:
+    folder = adapter()
+    assert registry.register_adapter(folder, origin("first"), evaluation()) == 1
+    for run in ("second", "third", "third"):
+        assert registry.register_adapter(folder, origin(run), evaluation()) == 1
+    version = MlflowClient(registry.connection.uri).get_model_version(registry.settings.model, "1")
+    assert version.tags["guardloop.also_of_runs"] == "second, third"
+    assert (version.tags["guardloop.run_id"], version.run_id) == ("first", run_of(registry, "first").info.run_id)
+    assert run_of(registry, "third").data.tags["guardloop.version"] == f"{registry.settings.model}/1"
+    assert registry.register_adapter(folder, origin("fourth"), evaluation(change=0.06)) == 2  # evaluated otherwise
+
+
 def test_half_an_adapter_is_refused(local: Registry, adapter: Callable[..., Path]) -> None:
     folder = adapter()
     (folder / "guard.json").unlink()
@@ -274,6 +291,27 @@ def test_a_changed_adapter_in_the_store_is_refused(local: Registry, register: Re
     with pytest.raises(GuardLoopError, match="not those that were registered"):
         resolve(local, f"models:/{local.settings.model}/1", tmp_path / "into")
     assert list((tmp_path / "into").iterdir()) == []
+
+
+def test_a_cached_adapter_is_held_against_the_registry_at_every_use(
+    local: Registry, register: Register, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(local, "a")
+    uri = f"models:/{local.settings.model}/1"
+    folder = resolve(local, uri, tmp_path / "into")
+    for planted in ("adapter_model.safetensors", "guard.json", "more.json"):
+        (folder / planted).write_text('{"threshold": 1e299}')
+        assert resolve(local, uri, tmp_path / "into") == folder
+        assert "was changed since it was downloaded" in caplog.text
+        caplog.clear()
+        assert (folder / "guard.json").read_text() == '{"threshold": 0.25}' and not (folder / "more.json").exists()
+
+
+def test_a_version_without_a_checksum_is_refused(local: Registry, register: Register, tmp_path: Path) -> None:
+    register(local, "a")
+    MlflowClient(local.connection.uri).delete_model_version_tag(local.settings.model, "1", "guardloop.adapter_sha256")
+    with pytest.raises(GuardLoopError, match="has no checksum, so its files cannot be trusted"):
+        resolve(local, f"models:/{local.settings.model}/1", tmp_path)
 
 
 WRITES = (
@@ -454,23 +492,49 @@ def test_secrets_in_the_environments_address_stay_there(monkeypatch: pytest.Monk
     assert caught.value.__cause__ is None
 
 
+class OddServer(SmallServer):
+    """Says its version, then answers every other request with `status`, after `seconds`."""
+
+    version, status, seconds = "3.17.2", 200, 0.0
+
+    def reply(self, path: str, query: dict[str, str], headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        if path == "/version":
+            return 200, {}, self.version
+        time.sleep(self.seconds)
+        return self.status, {}, "no"
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_refused_access_is_told_at_once(status: int) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(GuardLoopError, match="refused access") as caught:
-            Registry(tracking_uri=f"http://127.0.0.1:{server.server_port}").versions()
-        server.shutdown()
+    with OddServer() as server, pytest.raises(GuardLoopError, match="refused access") as caught:
+        server.status = status
+        Registry(tracking_uri=server.url).versions()
     assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("version", "old"), [("2.22.1", True), ("1.30.0", True), ("3.0.0rc1", False), ("who", False)])
+def test_a_server_older_than_logged_models_is_refused_with_the_version_that_is_needed(version: str, old: bool) -> None:
+    with OddServer() as server:
+        server.version = version
+        if not old:
+            refuse_old_server(server.url)
+            return
+        for ask in (Registry(tracking_uri=server.url).versions, lambda: refuse_old_server(server.url)):
+            with pytest.raises(GuardLoopError, match=rf"is version {re.escape(version)}: .*logged models") as caught:
+                ask()
+            assert "3.0 or newer" in caught.value.remedy
+
+
+def test_a_real_server_says_its_version(mlflow_server: MlflowServer) -> None:
+    assert server_version(mlflow_server.url) == mlflow.__version__
+
+
+def test_a_slow_link_is_told_with_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with OddServer() as server, pytest.raises(GuardLoopError, match="did not answer a request within 1 s") as caught:
+        server.seconds = 1.5
+        Registry(tracking_uri=server.url, patience_seconds=0).versions()
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" in caught.value.remedy
 
 
 def test_mlflow_writes_nothing_to_the_terminal(
