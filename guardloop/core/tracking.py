@@ -96,9 +96,8 @@ class Connection:
         try:
             return retrying(lambda: action(self._connected()))
         except FAILURES as error:
-            raise self._explain(
-                what, error, time.monotonic() - started
-            ) from None  # the causes may hold the address with its password
+            seconds = time.monotonic() - started
+            raise self._explain(what, error, seconds) from None  # the causes may hold the address with its password
 
     def _connected(self) -> Any:
         """The client, made on first use: a database may be away then."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from support.mlflow_database import mlflow_database
 from support.registry_examples import evaluation, origin
 from support.services import MlflowServer, S3Server
 
@@ -32,7 +33,7 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server)
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow-local')}/deeper/guardloop.db"
+    return mlflow_database(tmp_path_factory.mktemp("mlflow-local") / "deeper" / "guardloop.db")
 
 
 @pytest.fixture

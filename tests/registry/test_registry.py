@@ -445,7 +445,7 @@ def test_a_server_killed_during_a_promotion_changes_nothing_that_serves(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_registered_model_alias", killed_before_the_last_step)
-        with pytest.raises(GuardLoopError, match=f"MLflow at {mlflow_server.url} does not work after 1 s"):
+        with pytest.raises(GuardLoopError, match=f"MLflow at {mlflow_server.url} does not work after"):
             remote.promote(3)
     name = remote.settings.model
     remote.connection.patience_seconds = 0
@@ -520,7 +520,9 @@ def test_a_server_older_than_logged_models_is_refused_with_the_version_that_is_n
             refuse_old_server(server.url)
             return
         for ask in (Registry(tracking_uri=server.url).versions, lambda: refuse_old_server(server.url)):
-            with pytest.raises(GuardLoopError, match=rf"is version {re.escape(version)}: .*logged models") as caught:
+            with pytest.raises(
+                GuardLoopError, match=rf"is version {re.escape(version)}, without logged models"
+            ) as caught:
                 ask()
             assert "3.0 or newer" in caught.value.remedy
 

@@ -15,6 +15,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.models import Model
+from support.mlflow_database import mlflow_database
 from support.models import save_guard, tiny_llama, with_lora
 from support.registry_examples import evaluation, origin
 from support.services import Service
@@ -35,7 +36,7 @@ CONVERSATIONS = [
     {"prompt": "paint the garden door <|eot_id|>", "response": None},
     {"prompt": " ", "response": None},
 ]
-CLIENTS = 40
+CLIENTS = 20
 TOLERANCE = 1e-5
 WORDS = ["how", "do", "bake", "build", "paint", "cake", "bomb", "garden", "door", "village", "mix", "flour", "sugar"]
 
@@ -85,7 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory: pytest.TempPathFactory, guard: GuardSettings, trained: Path) -> Registry:
-    database = f"sqlite:///{tmp_path_factory.mktemp('registry')}/guards.db"
+    database = mlflow_database(tmp_path_factory.mktemp("registry") / "guards.db")
     registry = Registry(RegistrySettings(), database, patience_seconds=1)
     registry.promote(registry.register_adapter(trained, origin(), evaluation(), guard))
     return registry
@@ -102,7 +103,7 @@ def uri(registry: Registry) -> str:
 
 
 def test_a_served_guard_gives_the_scores_of_the_guard(server: ModelServer, guard: GuardSettings, trained: Path) -> None:
-    wanted = list(Guard.load(guard, trained).score(CONVERSATIONS))
+    wanted = list(Guard.load(guard, trained, categories=True).score(CONVERSATIONS))
     answers = server.ask({"dataframe_records": CONVERSATIONS})
     prompts_only = server.ask({"dataframe_split": {"columns": ["prompt"], "data": [["how do I bake a cake?"]]}})
     with pytest.raises(HTTPError, match="400"):
@@ -111,13 +112,14 @@ def test_a_served_guard_gives_the_scores_of_the_guard(server: ModelServer, guard
     for answer, verdict in zip(answers, wanted, strict=True):
         assert set(answer) == {"score", "probability", "flagged", "categories", "error"}
         assert answer["score"] == (None if verdict.score is None else pytest.approx(verdict.score, abs=1e-5))
-        assert (answer["flagged"], answer["categories"], answer["error"]) == (verdict.flagged, None, verdict.error)
+        assert (answer["flagged"], answer["error"]) == (verdict.flagged, verdict.error)
+        assert answer["categories"] == (verdict.categories.split(",") if verdict.categories else None)
     assert answers[3]["error"] == "empty prompt" and answers[3]["probability"] is None
     assert len({round(answer["score"], 3) for answer in answers[:3]}) == 3
     assert prompts_only[0]["score"] == pytest.approx(answers[0]["score"], abs=1e-4)  # a batch of another width
 
 
-@pytest.mark.parametrize("requests", [150, pytest.param(10_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("requests", [60, pytest.param(10_000, marks=pytest.mark.faults)])
 def test_of_many_requests_at_once_none_is_lost_or_given_anothers_verdict(
     server: ModelServer, guard: GuardSettings, trained: Path, requests: int
 ) -> None:
@@ -154,9 +156,13 @@ def test_the_model_has_a_signature_an_example_and_no_pickle(champion: Registry, 
     assert "pickle" not in (folder / "MLmodel").read_text()
 
 
-def test_the_probability_is_calibrated_and_settings_can_be_overridden(champion: Registry) -> None:
+def test_the_probability_is_calibrated_and_settings_can_be_overridden(
+    champion: Registry,
+) -> None:
     mlflow.set_tracking_uri(champion.connection.uri)
-    served = mlflow.pyfunc.load_model(uri(champion), model_config={"max_text_tokens": 16})
+    served = mlflow.pyfunc.load_model(
+        uri(champion), model_config={"max_text_tokens": 16, "dtype": "auto"}
+    )  # one is old
     example = served.input_example
     found = served.predict(example)
     for answer in found:
@@ -164,28 +170,29 @@ def test_the_probability_is_calibrated_and_settings_can_be_overridden(champion: 
     assert served.model_config["max_text_tokens"] == 16
 
 
-def test_a_registered_adapter_is_found_at_the_given_address_not_the_environments(
+def test_a_registered_adapter_is_found_by_its_uri(
     champion: Registry, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", champion.connection.uri)
     monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path))
-    folder = fetch_adapter(uri(champion), champion.connection.uri)
+    folder = fetch_adapter(uri(champion))
     assert folder is not None
     weights = "adapter_model.safetensors"
     assert (folder / weights).read_bytes() == (trained / weights).read_bytes()
     with pytest.raises(GuardLoopError, match="not a registered model"):
-        fetch_adapter("models:/x", champion.connection.uri)
+        fetch_adapter("models:/x")
 
 
 def test_a_registered_adapter_is_fetched_once(
     champion: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", champion.connection.uri)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path / "cache"))
     with ThreadPoolExecutor(2) as workers:
-        first, second = workers.map(lambda _: fetch_adapter(uri(champion), champion.connection.uri), range(2))
-    assert first == second == fetch_adapter(uri(champion), champion.connection.uri)
+        first, second = workers.map(lambda _: fetch_adapter(uri(champion)), range(2))
+    assert first == second == fetch_adapter(uri(champion))
     assert list((tmp_path / "cache" / "adapters").iterdir()) == [first]
     assert not list((tmp_path / "temporary").iterdir())
 
@@ -193,10 +200,11 @@ def test_a_registered_adapter_is_fetched_once(
 def test_a_cache_that_cannot_be_written_is_named(
     champion: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", champion.connection.uri)
     (tmp_path / "file").touch()
     monkeypatch.setenv("GUARDLOOP_CACHE", str(tmp_path / "file"))
     with pytest.raises(GuardLoopError, match="GUARDLOOP_CACHE"):
-        fetch_adapter(uri(champion), champion.connection.uri)
+        fetch_adapter(uri(champion))
 
 
 def test_the_policy_travels_with_the_model(trained: Path, tmp_path: Path) -> None:

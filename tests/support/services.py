@@ -18,6 +18,8 @@ from typing import IO, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from support.mlflow_database import mlflow_database
+
 ACCESS_KEY, SECRET_KEY = "guardloop-access", "guardloop-secret"
 START_SECONDS = 90
 
@@ -127,7 +129,10 @@ class MlflowServer(Service):
     def command(self) -> list[str]:
         artifacts = f"s3://{self.s3.bucket}/mlflow" if self.s3 else str(self.folder / "artifacts")
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", artifacts]
+        database = self.folder / "mlflow.db"
+        if not database.exists():
+            mlflow_database(database)
+        stores = ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", artifacts]
         return [sys.executable, "-m", "mlflow", "server", *address, *stores]
 
     def environment(self) -> dict[str, str]:
