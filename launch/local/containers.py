@@ -74,6 +74,11 @@ def docker_runner(run_id: str, home: Path, arguments: Mapping[str, Any], setting
         device_requests=gpus,
         labels={LABEL: run_id},
         init=True,
+        # as on a cluster: nothing writes to the image, and no stage gains a right
+        read_only=True,
+        tmpfs={"/tmp": "exec,mode=1777"},
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges:true"],
     )
 
 

@@ -103,9 +103,10 @@ def test_an_image_holds_its_stage_and_nothing_to_install_with(stage: str) -> Non
     )
 
     started = ("--rm", "--network", "none", "--user", "12345:0", "--env", "_KFP_RUNTIME=true")  # as KFP starts it
-    told = docker("run", *started, image(stage), "python", "-c", probe)
+    closed = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true")
+    printed = docker("run", *started, *closed, image(stage), "python", "-c", probe)
 
-    assert told.strip() == f"[] {{'pip': False, 'torch': {stage in MODEL_STAGES}}} False"
+    assert printed.strip() == f"[] {{'pip': False, 'torch': {stage in MODEL_STAGES}}} False"
 
 
 def image(stage: str) -> str:
