@@ -104,7 +104,7 @@ build_one() { # FLAVOUR STAGE NAME
 }
 
 explain_failure() {
-  if grep -qE 'load metadata for|failed to (resolve|do request)|pull access denied|manifest unknown' "$work/errors"; then
+  if grep -qE '^ > \[internal\] load metadata|failed to (resolve source|do request)|pull access denied|manifest unknown' "$work/errors"; then
     cat <<TEXT
 
 A public image could not be had. Name copies that can be reached: PYTHON_IMAGE=, UV_IMAGE= (for a GPU VLLM_IMAGE=, too).
