@@ -99,6 +99,21 @@ def exists(uri: str | Path) -> bool:
         return _is_object(client, bucket, key) or next(_keys(client, bucket, _as_prefix(key)), None) is not None
 
 
+def list_keys(uri: str) -> list[str]:
+    """The names of the objects below an `s3://` prefix, relative to it; [""] where `uri` is an object itself.
+
+    Raises GuardLoopError if access fails, or if a key would lead out of the prefix.
+    """
+    bucket, key = _split(uri)
+    with _explained(uri):
+        client = _client()
+        if _is_object(client, bucket, key):
+            return [""]
+        prefix = _as_prefix(key)
+        keys = [found.removeprefix(prefix) for found in _keys(client, bucket, prefix) if not found.endswith("/")]
+    return [_inside(name, uri).as_posix() for name in keys]
+
+
 def _split(uri: str | Path) -> tuple[str, str]:
     """Bucket and key; the bucket is empty for a local path."""
     text = str(uri)

@@ -1,32 +1,25 @@
-"""Normalising, deduplicating (exact and near), and keeping the traffic apart from the test set."""
+"""Normalising, deduplicating (exact and near), and keeping the traffic apart from the test set.
+
+Whoever writes traffic must not decide what becomes of other rows: which near-duplicates are kept, and which split a
+group falls into, follow from a salt that only all rows together give.
+"""
 
 import hashlib
-import re
 import unicodedata
-import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-
-import numpy as np
-from datasketch import MinHash
+from dataclasses import asdict, dataclass, field
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import Row
-from guardloop.data.settings import DatasetSettings
+from guardloop.data.labels import LabelCounts
+from guardloop.data.near import NearIndex, fold
+from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.data.sources import CONTROL, read_conversations
 
-NEAR_DUPLICATE = 0.8  # Jaccard similarity of word 3-grams from which two prompts count as near-duplicates
 MAX_CHARS = 8000  # guards and responders cut what is longer
-PERMUTATIONS = 64
-RECALL = 0.99
-SHINGLE = 3
-EMPTY = MinHash(num_perm=PERMUTATIONS, hashfunc=int)  # of what is hashed already
-# Thai, Lao, Myanmar, Khmer; Hiragana and Katakana, half-width too; CJK ideographs and their extensions
-UNSPACED = (
-    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-    r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")  # no spaces tell these scripts' words: each character is one
+KEPT_PER_GROUP = 8  # near-duplicates: one text on a template must not stand for all others on it
+NAMED = 3  # rows in a message
 
 
 @dataclass
@@ -39,110 +32,98 @@ class CleanReport:
     too_long: int = 0
     exact_duplicates: int = 0
     near_duplicates: int = 0
+    """Dropped, since their group has enough."""
     overlap_with_test: int = 0
     test: int = 0
     test_unsafe: int = 0
     response_test: int = 0
+    unlabelled: int = 0
+    """Rows of labelled sets that were dropped, as they have no label."""
+    labelled_again: int = 0
+    """Texts with labels of several rows."""
+    contradictions: int = 0
+    """Of these, texts whose labels differ."""
+    ties: int = 0
+    """Of these, texts of a labelled set that were dropped, as both labels are as frequent."""
+    overlap_contradictions: int = 0
+    """Rows of the traffic that are labelled otherwise than the same text of the test set."""
+    salt: str = ""
+    """What groups are named with."""
+    labels: dict[str, LabelCounts] = field(default_factory=dict)
+    """By set: the values of its label column, and what each became."""
+    notes: list[str] = field(default_factory=list)
+    """What people should know, in sentences."""
 
     def plain(self) -> dict[str, int]:
         """The counts by name."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
 
 
-@dataclass(frozen=True, slots=True)
-class Sketch:
-    """What near-duplicates are found by: a text's word 3-grams, and one hash of each band of its MinHash."""
+@dataclass(slots=True)
+class Text:
+    """A distinct text, with the labels of all rows that hold it."""
 
-    shingles: np.ndarray
-    bands: list[int]
+    row: Row
+    group: str = ""
+    labels: Counter[bool] = field(default_factory=Counter)
+
+    def add(self, unsafe: bool | None) -> None:
+        """Count the label of one row."""
+        if unsafe is not None:
+            self.labels[unsafe] += 1
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether as many rows say unsafe as say safe."""
+        return self.labels[True] == self.labels[False] > 0
+
+    def unsafe(self, contradictions: str) -> bool | None:
+        """The label of the text by the setting `contradictions`; None where it has none, or by a tie."""
+        if contradictions == "any" and self.labels[True]:
+            return True
+        return None if self.labels[True] == self.labels[False] else self.labels[True] > self.labels[False]
 
 
-class NearIndex:
-    """Finds near-duplicates by MinHash over word 3-grams (Broder 1997), in about a KiB a row.
+class Ids:
+    """Makes ids distinct, in time that grows with their number."""
 
-    MinHash only proposes: the similarity of what it finds is then counted. The bands' rows are kept as numbers, since
-    datasketch's own index takes four times the memory.
-    """
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.next: dict[str, int] = {}
 
-    def __init__(self, threshold: float = NEAR_DUPLICATE) -> None:
-        self.threshold = threshold
-        self.bands = _bands(threshold)
-        self.keys: list[str] = []
-        self.shingles: list[np.ndarray] = []
-        self.buckets: dict[int, int | list[int]] = {}
-
-    def find(self, text: str, sketch: Sketch | None = None) -> str | None:
-        """The key of a near-duplicate already here, or None. `sketch` is the text's, where it is known."""
-        sketch = sketch or self.sketch(text)
-        alike: set[int] = set()
-        for band in sketch.bands:
-            match self.buckets.get(band):
-                case int(row):
-                    alike.add(row)
-                case list(rows):
-                    alike.update(rows)
-        near = (row for row in alike if _jaccard(sketch.shingles, self.shingles[row]) >= self.threshold)
-        return min((self.keys[row] for row in near), default=None)
-
-    def add(self, key: str, text: str, sketch: Sketch | None = None) -> None:
-        """Remember `text` under `key`, which is new."""
-        sketch, row = sketch or self.sketch(text), len(self.keys)
-        self.keys.append(key)
-        self.shingles.append(sketch.shingles)
-        for band in sketch.bands:
-            match self.buckets.setdefault(band, row):
-                case list(rows):
-                    rows.append(row)
-                case int(other) if other != row:
-                    self.buckets[band] = [other, row]
-
-    def sketch(self, text: str) -> Sketch:
-        """The text's sketch, for indexes of this threshold."""
-        shingles = _shingles(text)
-        count, rows = self.bands
-        bands = _signature(shingles)[: count * rows].reshape(count, rows)
-        return Sketch(shingles, [hash((place, band.tobytes())) for place, band in enumerate(bands)])
+    def distinct(self, wanted: str) -> str:
+        """`wanted`, or with a number where it is taken; taken from now on."""
+        identity, number = wanted, self.next.get(wanted, 1)
+        while identity in self.taken:
+            identity, number = f"{wanted}-{number}", number + 1
+            self.next[wanted] = number
+        self.taken.add(identity)
+        return identity
 
 
 def prepare(settings: DatasetSettings, seed: int = 0) -> tuple[list[Row], list[Row], CleanReport]:
     """Traffic and test conversations, cleaned, grouped and disjoint, with a report of what was dropped.
 
-    Raises GuardLoopError for an empty set, a test set without both labels, or one that overlaps with the traffic.
+    Raises GuardLoopError for an empty set, a test set without both labels or with labels that nobody named, and for
+    traffic of which nothing is left.
     """
     report = CleanReport()
     test = list(_test_rows(settings, report, seed))
-    seen_in_test: set[str] = set()
-    near_test = NearIndex()
-    for row in test:
-        near_test.add(row["id"], row["prompt"])
-    exact: set[bytes] = set()
-    ids: set[str] = set()
-    near = NearIndex()
-    traffic: list[Row] = []
-    for row in read_conversations(settings.traffic, seed, "dataset.traffic"):
-        report.read += 1
-        text = normalise(row["prompt"])
-        if not text:
-            report.empty += 1
-            continue
-        if len(text) > MAX_CHARS:
-            report.too_long += 1
-            continue
-        folded, sketch = _digest(_fold(text)), near.sketch(text)
-        if (twin := near_test.find(text, sketch)) is not None:
-            report.overlap_with_test += 1
-            seen_in_test.add(twin)
-        elif folded in exact:
-            report.exact_duplicates += 1
-        elif near.find(text, sketch) is not None:
-            report.near_duplicates += 1
-        else:
-            identity = _distinct(row["id"], ids)
-            exact.add(folded)
-            near.add(identity, text, sketch)
-            traffic.append({**row, "id": identity, "prompt": text, "response": None, "group": identity})
-    report.kept = len(traffic)
-    _check(traffic, test, seen_in_test, settings, report)
+    texts, overlap = _distinct_texts(settings, test, report, seed)
+    _count_labels("dataset.traffic", texts, settings.contradictions, report)
+    lines = [_digest(f"{text.row['id']}\0{text.row['prompt']}") for text in texts]
+    report.salt = hashlib.sha256(f"{seed}/{fingerprint(test)}/".encode() + b"".join(sorted(lines))).hexdigest()[:16]
+
+    traffic = [
+        {
+            **text.row,
+            "unsafe": text.unsafe(settings.contradictions),
+            "group": _digest(f"{report.salt}/{text.group}").hex(),
+        }
+        for text in _some_of_each_group(texts, report.salt)
+    ]
+    report.kept, report.near_duplicates = len(traffic), len(texts) - len(traffic)
+    _check(traffic, test, overlap, settings, report)
     return traffic, test, report
 
 
@@ -158,37 +139,134 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
-def _test_rows(settings: DatasetSettings, report: CleanReport, seed: int) -> Iterator[Row]:
-    """Labelled test rows: exact duplicates dropped, near-duplicates kept and put in one group."""
-    near = NearIndex()
-    seen: set[tuple[str, str | None]] = set()
-    sources = [(settings.test, "dataset.test"), (settings.response_test, "dataset.response_test")]
-    ids: set[str] = set()
+def _distinct_texts(
+    settings: DatasetSettings, test: list[Row], report: CleanReport, seed: int
+) -> tuple[list[Text], set[str]]:
+    """The traffic's distinct texts that are not in the test set, and the ids of test rows that are in the traffic."""
+    near_test, near = NearIndex(), NearIndex()
+    for row in test:
+        near_test.add(row["id"], row["prompt"])
+    test_labels = {_digest(fold(row["prompt"])): row["unsafe"] for row in test if row["response"] is None}
+    texts: list[Text] = []
+    places: dict[bytes, int | None] = {}  # of each digest, among `texts`; None where it is in the test set
     groups: dict[str, str] = {}
-    for source, where in sources:
-        if source is None:
+    overlap: set[str] = set()
+    ids = Ids()
+    report.labels["dataset.traffic"] = labels = LabelCounts()
+    for row in read_conversations(settings.traffic, seed, "dataset.traffic", labels, with_response=False):
+        report.read += 1
+        prompt = normalise(row["prompt"])
+        if not prompt or len(prompt) > MAX_CHARS:
+            report.empty += not prompt
+            report.too_long += bool(prompt)
             continue
-        for row in read_conversations(source, seed, where):
-            text = normalise(row["prompt"])
-            response = normalise(row["response"]) if row["response"] and where.endswith("response_test") else None
-            key = (_fold(text), response)
-            if not text or key in seen or row["unsafe"] is None:
+        digest = _digest(fold(prompt))
+        if digest not in places:
+            sketch = near.sketch(prompt)
+            if (twin := near_test.find(prompt, sketch)) is not None:
+                overlap.add(twin)
+                places[digest] = None
+            else:
+                identity = ids.distinct(row["id"])
+                twin = near.find(prompt, sketch)
+                groups[identity] = groups[twin] if twin else identity
+                near.add(identity, prompt, sketch)
+                places[digest] = len(texts)
+                texts.append(Text({**row, "id": identity, "prompt": prompt, "response": None}, groups[identity]))
+        elif places[digest] is not None:
+            report.exact_duplicates += 1
+        place = places[digest]
+        if place is None:
+            report.overlap_with_test += 1
+            known = test_labels.get(digest)
+            report.overlap_contradictions += None not in (known, row["unsafe"]) and known != row["unsafe"]
+        else:
+            texts[place].add(row["unsafe"])
+    return texts, overlap
+
+
+def _some_of_each_group(texts: list[Text], salt: str) -> Iterator[Text]:
+    """At most KEPT_PER_GROUP of each group of near-duplicates, drawn by the salt, in their own order."""
+    groups: dict[str, list[Text]] = defaultdict(list)
+    for text in texts:
+        groups[text.group].append(text)
+    kept = {
+        text.row["id"]
+        for members in groups.values()
+        for text in sorted(members, key=lambda text: _digest(f"{salt}/{text.row['id']}"))[:KEPT_PER_GROUP]
+    }
+    return (text for text in texts if text.row["id"] in kept)
+
+
+def _test_rows(settings: DatasetSettings, report: CleanReport, seed: int) -> Iterator[Row]:
+    """Labelled test rows: one for each distinct text, with near-duplicates in one group."""
+    near, ids = NearIndex(), Ids()
+    groups: dict[str, str] = {}
+    sources = {"dataset.test": settings.test, "dataset.response_test": settings.response_test}
+    for where, source in sources.items():
+        texts = _labelled_texts(source, where, report, seed) if source else []
+        _count_labels(where, texts, settings.contradictions, report)
+        for text in texts:
+            unsafe = text.unsafe(settings.contradictions)
+            if unsafe is None:
                 continue
-            if where.endswith("response_test") and not response:
-                raise GuardLoopError(f"{where}: row {row['id']} has no response", "map the response column")
-            seen.add(key)
-            identity = _distinct(row["id"], ids)
-            twin = near.find(text)
+            row = text.row
+            identity = ids.distinct(row["id"])
+            twin = near.find(row["prompt"])
             groups[identity] = groups[twin] if twin else identity
-            near.add(identity, text)
-            report.test += response is None
-            report.response_test += response is not None
-            report.test_unsafe += bool(row["unsafe"]) and response is None
-            yield {**row, "id": identity, "prompt": text, "response": response, "group": groups[identity]}
+            near.add(identity, row["prompt"])
+            report.test += row["response"] is None
+            report.response_test += row["response"] is not None
+            report.test_unsafe += unsafe and row["response"] is None
+            yield {**row, "id": identity, "unsafe": unsafe, "group": groups[identity]}
+
+
+def _labelled_texts(source: SourceSettings, where: str, report: CleanReport, seed: int) -> list[Text]:
+    """The distinct texts of a labelled set: prompts, or prompts with responses."""
+    judges_responses = where == "dataset.response_test"
+    report.labels[where] = labels = LabelCounts()
+    texts: dict[tuple[str, str | None], Text] = {}
+    rows = list(read_conversations(source, seed, where, labels, with_response=judges_responses))
+    labels.check(source, where)
+    for row in rows:
+        prompt, response = normalise(row["prompt"]), row["response"] and normalise(row["response"])
+        if row["unsafe"] is None:
+            report.unlabelled += 1
+        elif prompt:
+            if judges_responses and not response:
+                raise GuardLoopError(f"{where}: row {row['id']} has no response", "map the response column")
+            text = texts.setdefault((fold(prompt), response), Text({**row, "prompt": prompt, "response": response}))
+            text.add(row["unsafe"])
+    return list(texts.values())
+
+
+def _count_labels(where: str, texts: list[Text], contradictions: str, report: CleanReport) -> None:
+    """Count texts with several labels. Raises GuardLoopError for contradictions that are to be refused."""
+    again = [text for text in texts if text.labels.total() > 1]
+    contrary = [text for text in again if len(text.labels) > 1]
+    ties = [text for text in contrary if text.is_tie and contradictions == "majority"]
+    if contrary and contradictions == "refuse":
+        raise GuardLoopError(
+            f"{where}: {len(contrary)} texts have labels that contradict each other: {_named(contrary)}",
+            "mend them, or choose dataset.contradictions: majority or any",
+        )
+    report.labelled_again += len(again)
+    report.contradictions += len(contrary)
+    if again:
+        agreed = f"{len(again) - len(contrary)} of {len(again)} texts that are labelled more than once agree"
+        named = f"; {len(ties)} ties have no label: {_named(ties)}" if ties else ""
+        report.notes.append(f"{where}: {agreed}{named}.")
+    if where != "dataset.traffic":
+        report.ties += len(ties)
+
+
+def _named(texts: list[Text]) -> str:
+    ids = [repr(text.row["id"]) for text in texts[:NAMED]]
+    return ", ".join(ids) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
 
 
 def _check(
-    traffic: list[Row], test: list[Row], seen_in_test: set[str], settings: DatasetSettings, report: CleanReport
+    traffic: list[Row], test: list[Row], overlap: set[str], settings: DatasetSettings, report: CleanReport
 ) -> None:
     if not report.read:
         raise GuardLoopError(
@@ -199,62 +277,26 @@ def _check(
             f"dataset.test: {settings.test.path} has no labelled rows", "map its label: `columns: {label: <name>}`"
         )
     groups = {row["id"]: row["group"] for row in test}  # one key may have been found for a whole group
-    share = len({groups[key] for key in seen_in_test}) / len(set(groups.values()))
-    if share > settings.max_overlap:
-        raise GuardLoopError(
-            f"dataset.test overlaps with the training data: {share:.0%} of the test prompts, near-duplicates "
-            "counted once, are in the traffic too",
-            "use a separate test set, or raise dataset.max_overlap to have them removed from the traffic",
-        )
+    share = len({groups[key] for key in overlap}) / len(set(groups.values()))
     if not traffic:
+        reason = (
+            f"{report.overlap_with_test:,} of {report.read:,} rows are in the test set too"
+            if report.overlap_with_test
+            else f"{report.empty:,} rows are empty and {report.too_long:,} longer than {MAX_CHARS:,} characters"
+        )
         raise GuardLoopError(
-            "dataset.traffic: no prompt is left after cleaning",
-            f"check the column; prompts of more than {MAX_CHARS:,} characters are dropped",
+            f"dataset.traffic: no prompt is left after cleaning: {reason}", "check the path and the column"
+        )
+    if share > settings.max_overlap:
+        report.notes.append(
+            f"{share:.0%} of the test prompts, near-duplicates counted once, are in the traffic too: "
+            f"{report.overlap_with_test:,} rows were removed from it."
         )
     if report.test_unsafe in (0, report.test):
         kind = "safe" if report.test_unsafe == 0 else "unsafe"
         raise GuardLoopError(f"dataset.test: every row is labelled {kind}", "check columns.label and unsafe_labels")
 
 
-def _distinct(wanted: str, taken: set[str]) -> str:
-    """`wanted`, or with a number where it is taken; taken from now on."""
-    identity, number = wanted, len(taken)
-    while identity in taken:
-        identity, number = f"{wanted}-{number}", number + 1
-    taken.add(identity)
-    return identity
-
-
-def _bands(threshold: float) -> tuple[int, int]:
-    """Bands and rows of the longest bands by which a pair at the threshold is still found."""
-    choices = [(PERMUTATIONS // rows, rows) for rows in range(PERMUTATIONS // 2, 0, -1)]
-    return next((c for c in choices if 1 - (1 - threshold ** c[1]) ** c[0] >= RECALL), choices[-1])
-
-
-def _shingles(text: str) -> np.ndarray:
-    """Hashes of the word 3-grams: uint32[S], distinct."""
-    words = WORD.findall(_fold(text)) or [_fold(text)]
-    grams = (" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
-    return np.unique(np.fromiter((zlib.crc32(gram.encode()) for gram in grams), np.uint32))
-
-
-def _signature(shingles: np.ndarray) -> np.ndarray:
-    """The MinHash of hashed shingles: uint[PERMUTATIONS]."""
-    signature = EMPTY.copy()
-    signature.update_batch(shingles)
-    values: np.ndarray = signature.hashvalues
-    return values
-
-
-def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / (len(a) + len(b) - common)
-
-
 def _digest(text: str) -> bytes:
     """Sixteen bytes that stand for a text in memory."""
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())

@@ -10,12 +10,14 @@ COLUMNS = ("id", "prompt", "response", "label", "category", "source", "language"
 
 
 class SourceSettings(Section):
-    """One table of prompts: the sample, a hub dataset, or a file."""
+    """One table of prompts: the sample, a hub dataset, or files."""
 
     kind: Literal["sample", "hub", "file"] = "sample"
-    """`sample` ships with GuardLoop; `hub` is a Hugging Face dataset; `file` is JSONL, CSV or Parquet."""
+    """`sample` ships with GuardLoop; `hub` is a Hugging Face dataset; `file` is JSON lines, a JSON array, CSV or
+    Parquet."""
     path: str = "traffic"
-    """Part of the sample (traffic, test), hub id, or path or `s3://` URI of a .jsonl, .csv (also .gz) or .parquet."""
+    """Part of the sample (traffic, test), hub id, or the path or `s3://` URI of a file, of a folder of parts, or a
+    glob: .jsonl, .json, .csv, .tsv (also with .gz, .bz2 or .zst) or .parquet."""
     config: str | None = None
     """Configuration of the hub dataset, such as toxicchat0124."""
     split: str = "train"
@@ -24,12 +26,19 @@ class SourceSettings(Section):
     """Commit of the hub dataset; pin it, so that a run can be repeated."""
     columns: dict[str, str | list[str]] = {}
     """Our column -> the table's column, for id, prompt, response, label, category, source, language, jailbreak. For
-    label, it may be a list of columns, of which any unsafe one decides."""
-    unsafe_labels: list[str] = ["unsafe", "1", "true", "toxic"]
-    """Values of the label column (as text, any case) that mean unsafe; every other value means safe."""
+    nested fields, a JMESPath expression: messages[0].content. For label, it may be a list of columns, of which any
+    unsafe one decides."""
+    unsafe_labels: list[str] = ["unsafe", "1", "true", "toxic", "harmful"]
+    """Values of the label column (as text, any case) that mean unsafe."""
+    safe_labels: list[str] = ["safe", "0", "false", "nontoxic", "non-toxic", "harmless", "unharmful", "benign"]
+    """Values that mean safe, unless unsafe_labels has them. Any third value is refused in labelled sets."""
+    unlabelled: Literal["refuse", "drop"] = "refuse"
+    """What becomes of rows of a labelled set without a label: empty, null, NaN, n/a."""
     where: dict[str, str | dict[Literal["not"], str]] = {}
     """Keep only rows whose table column has this value (as text), such as human_annotation: "True", or has it not:
     prompt: {not: REDACTED}."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Between the fields of a CSV file; by default it is found from the header."""
     limit: int | None = Field(default=None, ge=1)
     """Keep a seeded random sample of this many rows."""
 
@@ -66,6 +75,9 @@ class DatasetSettings(Section):
     """Labelled prompts that no stage trains or tunes on."""
     response_test: SourceSettings | None = None
     """Labelled prompts with responses, added to the test set to check that responses are still judged well."""
+    contradictions: Literal["majority", "any", "refuse"] = "majority"
+    """What becomes of the same text with different labels, as of several annotators. majority: the label of most rows;
+    ties are dropped from a test set, and named. any: unsafe where any row says so. refuse: the run ends."""
     max_overlap: float = Field(default=0.1, ge=0, le=1)
-    """Share of test prompts (near-duplicates count once) that may also be in the traffic; they are removed from it.
-    Above, the run is refused."""
+    """Share of test prompts (near-duplicates count once) that are in the traffic too, above which the run warns. They
+    are always removed from the traffic."""

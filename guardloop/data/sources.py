@@ -1,216 +1,154 @@
-"""The one way in for data: rows of a sample, a hub dataset or a file become conversations."""
+"""The one way in for data: rows of a sample, a hub dataset or files become conversations."""
 
-import csv
-import gzip
 import hashlib
-import io
-import json
+import logging
 import random
 import re
-import sys
-import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from guardloop.core.errors import GuardLoopError, first_line
+from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import DAMAGED, Row
+from guardloop.data.columns import Column, Mapping, mapping_of
+from guardloop.data.files import DataFile, list_files
+from guardloop.data.hub import hub_rows
+from guardloop.data.labels import LabelCounts, as_word
 from guardloop.data.settings import SourceSettings
+from guardloop.data.tables import parquet_columns, read_rows
 from guardloop.demo import SAMPLE
 
+log = logging.getLogger("guardloop")
+
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SUFFIXES = (".jsonl", ".csv", ".parquet")
-Numbered = Iterator[tuple[int, Row]]
+TRUE = frozenset({"1", "true", "yes"})
+Placed = Iterator[tuple[str, Row]]
+"""Rows with their places, as messages name them."""
 
 
-def read_conversations(source: SourceSettings, seed: int = 0, where: str = "dataset") -> Iterator[Row]:
+def read_conversations(
+    source: SourceSettings,
+    seed: int = 0,
+    where: str = "dataset",
+    labels: LabelCounts | None = None,
+    *,
+    with_response: bool = True,
+) -> Iterator[Row]:
     """Rows of `source` as conversations (core.records.CONVERSATION, without groups), sampled down to its limit.
+
+    labels: counts the values of the label column; what has no label, or an unknown one, has `unsafe` None.
+    with_response: whether responses are read; else they are None, whatever the table holds.
 
     Raises GuardLoopError, naming `where` and the row, for a missing file or column, or a malformed row.
     """
-    rows = (_conversation(row, number, source, where) for number, row in _table(source, where))
-    kept = (row for row in rows if row is not None)
-    if source.limit is None:
-        return kept
-    return iter(_reservoir(kept, source.limit, seed))
+    mapping, counts = mapping_of(source), labels or LabelCounts()
+    rows = (
+        _conversation(row, place, source, mapping, counts, with_response)
+        for place, row in _table(source, mapping, where)
+        if _is_wanted(row, source, mapping, place)
+    )
+    return rows if source.limit is None else iter(_reservoir(rows, source.limit, seed))
 
 
-def local_path(text: str, where: str) -> Path:
-    """`text` as a path, with `~` spelt out."""
+def _table(source: SourceSettings, mapping: Mapping, where: str) -> Placed:
+    if source.kind == "hub":
+        for number, row in enumerate(hub_rows(source, where), start=1):
+            yield f"{where}: {source.path}, row {number}", row
+        return
+    path = str(SAMPLE / f"{source.path}.jsonl") if source.kind == "sample" else source.path
+    files = list_files(path, where)
+    with ExitStack() as stack:
+        paths = _fetched(files, stack)
+        schemas = [_schema(file, local, where) for file, local in zip(files, paths, strict=True)]
+        every = list(dict.fromkeys(name for schema in schemas for name in schema))
+        if every:
+            mapping.check(every, f"{where}: {source.path}")
+        for file, local, schema in zip(files, paths, schemas, strict=True):
+            lacking = [name for name in every if name in mapping.names and name not in schema]
+            if lacking:  # a part that was written before the column was there
+                log.warning("%s: %s has no column %s: taken as missing", where, file.uri, ", ".join(lacking))
+            given = {**dict.fromkeys(lacking), **file.partitions}
+            name = source.path if len(files) == 1 else file.uri
+            for number, row in read_rows(local, file, where, mapping.names, source.delimiter):
+                yield f"{where}: {name}, row {number}", {**given, **row}
+
+
+def _fetched(files: list[DataFile], stack: ExitStack) -> list[Path]:
+    """Where the files lie on this machine."""
+    if not files[0].is_remote:
+        return [Path(file.uri) for file in files]
+    from guardloop.core.storage import fetch  # noqa: PLC0415  (boto3 is slow to import and rarely needed)
+
+    folder = stack.enter_context(TemporaryDirectory())
+    return [fetch(file.uri, Path(folder, str(number))) for number, file in enumerate(files)]
+
+
+def _schema(file: DataFile, path: Path, where: str) -> list[str]:
+    """The columns of a Parquet file; of others they are not known before they are read."""
+    if file.kind != "parquet":
+        return []
     try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise GuardLoopError(f"{where}: {text} names no user's home folder", "write the whole path") from None
+        return [*parquet_columns(path), *file.partitions]
+    except DAMAGED as error:
+        raise GuardLoopError(f"{where}: {file.uri} cannot be read: {error}", "check that the file is whole") from None
 
 
-def _table(source: SourceSettings, where: str) -> Numbered:
-    """The rows with their place: the line in a text file, else the position in the table."""
-    if source.kind == "sample":
-        yield from _file(SAMPLE / f"{source.path}.jsonl", where)
-    elif source.kind == "hub":
-        yield from enumerate(_hub(source, where), start=1)
-    elif source.path.startswith("s3://"):
-        from guardloop.core.storage import fetch  # noqa: PLC0415  (boto3 is slow to import and rarely needed)
-
-        with TemporaryDirectory() as folder:
-            yield from _file(fetch(source.path, Path(folder)), where)
-    else:
-        yield from _file(local_path(source.path, where), where)
-
-
-def _hub(source: SourceSettings, where: str) -> Iterator[Row]:
-    from datasets import load_dataset  # noqa: PLC0415  (slow to import; files do not need it)
-    from httpx2 import HTTPError  # noqa: PLC0415  (what the hub's client raises where it has no answer)
-
-    try:
-        yield from load_dataset(
-            source.path, source.config, split=source.split, revision=source.revision, streaming=True
-        )
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        if "gated" in str(error).lower():
-            raise GuardLoopError(
-                f"{where}: access to the gated dataset {source.path} was refused",
-                f"accept its terms at huggingface.co/datasets/{source.path}, then set HF_TOKEN",
-            ) from error
-        raise GuardLoopError(
-            f"{where}: cannot read {source.path} from the hub: {first_line(error)}",
-            "check the id, configuration, split and network; a local file works too (kind: file)",
-        ) from error
-
-
-def _file(path: Path, where: str) -> Numbered:
-    if not path.is_file():
-        raise GuardLoopError(
-            f"{where}: no such file: {path}", "check the path; paths are relative to where you started"
-        )
-    names = path.suffixes
-    packed = bool(names) and names[-1] == ".gz"
-    kind = (names[:-1] if packed else names)[-1:] or [""]
-    try:
-        if kind[0] == ".parquet" and not packed:
-            yield from enumerate(_parquet(path), start=1)
-        elif kind[0] in (".jsonl", ".csv"):
-            with gzip.open(path, "rb") if packed else path.open("rb") as raw:
-                text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-                lines = _utf8_lines(text, path)
-                yield from _json_lines(lines, path) if kind[0] == ".jsonl" else _csv(lines, path)
-        else:
-            raise GuardLoopError(f"{where}: {path} is not a kind of file that is read", f"use {', '.join(SUFFIXES)}")
-    except (*DAMAGED, EOFError, zlib.error) as error:
-        raise GuardLoopError(f"{where}: {path} cannot be read: {error}", "check that the file is whole") from None
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
-
-
-def _utf8_lines(text: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text, start=1):
-        try:
-            line.encode("utf-8")
-        except UnicodeEncodeError:
-            raise GuardLoopError(f"{path}, row {number}: not UTF-8 text", "convert the file to UTF-8") from None
-        yield line
-
-
-def _json_lines(lines: Iterator[str], path: Path) -> Numbered:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise GuardLoopError(f"{path}, row {number}: not JSON: {error}", "write one JSON object a line") from None
-        if not isinstance(row, dict):
-            raise GuardLoopError(f"{path}, row {number}: not a JSON object", "write one JSON object a line")
-        yield number, row
-
-
-def _csv(lines: Iterator[str], path: Path) -> Numbered:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(lines, strict=True)  # else an open quote swallows the rest of the file
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise GuardLoopError(
-                    f"{path}, row {reader.line_num}: the number of fields is not that of the header",
-                    "quote fields that hold commas",
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise GuardLoopError(f"{path}, row {reader.line_num + 1}: {error}", "check the quoting") from None
-
-
-def _conversation(row: Row, number: int, source: SourceSettings, where: str) -> Row | None:
-    """The row in our columns; None where `source.where` leaves it out."""
-    place = f"{where}: {source.path}, row {number}"
-    for column, wanted in source.where.items():
-        if column not in row:
-            raise _no_column(place, column, row)
+def _is_wanted(row: Row, source: SourceSettings, mapping: Mapping, place: str) -> bool:
+    """Whether `source.where` keeps the row."""
+    for name, wanted in source.where.items():
         value, negated = (wanted["not"], True) if isinstance(wanted, dict) else (wanted, False)
-        if (str(row[column]).lower() == value.lower()) == negated:
-            return None
-    values: dict[str, Any] = {}
-    for ours in ("prompt", "response", "label", "id", "category", "source", "language", "jailbreak"):
-        theirs = source.columns.get(ours, ours)
-        if isinstance(theirs, list):
-            values[ours] = _any_label(row, theirs, source.unsafe_labels, place)
-            continue
-        if theirs not in row and (ours == "prompt" or ours in source.columns):
-            raise _no_column(place, theirs, row)
-        values[ours] = row.get(theirs)
+        if (str(mapping.where[name].value(row, place)).lower() == value.lower()) == negated:
+            return False
+    return True
+
+
+def _conversation(
+    row: Row, place: str, source: SourceSettings, mapping: Mapping, labels: LabelCounts, with_response: bool
+) -> Row:
+    """The row in our columns."""
+    values: dict[str, Any] = {
+        ours: _value(row, ours, mapping, place)
+        for ours in ("prompt", "response", "id", "category", "source", "language", "jailbreak")
+        if with_response or ours != "response"
+    }
     for ours in ("prompt", "response"):
-        if not isinstance(values[ours], str) and not (ours == "response" and values[ours] is None):
+        value = values.setdefault(ours, None)
+        if not isinstance(value, str) and not (ours == "response" and value is None):
+            name = mapping.mapped.get(ours, [Column(ours)])[0].name
             raise GuardLoopError(
-                f"{place}: {source.columns.get(ours, ours)} is {type(values[ours]).__name__}, not text", "mend the row"
+                f"{place}: {name} is {type(value).__name__}, not text", "mend the row, or map another column"
             )
-    given = {ours: value for ours, value in values.items() if str(value).strip() and value is not None}
-    texts = {ours: (_text(given[ours]) or None) if ours in given else None for ours in values}
+    texts = {ours: _text(value) or None if _is_given(value) else None for ours, value in values.items()}
     return {
-        **{ours: text for ours, text in texts.items() if ours != "label"},
+        **texts,
         "id": texts["id"] or _text_id(values["prompt"], texts["response"]),
         "prompt": _text(values["prompt"]),
         "source": texts["source"] or Path(source.path).name,
-        "jailbreak": _truth(given["jailbreak"]) if "jailbreak" in given else None,
-        "unsafe": _truth(given["label"], source.unsafe_labels) if "label" in given else None,
+        "jailbreak": as_word(values["jailbreak"]) in TRUE if _is_given(values["jailbreak"]) else None,
+        "unsafe": _label(row, source, mapping, labels, place),
     }
 
 
-def _any_label(row: Row, columns: list[str], unsafe_labels: list[str], place: str) -> str | None:
-    """The first unsafe value of the label columns, else a safe one; None where all are empty."""
-    for column in columns:
-        if column not in row:
-            raise _no_column(place, column, row)
-    values = [str(row[column]) for column in columns if row[column] is not None and str(row[column]).strip()]
-    unsafe = (value for value in values if _truth(value, unsafe_labels))
-    return next(unsafe, values[0] if values else None)
+def _value(row: Row, ours: str, mapping: Mapping, place: str) -> Any:
+    columns = mapping.mapped.get(ours)
+    return columns[0].value(row, place) if columns else row.get(ours)
 
 
-def _no_column(place: str, column: str, row: Row) -> GuardLoopError:
-    return GuardLoopError(
-        f"{place}: no column {column!r}; the row has {', '.join(map(str, row))}",
-        "map it with `columns: {prompt: <name in the table>}`",
-    )
+def _label(row: Row, source: SourceSettings, mapping: Mapping, labels: LabelCounts, place: str) -> bool | None:
+    columns = mapping.mapped.get("label")
+    values = [column.value(row, place) for column in columns] if columns else [row.get("label")]
+    return labels.read_any(values, source, place.rpartition(", ")[2])
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and bool(str(value).strip())
 
 
 def _text(value: Any) -> str:
     """`value` as text that can be written and shown: no halves of surrogate pairs, nothing that steers a terminal."""
     return CONTROL.sub("", str(value)).encode("utf-8", "replace").decode("utf-8")
-
-
-def _truth(value: Any, words: list[str] | None = None) -> bool:
-    words = words or ["1", "true", "yes"]
-    return _word(value) in map(_word, words)
-
-
-def _word(value: Any) -> str:
-    """`value` as labels are compared: 1, 1.0 and "1" are one."""
-    return str(value).strip().lower().removesuffix(".0")
 
 
 def _text_id(prompt: str, response: str | None) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from guardloop.core.errors import GuardLoopError, first_line
 from guardloop.core.records import Row
+from guardloop.data.labels import LabelCounts
 from guardloop.data.sources import read_conversations
 from guardloop.evaluation.bootstrap import bootstrap
 from guardloop.evaluation.metrics import Floats, Weights
@@ -48,16 +49,21 @@ def read_benchmark(settings: BenchmarkSettings, trained_on: Iterable[str] = ()) 
     source = settings.source
     revision = resolve_commit(source.path, source.revision, where) if source.kind == "hub" else ""
     benchmark = Benchmark(settings, revision)
-    from guardloop.data.clean import NearIndex, normalise  # noqa: PLC0415  (measuring needs no index of texts)
+    from guardloop.data.clean import normalise  # noqa: PLC0415  (measuring needs no index of texts)
+    from guardloop.data.near import NearIndex  # noqa: PLC0415
 
     known, near = NearIndex(), NearIndex()
     for number, text in enumerate(trained_on):
         known.add(str(number), normalise(text))
     groups: dict[str, str] = {}
     pinned = source.model_copy(update={"revision": revision or None})
-    for number, row in enumerate(read_conversations(pinned, where=where)):
+    labels, judged = LabelCounts(), settings.judged
+    conversations = list(read_conversations(pinned, 0, where, labels, with_response=judged == "response"))
+    if settings.kind == "mixed":
+        labels.check(source, where)
+    for number, row in enumerate(conversations):
         text = normalise(row["prompt"])
-        response = normalise(row["response"] or "") if settings.judged == "response" else None
+        response = normalise(row["response"] or "") if judged == "response" else None
         unsafe = {"mixed": row["unsafe"], "unsafe": True, "safe": False}[settings.kind]
         if unsafe is None or not text or response == "":
             benchmark.unlabelled += 1

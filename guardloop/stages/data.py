@@ -17,11 +17,17 @@ def prepare_data(dataset: Sections, traffic: str | Path, test: str | Path, seed:
     with Stage("prepare_data") as stage:
         stage.say(f"reading {settings.traffic.name}")
         rows, test_rows, report = prepare(settings, seed)
+        notes = [f"labels of {where}: {counts.sentence()}" for where, counts in report.labels.items()] + report.notes
+        for note in notes:
+            stage.say(note)
         metadata = {
             "dataset": settings.traffic.name,
             "revision": settings.traffic.revision or "",
             "hash": fingerprint([*rows, *test_rows]),
+            "salt": report.salt,
             "counts": report.plain(),
+            "labels": {where: counts.plain() for where, counts in report.labels.items()},
+            "notes": notes,
         }
         write_table(rows, CONVERSATION, traffic, lambda: metadata)
         write_table(test_rows, CONVERSATION, test, lambda: metadata)

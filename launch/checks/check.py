@@ -124,12 +124,12 @@ def _hub_access(kind: str, name: str) -> tuple[Verdict, str, str]:
     return "ok", f"{name} can be read with this machine's token", ""
 
 
-def s3_object(where: str, uri: str) -> Check:
-    """Whether there is something at an `s3://` address, for this machine's credentials."""
+def s3_object(where: str, uri: str, probe: Callable[[str], object] = exists) -> Check:
+    """Whether `probe` finds something at an `s3://` address, with this machine's credentials."""
     if not has_s3_credentials():
         return Check(where, "not checked", f"{uri}: no S3 credentials on this machine", "set AWS_ACCESS_KEY_ID, ...")
     try:
-        if exists(uri):
+        if probe(uri):
             return Check(where, "ok", f"{uri} is there")
     except GuardLoopError as error:
         return failed(where, error)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from guardloop.config import PlatformSettings, Settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import tracking_uri
 from guardloop.core.text import without_secrets
+from guardloop.data.files import list_files
 from launch.checks import preflight
 from launch.checks.check import (
     Check,
@@ -254,9 +256,10 @@ def _hub_account() -> tuple[Verdict, str, str]:
 
 
 def _s3(settings: Settings) -> list[Check]:
-    addresses = [(where, source.path) for where, source in settings.sources() if source.path.startswith("s3://")]
-    addresses += [("guard.adapter", settings.guard.adapter or "")] if settings.guard.adapter else []
-    found = [s3_object(f"S3, {where}", path) for where, path in addresses if path.startswith("s3://")]
+    sources = [(where, source.path) for where, source in settings.sources() if source.path.startswith("s3://")]
+    found = [s3_object(f"S3, {where}", path, partial(list_files, where=where)) for where, path in sources]
+    if settings.guard.adapter and settings.guard.adapter.startswith("s3://"):
+        found.append(s3_object("S3, guard.adapter", settings.guard.adapter))
     return found or [Check("S3", "ok", "no s3:// address is used")]
 
 

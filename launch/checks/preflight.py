@@ -6,8 +6,8 @@ from pathlib import Path
 
 from guardloop.config import Settings
 from guardloop.core.errors import GuardLoopError
+from guardloop.data.files import list_files
 from guardloop.data.settings import SourceSettings
-from guardloop.data.sources import local_path
 from guardloop.demo import SAMPLE
 from guardloop.guard.prompt.family import family_of
 from guardloop.guard.prompt.policy import read_policy
@@ -34,11 +34,7 @@ def check(settings: Settings, home: Path) -> None:
 
 def _check_source(source: SourceSettings, where: str) -> None:
     if source.kind == "file" and not source.path.startswith("s3://"):
-        path = local_path(source.path, where)
-        if not path.is_file():
-            raise GuardLoopError(
-                f"{where}: no such file: {path}", "check the path; paths are relative to where you started"
-            )
+        list_files(source.path, where)
     if source.kind == "sample" and not (SAMPLE / f"{source.path}.jsonl").is_file():
         known = ", ".join(sorted(p.stem for p in SAMPLE.glob("*.jsonl")))
         raise GuardLoopError(f"{where}: the sample has no part {source.path!r}", f"parts: {known}")

@@ -2,6 +2,7 @@ import json
 import random
 import re
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from support.cases import cases
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import CONVERSATION, read_metadata, read_table
-from guardloop.data.clean import WORD, NearIndex, fingerprint, normalise, prepare
+from guardloop.data.clean import KEPT_PER_GROUP, fingerprint, normalise, prepare
+from guardloop.data.near import WORD, NearIndex
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.stages import prepare_data
 
@@ -60,7 +62,7 @@ prompts = st.one_of(
 ids = st.one_of(st.none(), st.sampled_from(["a", "b", "a-1", "a-2", "b-2"]))
 traffic_rows = st.lists(st.fixed_dictionaries({"prompt": prompts, "id": ids}), min_size=1, max_size=12)
 test_rows = st.lists(
-    st.fixed_dictionaries({"prompt": prompts, "id": ids, "label": st.sampled_from(["safe", "unsafe", ""])}), max_size=8
+    st.fixed_dictionaries({"prompt": prompts, "id": ids, "label": st.sampled_from(["safe", "unsafe"])}), max_size=8
 )
 
 
@@ -90,9 +92,8 @@ def test_what_is_kept_is_distinct_and_apart_from_the_test_set(traffic, test):
     assert not set(texts) & set(tests)
     assert set(texts) <= {folded(r["prompt"]) for r in traffic}
     assert all(r["prompt"] == normalise(r["prompt"]) != "" for r in kept + tested)
-    for rows in (kept, tested):
-        assert len({r["id"] for r in rows}) == len(rows)
-        assert {r["group"] for r in rows} <= {r["id"] for r in rows}
+    assert all(len({r["id"] for r in rows}) == len(rows) for rows in (kept, tested))
+    assert {r["group"] for r in tested} <= {r["id"] for r in tested}
 
 
 @few
@@ -139,8 +140,8 @@ def test_normalising_composes_and_removes_control_characters():
 def test_a_long_prompt_with_one_other_word_is_a_near_duplicate(dataset):
     text = words(60)
     changed = [*text[:30], "zebra", *text[31:]]
-    kept, _, report = prepare(dataset([{"prompt": " ".join(text)}, {"prompt": " ".join(changed)}], LABELLED))
-    assert [r["prompt"] for r in kept] == [" ".join(text)] and report.near_duplicates == 1
+    kept, _, _ = prepare(dataset([{"prompt": " ".join(text)}, {"prompt": " ".join(changed)}], LABELLED))
+    assert len(kept) == 2 and kept[0]["group"] == kept[1]["group"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_long_prompt_with_one_other_word_is_a_near_duplicate(dataset):
 )
 def test_look_alikes_stay(dataset, one, other):
     kept, _, _ = prepare(dataset([{"prompt": one}, {"prompt": other}], LABELLED))
-    assert [r["prompt"] for r in kept] == [one, other]
+    assert [r["prompt"] for r in kept] == [one, other] and kept[0]["group"] != kept[1]["group"]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9, 0.99])
@@ -179,8 +180,46 @@ def test_the_threshold_means_what_it_says(threshold):
 def test_near_duplicates_of_every_row_are_found_though_ids_repeat(dataset):
     one, two = words(60, 1), words(60, 2)
     rows = [{"id": "turn", "prompt": " ".join(text)} for text in (one, two, [*two[:-1], "zebra"])]
-    kept, _, report = prepare(dataset(rows, LABELLED))
-    assert len(kept) == 2 and report.near_duplicates == 1 and len({r["group"] for r in kept}) == 2
+    kept, _, _ = prepare(dataset(rows, LABELLED))
+    assert len({r["id"] for r in kept}) == len(kept) == 3 and len({r["group"] for r in kept}) == 2
+
+
+def on_a_template(count: int, seed: int = 0) -> list[dict]:
+    """So many prompts that differ in one word of sixty, none twice."""
+    text = words(60, seed)
+    return [{"prompt": " ".join([*text[:30], f"payload{n}", *text[31:]])} for n in range(count)]
+
+
+def test_several_of_each_group_are_kept_whoever_came_first(dataset):
+    harmless, later = on_a_template(KEPT_PER_GROUP), on_a_template(200)[KEPT_PER_GROUP:]
+    kept, _, report = prepare(dataset([*harmless, *later, {"prompt": "alone"}], LABELLED))
+    assert len(kept) == KEPT_PER_GROUP + 1 and report.near_duplicates == 200 - KEPT_PER_GROUP
+    assert any(row["prompt"] in {r["prompt"] for r in later} for row in kept)
+    assert len({row["group"] for row in kept}) == 2
+
+
+def test_which_are_kept_and_their_group_depend_on_all_rows(dataset):
+    rows = on_a_template(200)
+    first, again, other = (prepare(dataset([*rows, {"prompt": last}], LABELLED))[0] for last in ("one", "one", "two"))
+    assert first == again
+    assert {r["prompt"] for r in first[:-1]} != {r["prompt"] for r in other[:-1]}
+    assert {r["group"] for r in first}.isdisjoint(r["group"] for r in other)
+    assert {r["group"] for r in first}.isdisjoint(r["group"] for r in prepare(dataset(rows, LABELLED), seed=1)[0])
+
+
+@pytest.mark.parametrize("kind", ["template", "ids"])
+def test_the_time_grows_with_the_rows_whatever_they_hold(dataset, kind):
+    def seconds(count: int) -> float:
+        rows = on_a_template(count)
+        if kind == "ids":
+            half = count // 2
+            rows = [{"id": f"a-{n}", "prompt": f"one {n}"} for n in range(half)]
+            rows += [{"id": "a", "prompt": f"two {n}"} for n in range(half)]
+        started = time.process_time()
+        prepare(dataset(rows, LABELLED))
+        return time.process_time() - started
+
+    assert seconds(4000) < 6 * seconds(1000)
 
 
 @pytest.mark.parametrize(
@@ -251,11 +290,16 @@ def test_a_small_overlap_is_removed_from_the_traffic(dataset):
     assert report.overlap_with_test == 2 and len(tested) == 20
 
 
-def test_a_large_overlap_is_refused_unless_it_is_allowed(dataset):
-    error = refusal(overlapping(dataset, 3))
-    assert "15%" in error.what and "max_overlap" in error.remedy
-    kept, _, report = prepare(overlapping(dataset, 3, max_overlap=0.15))
-    assert len(kept) == 1 and report.overlap_with_test == 3
+def test_a_large_overlap_is_removed_too_and_told(dataset):
+    kept, _, report = prepare(overlapping(dataset, 3))
+    assert len(kept) == 1 and report.overlap_with_test == 3 and "15% of the test prompts" in report.notes[0]
+    _, _, allowed = prepare(overlapping(dataset, 3, max_overlap=0.15))
+    assert not allowed.notes
+
+
+def test_whoever_knows_the_test_set_cannot_stop_a_run(dataset):
+    kept, _, report = prepare(overlapping(dataset, 20))
+    assert [r["prompt"] for r in kept] == ["only in the traffic"] and report.overlap_with_test == 20
 
 
 def test_the_overlap_counts_groups_of_near_duplicates_once(dataset):
@@ -263,10 +307,10 @@ def test_the_overlap_counts_groups_of_near_duplicates_once(dataset):
     texts = [words(60, seed) for seed in range(5)]
     test = [{"prompt": " ".join([*t, f"end{i}"]), "label": i % 2} for t in texts for i in range(20)]
     traffic = [{"prompt": " ".join(t)} for t in texts] + [{"prompt": "only in the traffic"}]
-    assert "100%" in refusal(dataset(traffic, test)).what
+    assert "100% of the test prompts" in prepare(dataset(traffic, test))[2].notes[0]
     apart = [{"prompt": " ".join(words(60, seed)), "label": "safe"} for seed in range(10, 20)]
-    kept, tested, _ = prepare(dataset([traffic[0], traffic[-1]], [*test[:20], *apart]))
-    assert len(kept) == 1 and len(tested) == 30  # one of eleven groups
+    kept, tested, report = prepare(dataset([traffic[0], traffic[-1]], [*test[:20], *apart]))
+    assert len(kept) == 1 and len(tested) == 30 and not report.notes  # one of eleven groups
 
 
 @pytest.mark.parametrize("text", ["! ?", "?!  🙂", "C", "ß", "的"])
@@ -278,7 +322,7 @@ def test_prompts_without_words_are_kept_apart_too(dataset, text):
 
 def test_the_same_file_for_traffic_and_test_is_refused(dataset):
     same = dataset(LABELLED, LABELLED)
-    assert "100%" in refusal(same.model_copy(update={"traffic": same.test})).what
+    assert "2 of 2 rows are in the test set too" in refusal(same.model_copy(update={"traffic": same.test})).what
 
 
 def test_official_splits_are_never_mixed(dataset):
@@ -286,6 +330,77 @@ def test_official_splits_are_never_mixed(dataset):
     kept, tested, _ = prepare(dataset(traffic, LABELLED))
     assert {r["prompt"] for r in kept} == {r["prompt"] for r in traffic}
     assert [r["prompt"] for r in tested] == [r["prompt"] for r in LABELLED]
+
+
+# Labels that contradict each other, and rows without one
+
+ANNOTATED = {"one": "uus", "tie": "us", "agreed": "sss", "single": "u"}
+"""Labels of several annotators by text: u unsafe, s safe."""
+
+
+def annotated() -> list[dict]:
+    """One row per annotator."""
+    words_of = {"u": "unsafe", "s": "safe"}
+    return [
+        {"id": f"{text}{n}", "prompt": change(text), "label": words_of[label]}
+        for text, labels in ANNOTATED.items()
+        for n, (label, change) in enumerate(zip(labels, (str, str.upper, "  {} ".format), strict=False))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("majority", {"one": True, "agreed": False, "single": True}),
+        ("any", {"one": True, "tie": True, "agreed": False, "single": True}),
+    ],
+)
+def test_contradicting_labels_of_a_test_set(dataset, policy, expected):
+    _, tested, report = prepare(dataset([{"prompt": "x"}], annotated(), contradictions=policy))
+    assert {row["prompt"]: row["unsafe"] for row in tested} == expected
+    assert (report.labelled_again, report.contradictions, report.ties) == (3, 2, policy == "majority")
+    (note,) = report.notes
+    assert "dataset.test: 1 of 3 texts that are labelled more than once agree" in note
+    assert ("'tie0'" in note) == (policy == "majority")
+
+
+def test_contradictions_can_be_refused(dataset):
+    error = refusal(dataset([{"prompt": "x"}], annotated(), contradictions="refuse"))
+    assert "2 texts have labels that contradict each other: 'one0', 'tie0'" in error.what
+    assert "contradictions" in error.remedy
+
+
+def test_contradicting_labels_of_the_traffic_and_across_both_sets(dataset):
+    traffic = [{"prompt": "a", "label": label} for label in ("safe", "safe", "unsafe")]
+    traffic += [{"prompt": "b", "label": label} for label in ("safe", "unsafe")]
+    traffic += [{"prompt": "something kind", "label": label} for label in ("unsafe", "safe", None)]
+    kept, _, report = prepare(dataset(traffic, LABELLED, max_overlap=1))
+    assert {row["prompt"]: row["unsafe"] for row in kept} == {"a": False, "b": None}
+    assert (report.overlap_with_test, report.overlap_contradictions, report.ties) == (3, 1, 0)
+    assert "dataset.traffic: 0 of 2 texts" in report.notes[0] and "'b'" not in report.notes[0]
+
+
+def test_a_response_set_of_several_annotators(dataset):
+    rows = [{"prompt": "p", "response": "r", "label": label} for label in ("unsafe", "unsafe", "safe")]
+    _, tested, report = prepare(dataset([{"prompt": "x"}], LABELLED, [*rows, {**rows[2], "response": "other"}]))
+    assert [(row["response"], row["unsafe"]) for row in tested[2:]] == [("r", True), ("other", False)]
+    assert report.response_test == 2 and report.contradictions == 1
+
+
+def test_rows_without_a_label_are_refused_or_dropped_and_counted(dataset):
+    rows = [*LABELLED, {"id": "seven", "prompt": "c", "label": "n/a"}, {"prompt": "d"}]
+    wanted = dataset([{"prompt": "x"}], rows)
+    assert "dataset.test: 2 rows have no label; the first: row 3, row 4" in refusal(wanted).what
+    dropping = wanted.model_copy(update={"test": wanted.test.model_copy(update={"unlabelled": "drop"})})
+    _, tested, report = prepare(dropping)
+    assert len(tested) == 2 and report.unlabelled == 2
+    assert report.labels["dataset.test"].plain()["missing"] == {"n/a": 1, "(empty)": 1}
+
+
+@pytest.mark.parametrize("label", ["complaint", None, ["unsafe"]])
+def test_what_the_traffic_is_labelled_with_stops_nothing(dataset, label):
+    kept, _, _ = prepare(dataset([{"prompt": "x", "label": label}], LABELLED))
+    assert [row["unsafe"] for row in kept] == [None]
 
 
 # What is refused
@@ -298,7 +413,7 @@ def test_an_empty_traffic_or_test_set_is_refused(dataset):
 
 def test_traffic_of_which_nothing_is_left_is_refused(dataset):
     error = refusal(dataset([{"prompt": " "}, {"prompt": "x" * 8001}], LABELLED))
-    assert "dataset.traffic" in error.what and "8,000" in error.remedy
+    assert "dataset.traffic" in error.what and "8,000" in error.what
 
 
 @pytest.mark.parametrize("kind", ["safe", "unsafe"])
@@ -308,7 +423,7 @@ def test_a_test_set_of_one_label_is_refused(dataset, kind):
 
 
 def test_a_test_set_without_labels_is_refused(dataset):
-    error = refusal(dataset([{"prompt": "x"}], [{"prompt": "a"}, {"prompt": "b", "label": ""}]))
+    error = refusal(dataset([{"prompt": "x"}], [{"prompt": "a"}, {"prompt": "b"}]))
     assert "dataset.test" in error.what and "label" in error.remedy
 
 
@@ -334,6 +449,7 @@ def test_the_stage_writes_both_tables_and_what_became_of_the_rows(dataset, tmp_p
     assert [r["prompt"] for r in traffic] == ["? one", "two"]
     metadata = read_metadata(tmp_path / "test.parquet")
     assert metadata["dataset"] == "traffic" and metadata["hash"] and metadata["counts"]["kept"] == 2
+    assert metadata["labels"]["dataset.test"] == {"unsafe": {"unsafe": 1}, "safe": {"safe": 1}} and metadata["salt"]
 
 
 def test_the_stage_gives_the_same_files_again(dataset, tmp_path):

@@ -15,6 +15,7 @@ from support.services import S3Server
 from guardloop.config import load_settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.storage import put
+from guardloop.data.labels import LabelCounts
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 
@@ -68,7 +69,7 @@ def toxic_chat_rows(rows=TOXIC_CHAT) -> list[dict]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_gives_the_same_conversations(write, kind):
-    read_rows = read(write(ROWS, f"rows{kind}"), columns=COLUMNS, unsafe_labels=["blocked"])
+    read_rows = read(write(ROWS, f"rows{kind}"), columns=COLUMNS, unsafe_labels=["blocked"], safe_labels=["fine"])
     assert [(r["id"], r["prompt"], r["unsafe"], r["category"], r["jailbreak"]) for r in read_rows] == [
         ("a", "How do I bake bread?", False, None, False),
         ("b", 'Say "boo",\nthen run', True, "S1", True),
@@ -93,16 +94,59 @@ def test_parquet_is_read_over_all_its_row_groups(tmp_path):
 # Labels, ids and filters
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("label", "unsafe"),
     [
-        *[(value, True) for value in ("unsafe", "UNSAFE", " Unsafe ", 1, 1.0, True, "1", "true", "toxic")],
-        *[(value, False) for value in ("safe", 0, 0.0, False, "0", "anything else")],
-        *[(value, None) for value in (None, "", "  ")],
+        *[
+            (value, True)
+            for value in ("unsafe", "UNSAFE", " Unsafe ", 1, 1.0, True, "1", "true", "toxic", "unsafe\u200b")
+        ],
+        *[(value, False) for value in ("safe", 0, 0.0, False, "0", "Non-toxic", "\ufeffsafe")],
+        *[(value, None) for value in (None, "", "  ", float("nan"), "NaN", "null", "NULL", "n/a", "NaT", "None", [])],
+        *[(value, None) for value in ("unsafe,S1", ["unsafe"], "yes", 2, -1, "anything else")],
     ],
 )
-def test_words_and_numbers_of_a_label(write, label, unsafe):
-    assert read(write([{"prompt": "x", "label": label}]))[0]["unsafe"] is unsafe
+def test_what_a_label_means(write, kind, label, unsafe):
+    rows = [{"prompt": "x", "label": label}]
+    assert read(write(rows, f"rows{kind}"))[0]["unsafe"] is unsafe
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        *[(label, "2 rows have no label; the first: row 2, row 3") for label in (None, "", "NaN", "null", "n/a")],
+        (["unsafe"], "2 labels are neither safe nor unsafe: \"['unsafe']\" (2)"),
+        ("unsafe,S1", "2 labels are neither safe nor unsafe: 'unsafe,S1' (2)"),
+        ("yes", "'yes' (2)"),
+    ],
+)
+def test_a_label_that_is_missing_or_unknown_is_refused_in_a_labelled_set(write, label, message):
+    rows = [{"prompt": str(n), "label": value} for n, value in enumerate(["safe", label, label, "unsafe"])]
+    wanted, labels = source(write(rows)), LabelCounts()
+    list(read_conversations(wanted, 0, "dataset.test", labels))
+    with pytest.raises(GuardLoopError) as caught:
+        labels.check(wanted, "dataset.test")
+    assert message in caught.value.what and "dataset.test" in caught.value.what
+    if "no label" in message:
+        labels.check(wanted.model_copy(update={"unlabelled": "drop"}), "dataset.test")
+
+
+def test_every_value_of_a_label_is_counted_with_what_it_became(write):
+    values = ["unsafe", "UNSAFE", 1, "safe", "n/a", None, "maybe", *[f"text {n}" for n in range(100)]]
+    labels = LabelCounts()
+    path = write([{"prompt": "x", "label": value} for value in values])
+    list(read_conversations(source(path), labels=labels))
+    plain = labels.plain()
+    assert plain["unsafe"] == {"unsafe": 1, "UNSAFE": 1, "1": 1} and plain["safe"] == {"safe": 1}
+    assert plain["missing"] == {"n/a": 1, "(empty)": 1} and sum(plain["unknown"].values()) == 101
+    assert len(plain["unknown"]) <= 51 and "'maybe' (1)" in labels.sentence()
+
+
+def test_labels_of_ones_own_stand_beside_the_usual_ones(write):
+    rows = [{"prompt": "x", "label": label} for label in ("blocked", "fine", "false", "0")]
+    own = read(write(rows), unsafe_labels=["blocked", "false"], safe_labels=["fine", "false"])
+    assert [row["unsafe"] for row in own] == [True, False, True, None]  # what is in both lists is unsafe
 
 
 @pytest.mark.parametrize("value", [1, 1.0, "1", "1.0"])

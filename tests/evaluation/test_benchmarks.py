@@ -195,7 +195,7 @@ def test_a_benchmark_of_another_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GuardLoopError, match=r"benchmark xstest: .* no column 'prompt'"):
         read_benchmark(settings)
     comma_separated(tmp_path / "xstest_prompts.csv", [{"id": 1, "prompt": "x", "label": "harmful", "type": ""}])
-    with pytest.raises(GuardLoopError, match="every row is labelled safe"):
+    with pytest.raises(GuardLoopError, match="neither safe nor unsafe: 'harmful'"):
         read_benchmark(settings)
 
 
