@@ -1,6 +1,7 @@
 """What is checked before a run is submitted, so that it does not fail an hour later on the cluster."""
 
 import ipaddress
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -25,6 +26,10 @@ from launch.kubeflow.namespace import Namespace, NoAccessError
 from launch.kubeflow.package import Package
 
 MARKER = ".guardloop-preflight"
+STORE_ADDRESS = "AWS_ENDPOINT_URL_S3"
+THEIR_STORE = (
+    f"to have it checked, set {STORE_ADDRESS} and its keys here; `kubectl port-forward` reaches a store within"
+)
 
 
 def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Check]:
@@ -35,9 +40,9 @@ def check_all(cluster: Cluster, package: Package, settings: Settings) -> list[Ch
             lambda: check_images(package.images()),
             lambda: _objects(cluster, package),
             lambda: hub_models(settings),
-            lambda: _endpoints(settings, package),
-            lambda: _data(settings),
-            lambda: [_artifacts(cluster)],
+            lambda: _endpoints(settings, package, cluster),
+            lambda: _data(settings, _other_store(package, cluster)),
+            lambda: [_artifacts(cluster, _other_store(package, cluster))],
             lambda: [_mlflow(package, cluster)],
         ]
     )
@@ -82,7 +87,7 @@ def _object(namespace: Namespace, kind: str, name: str, keys: set[str]) -> Check
     return Check(kind, "ok", name)
 
 
-def _data(settings: Settings) -> list[Check]:
+def _data(settings: Settings, other_store: str) -> list[Check]:
     """Files that the stages will read: those of this machine are not on the cluster."""
     checks = []
     paths = [(where, source.path) for where, source in settings.sources() if source.kind == "file"]
@@ -94,7 +99,9 @@ def _data(settings: Settings) -> list[Check]:
     for where, path in paths:
         if path.startswith("models:/"):
             continue
-        if path.startswith("s3://"):
+        if path.startswith("s3://") and other_store:
+            checks.append(Check(where, "not checked", f"{path}: {other_store}", THEIR_STORE))
+        elif path.startswith("s3://"):
             checks.append(s3_object(where, path))
         elif path.startswith("/"):
             remedy = "mount a volume with it into the stages, or put it on s3://"
@@ -105,7 +112,7 @@ def _data(settings: Settings) -> list[Check]:
     return checks
 
 
-def _endpoints(settings: Settings, package: Package) -> list[Check]:
+def _endpoints(settings: Settings, package: Package, cluster: Cluster) -> list[Check]:
     """Endpoints as the pods that ask them see them."""
     stage = "generate-responses"
     if not package.runs(stage):
@@ -122,7 +129,7 @@ def _endpoints(settings: Settings, package: Package) -> list[Check]:
             remedy = f"map the key of a secret to {key} for {stage}, in cluster.secrets of the platform"
             checks.append(Check(name, "failed", f"{stage} gets no {key}, which holds the endpoint's key", remedy))
         else:
-            remedy = "see that network policies let the stages reach it: docs/kubernetes.md, What to edit"
+            remedy = f"ask from within: {_from_cluster(package, cluster, f'{one.base_url}/models')}"
             checks.append(Check(name, "not checked", f"{one.base_url} is asked from the cluster", remedy))
     return checks
 
@@ -135,7 +142,7 @@ def _is_pod_itself(host: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _artifacts(cluster: Cluster) -> Check:
+def _artifacts(cluster: Cluster, other_store: str) -> Check:
     """Whether the place of the artifacts can be written with this machine's credentials."""
     name, root = "artifact store", cluster.target.pipeline_root
     if not root:
@@ -144,6 +151,8 @@ def _artifacts(cluster: Cluster) -> Check:
         return Check(name, "not checked", f"{own} is used, with the cluster's credentials", remedy)
     if not root.startswith("s3://"):
         return Check(name, "not checked", f"{root}: only s3:// can be checked from here")
+    if other_store:
+        return Check(name, "not checked", f"{root}: {other_store}", THEIR_STORE)
     if not has_s3_credentials():
         return Check(
             name, "not checked", f"{root}: no S3 credentials on this machine", "set AWS_ACCESS_KEY_ID and the others"
@@ -156,6 +165,27 @@ def _artifacts(cluster: Cluster) -> Check:
     except GuardLoopError as error:
         return failed(name, error)
     return Check(name, "ok", f"{root} can be written with this machine's credentials")
+
+
+def _other_store(package: Package, cluster: Cluster) -> str:
+    """In words, that the stages use another object store than this machine; empty where it is the same one."""
+    uri = package.variable(STORE_ADDRESS)
+    source = package.config_key(STORE_ADDRESS)
+    if not uri and not source:
+        return ""
+    uri = uri or (source and _config_value(cluster, *source))
+    here = os.environ.get(STORE_ADDRESS) or os.environ.get("AWS_ENDPOINT_URL")
+    if uri == here or (uri is None and here):
+        return ""
+    return f"the stages use the store {f'at {without_secrets(uri)}' if uri else 'that their config map names'}"
+
+
+def _from_cluster(package: Package, cluster: Cluster, url: str) -> str:
+    """The command that asks a server from a pod of the cluster, in an image of ours."""
+    image = next(iter(package.images()), "python:3.11")
+    program = f"import urllib.request as u; print(u.urlopen('{without_secrets(url)}', timeout=20).status)"
+    kubectl = f"kubectl -n {cluster.target.namespace or 'kubeflow'} run guardloop-ask --rm -i --restart=Never"
+    return f'{kubectl} --image={image} -- python3 -c "{program}"'
 
 
 def _config_value(cluster: Cluster, config_map: str, key: str) -> str | None:
@@ -184,4 +214,4 @@ def _mlflow(package: Package, cluster: Cluster) -> Check:
         return Check(
             name, "failed", f"{without_secrets(uri)}: the stages share no file or database of this machine", remedy
         )
-    return mlflow_server(uri)
+    return mlflow_server(uri, _from_cluster(package, cluster, f"{uri.rstrip('/')}/health"))

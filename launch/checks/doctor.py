@@ -41,7 +41,7 @@ SETUP = "make setup"
 
 def examine(settings: Settings, where: PlatformSettings, home: Path) -> list[Check]:
     """Look at everything that a run on this machine will need. Nothing is raised: every finding is a Check."""
-    gpus = _gpus()
+    gpus = find_gpus()
     needs = needs_gpu(settings)
     return look(
         [
@@ -153,7 +153,7 @@ def _disk_of_models() -> Check:
     return Check("model cache", "ok", found)
 
 
-def _gpus() -> list[dict[str, str]] | None:
+def find_gpus() -> list[dict[str, str]] | None:
     """Name, driver and memory of each GPU, as the driver tells; None where there is no driver that answers."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:

@@ -3,6 +3,7 @@
 Data is counted; what cannot be known before is estimated, and every such number says why it is rough.
 """
 
+import os
 import random
 import tempfile
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from guardloop.core.records import CONVERSATION, Row, write_table
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.responses.settings import without_prefill
-from launch.checks.doctor import needs_gpu
+from launch.checks.doctor import find_gpus, needs_gpu
 from launch.checks.rates import GUARDS, Past, Rate, recorded_rates
 
 SAMPLE_ROWS = 200
@@ -124,7 +125,8 @@ class Plan:
 
 def make_plan(settings: Settings, past: Past | None) -> Plan:
     """Estimate every stage of the whole pipeline. Raises GuardLoopError where the data cannot be read."""
-    device: Device = "gpu" if needs_gpu(settings) else "cpu"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and find_gpus()
+    device: Device = "gpu" if needs_gpu(settings) or visible else "cpu"
     source = f"the run {past.run}" if past else "docs/benchmarks.md, where a rate fits"
     stages = [_estimate(work, settings, past, device) for work in _works(settings, past)]
     return Plan(device, source, stages, list(filter(None, [without_prefill(settings.responders)])))

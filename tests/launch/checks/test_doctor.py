@@ -91,7 +91,7 @@ def put_in_path(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-@pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
+@pytest.mark.skipif(doctor.find_gpus() is not None, reason="there is a GPU")
 def test_a_gpu_that_torch_was_not_built_for(examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     put_in_path(tmp_path, monkeypatch, "echo NVIDIA H100 80GB HBM3, 570.86.15, 81559 MiB")
     code, found = examine({"guard": {"quantization": "fp8"}})
@@ -101,7 +101,7 @@ def test_a_gpu_that_torch_was_not_built_for(examine: Doctor, monkeypatch: pytest
     assert found["torch"]["verdict"] == "failed" and "TORCH_INDEX" in found["torch"]["remedy"]
 
 
-@pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
+@pytest.mark.skipif(doctor.find_gpus() is not None, reason="there is a GPU")
 def test_a_gpu_without_a_compiler_for_its_code(
     examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_gpu_without_a_compiler_for_its_code(
     assert "Python.h" in headless["found"] and found["found"] == f"{tmp_path}/bin/gcc"
 
 
-@pytest.mark.skipif(doctor._gpus() is not None, reason="there is a GPU")
+@pytest.mark.skipif(doctor.find_gpus() is not None, reason="there is a GPU")
 def test_a_driver_that_does_not_answer_is_no_gpu(
     examine: Doctor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

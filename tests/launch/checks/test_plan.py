@@ -40,6 +40,9 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return call
 
 
+ON_A_GPU = [{"kind": "vllm", "model": "mistralai/Mistral-7B-Instruct-v0.3"}]
+
+
 def data(folder: Path, rows: int, **more: Any) -> dict[str, Any]:
     """Settings whose traffic is a file of so many prompts of eight bytes."""
     path = folder / f"{rows}.jsonl"
@@ -94,7 +97,7 @@ def test_a_limit_counts_and_all_of_the_data_is_read(tmp_path: Path) -> None:
 
 def test_a_gpu_where_the_configuration_needs_one(tmp_path: Path) -> None:
     values = data(tmp_path, 327, guard={"base": "meta-llama/LlamaGuard-7b"})
-    values["responders"] = [{"kind": "vllm", "model": "mistralai/Mistral-7B-Instruct-v0.3"}]
+    values["responders"] = ON_A_GPU
     plan = make_plan(Settings.model_validate(values), None)
     seconds = {stage.stage: stage.seconds.value for stage in plan.stages}
 
@@ -104,8 +107,8 @@ def test_a_gpu_where_the_configuration_needs_one(tmp_path: Path) -> None:
 
 
 def test_a_rate_of_one_quantization_is_not_taken_for_another(tmp_path: Path) -> None:
-    guard = {"base": "meta-llama/LlamaGuard-7b", "device": "cuda", "quantization": "int8"}
-    plan = make_plan(Settings.model_validate(data(tmp_path, 20, guard=guard)), None)
+    guard = {"base": "meta-llama/LlamaGuard-7b", "quantization": "int8"}
+    plan = make_plan(Settings.model_validate(data(tmp_path, 20, guard=guard, responders=ON_A_GPU)), None)
     assert next(stage for stage in plan.stages if stage.stage == "screen prompts").seconds.value is None
 
 
@@ -125,8 +128,8 @@ def test_both_guards_score_every_row_of_a_benchmark(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": f"{i:012d}", "label": "safe"}) + "\n" for i in range(30)))
     source = {"kind": "file", "path": str(path)}
     benchmark = {"name": "ours", "kind": "safe", "source": source}
-    guard = {"base": "meta-llama/LlamaGuard-7b", "device": "cuda"}
-    values = data(tmp_path, 10, guard=guard, evaluation={"benchmarks": [benchmark]})
+    guard = {"base": "meta-llama/LlamaGuard-7b"}
+    values = data(tmp_path, 10, guard=guard, responders=ON_A_GPU, evaluation={"benchmarks": [benchmark]})
     stages = {stage.stage: stage for stage in make_plan(Settings.model_validate(values), None).stages}
     scored = stages["score_benchmarks"]
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.ended import Ended
 from support.kubeflow_server import KubeflowServer
-from support.root import ROOT
 from support.services import S3Server
 from support.small_servers import DockerEngine, Hub, Kubernetes, SmallServer
 
@@ -59,20 +57,15 @@ def look(server: KubeflowServer) -> Look:
 def test_a_failed_check_keeps_the_run_back_unless_forced(
     server: KubeflowServer, guardloop: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.yaml").write_text("{}")
-    platform = yaml.safe_load((ROOT / "configs/platform/minikube.yaml").read_text("utf-8"))
-    del platform["cluster"]["config_maps"]
-    platform["cluster"]["environment"] = {"MLFLOW_TRACKING_URI": "sqlite:///mine.db"}
-    (tmp_path / "platform.yaml").write_text(yaml.safe_dump(platform))
-    where = ("--platform", str(tmp_path / "platform.yaml"), "--host", server.url)
-    call = ("submit", *where, "--config", str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("dataset: {traffic: {kind: file, path: mine.jsonl}}")
+    call = ("submit", "--platform", "minikube", "--host", server.url, "--config", str(tmp_path / "mine.yaml"))
 
     kept = guardloop(*call)
     forced = guardloop(*call, "--force")
 
-    assert kept.code == 2 and "nothing was submitted: MLflow" in kept.err and "--force" in kept.err
-    assert "-> set MLFLOW_TRACKING_URI in the platform's `environment` to a server" in kept.words
-    assert forced.code == 0 and len(server.runs) == 1 and "these failed: MLflow" in forced.out
+    assert kept.code == 2 and "nothing was submitted: dataset.traffic" in kept.err and "--force" in kept.err
+    assert "-> put it on s3://" in kept.words
+    assert forced.code == 0 and len(server.runs) == 1 and "these failed: dataset.traffic" in forced.out
 
 
 def test_force_does_not_help_without_access(guardloop: Callable[..., Ended]) -> None:
@@ -296,6 +289,28 @@ def test_files_of_this_machine_are_not_on_the_cluster(look: Look) -> None:
     assert found["dataset.test"].verdict == "not checked" and "s3://" in found["dataset.traffic"].remedy
 
 
+# Addresses that only the cluster reaches
+
+
+def test_what_only_the_cluster_reaches_does_not_keep_a_run_back(look: Look, kubernetes: Kubernetes) -> None:
+    """The documented way on minikube: MLflow and the store are services of the cluster."""
+    kubernetes.add("configmaps", "places", data={"mlflow": "http://mlflow.guardloop:9", "s3": "http://seaweedfs:9000"})
+    places = {"mlflow": "MLFLOW_TRACKING_URI", "s3": "AWS_ENDPOINT_URL_S3"}
+    keys = [{"configMapKey": key, "envVar": variable} for key, variable in places.items()]
+    stages = package(pods={"configMapAsEnv": [{"configMapName": "places", "keyToEnv": keys}]})
+    data = {"kind": "file", "path": "s3://guardloop/traffic.jsonl"}
+
+    found = look(stages, {"dataset": {"traffic": data}}, namespace="guardloop", pipeline_root="s3://guardloop/runs")
+
+    names = ("MLflow", "dataset.traffic", "artifact store")
+    assert {found[name].verdict for name in names} == {"not checked"}
+    assert "kubectl -n guardloop run guardloop-ask" in found["MLflow"].remedy
+    assert "http://mlflow.guardloop:9/health" in found["MLflow"].remedy
+    assert "http://seaweedfs:9000" in found["artifact store"].found
+    assert "port-forward" in found["dataset.traffic"].remedy
+    assert not [check for check in found.values() if check.verdict == "failed"]
+
+
 # Stores
 
 
@@ -358,8 +373,8 @@ def test_mlflow(look: Look) -> None:
 
     assert well.verdict == login.verdict == "ok"
     assert file.verdict == "failed" and "a server that stages reach" in file.remedy
-    assert ill.verdict == away.verdict == "failed" and "503" in ill.found
-    assert inside.verdict == "not checked"
+    assert ill.verdict == "failed" and "503" in ill.found
+    assert away.verdict == inside.verdict == "not checked" and "ask from within: kubectl" in away.remedy
 
 
 def test_what_the_cluster_says_of_its_own_services(look: Look, kubernetes: Kubernetes) -> None:
