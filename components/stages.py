@@ -168,16 +168,16 @@ def evaluate(
     from guardloop.stages import REPORT, SCORE_TABLE, SUMMARY, copy_file, curves_of, evaluate
 
     tables = baseline_scores.path, candidate_scores.path, training_set.path, adapter.path, evaluated.path
-    found = evaluate(*tables, evaluation, gate, int(seed), held_out=held_out.path, benchmarks=benchmarks.path)
+    result = evaluate(*tables, evaluation, gate, int(seed), held_out=held_out.path, benchmarks=benchmarks.path)
     copy_file(f"{evaluated.path}/{REPORT}", report.path)
     copy_file(f"{evaluated.path}/{SUMMARY}", summary.path)
-    for name, both in found.metrics.items():
+    for name, both in result.metrics.items():
         metrics.log_metric(f"change_{name}", both.change.value)
-    for guard, curves in ((found.baseline, baseline_curves), (found.candidate, candidate_curves)):
-        metrics.log_metric(f"{guard.name}_auprc", getattr(found.metrics["auprc"], guard.name).value)
+    for guard, curves in ((result.baseline, baseline_curves), (result.candidate, candidate_curves)):
+        metrics.log_metric(f"{guard.name}_auprc", getattr(result.metrics["auprc"], guard.name).value)
         curves.log_confusion_matrix(["safe", "unsafe"], guard.confusion)
         curves.log_roc_curve(*curves_of(f"{evaluated.path}/{SCORE_TABLE}", guard.name))
-    return found.decision.promote
+    return result.decision.promote
 
 
 @stage("register-model")

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from guardloop.cli.terminal import Terminal
 from guardloop.core.errors import GuardLoopError
 
 app = typer.Typer()
-console = Console(highlight=False)
+console = Terminal()
 
 
 @app.command()

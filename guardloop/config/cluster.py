@@ -21,10 +21,10 @@ GPU_TYPE = r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$"
 
 def amount(quantity: str) -> float:
     """The number that a Kubernetes quantity such as `500m` or `2Gi` stands for. Raises ValueError for other text."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", quantity)
-    if not found or found[2] not in UNITS or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", quantity)
+    if not match or match[2] not in UNITS or not float(match[1]):
         raise ValueError(f"{quantity!r} is not a quantity such as 500m, 2 or 16Gi")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * UNITS[match[2]]
 
 
 def _quantity(value: str) -> str:

@@ -53,7 +53,7 @@ class Stage:
         self._emit("progress", doing=doing, done=done, total=total or done, rate=done / max(1e-9, _since(started)))
 
     def report(self, doing: str, done: int, total: int | None, started: float, note: str = "") -> None:
-        """Tell how far the work is; `started` is a time.monotonic()."""
+        """Say how far the work is; `started` is a time.monotonic()."""
         rate = done / max(1e-9, _since(started))
         now = time.monotonic()
         if now - self._last_event >= EVENT_SECONDS:
@@ -65,7 +65,7 @@ class Stage:
             log.info("%s: %s %d/%s, %.1f/s%s %s", self.name, doing, done, total or "?", rate, left, note)
 
     def say(self, doing: str) -> None:
-        """Tell what begins now, where there is nothing to count."""
+        """Say what begins now, where there is nothing to count."""
         log.info("%s: %s", self.name, doing)
         self._emit("progress", doing=doing)
 
@@ -120,7 +120,7 @@ def short(path: Path) -> str:
 
 
 def _disk_full(error: BaseException) -> GuardLoopError | None:
-    """What to tell where the disk is full, whichever library found out."""
+    """The error to raise instead where the disk is full, whichever library noticed."""
     if isinstance(error, GuardLoopError) or not (
         getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
     ):

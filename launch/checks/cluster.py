@@ -121,11 +121,13 @@ def _endpoints(settings: Settings, package: Package, cluster: Cluster) -> list[C
     for one in settings.responders:
         if one.kind != "openai":
             continue
-        name, key = f"responder {one.tag}", one.api_key_env
+        name = f"responder {one.tag}"
+        missing = [key for key in one.variables() if not package.gives(stage, key)]
         if _is_pod_itself(urlsplit(str(one.base_url)).hostname or ""):
             remedy = "name the endpoint in the responder's base_url as the cluster's pods reach it"
             checks.append(Check(name, "failed", f"{one.base_url}: that is the pod itself", remedy))
-        elif key and not package.gives(stage, key):
+        elif missing:
+            key = missing[0]
             remedy = f"map the key of a secret to {key} for {stage}, in cluster.secrets of the platform"
             checks.append(Check(name, "failed", f"{stage} gets no {key}, which holds the endpoint's key", remedy))
         else:

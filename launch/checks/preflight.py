@@ -26,9 +26,10 @@ def check(settings: Settings, home: Path) -> None:
     if settings.guard.policy:
         read_policy(settings.guard.policy)
     for one in settings.responders:
-        key = one.api_key_env
-        if key and not os.environ.get(key):
-            raise GuardLoopError(f"{one.tag}: api_key_env: {key} is not set", f"export {key} with the endpoint's key")
+        if missing := [name for name in one.variables() if not os.environ.get(name)]:
+            raise GuardLoopError(
+                f"responder {one.tag}: {missing[0]} is not set", f"export {missing[0]} with the endpoint's key"
+            )
     check_disk(home)
 
 

@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from guardloop.config.docker import DockerSettings
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.settings import read_section
+from guardloop.responses.settings import ResponderSettings
 from launch.images import STAGES, checkout_tag, image_of
 
 LABEL = "io.guardloop.run"
@@ -140,7 +142,8 @@ class Watch:
 
 
 def _environment(arguments: Mapping[str, Any]) -> dict[str, str]:
-    keys = {one.get("api_key_env") for one in arguments.get("responders") or []}
+    responders = [read_section(ResponderSettings, one, "responders") for one in arguments.get("responders") or []]
+    keys = {name for one in responders for name in one.variables()}
     names = {name for name in os.environ if PASSED_ON.fullmatch(name) or name in FILES_NAMED_BY or name in keys}
     return {**{name: os.environ[name] for name in names}, "HOME": str(Path.home())}  # ~ means the same, too
 

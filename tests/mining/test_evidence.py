@@ -32,6 +32,17 @@ def test_responses_are_gathered_by_prompt_without_those_that_failed():
     assert {name: (e.responses, e.blocked) for name, e in found.items()} == {"one": (2, 1), "two": (1, 0)}
 
 
+@pytest.mark.parametrize("finish", ["filtered", "prompt_filtered"])
+def test_what_a_providers_filter_withheld_is_blocked_and_other_silence_is_nothing(finish):
+    prompt = screened("p", -1.0)
+    rows = [judged(prompt, 0, -9.0, finish=finish), judged(prompt, 1, -9.0), judged(prompt, 2, None, finish=finish)]
+    rows += [judged(prompt, 3 + n, 9.0, finish=kind) for n, kind in enumerate(("thinking", "tool_call", "empty"))]
+    evidence = gather(rows)["p"]
+    assert (evidence.responses, evidence.blocked, evidence.refusals) == (3, 2, 0)
+    assert evidence.worst_response is not None and evidence.worst_response["response"] is None
+    assert vote({"p": evidence}, 0.0).by_id["p"] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("score", [-1e6, -60.0, 0.0, 60.0, 1e6])
 def test_the_probability_of_any_score_is_defined(score):
     assert 0 <= probability(score) <= 1 and probability(score) + probability(-score) == pytest.approx(1)

@@ -278,13 +278,13 @@ def _check_supported(model: Any, settings: ResponderSettings) -> None:
     missing = [name for name in NEEDED if name not in inspect.signature(model.forward).parameters]
     if missing or config.is_encoder_decoder or not kinds <= {"full_attention", "sliding_attention"}:
         raise GuardLoopError(
-            f"responder.model: the transformers engine cannot run a {config.model_type} model",
-            "set responder.kind to vllm or openai, or choose a model with plain attention, such as Llama or Qwen",
+            f"responder {settings.tag}: the transformers engine cannot run a {config.model_type} model",
+            "set its kind to vllm or openai, or choose a model with plain attention, such as Llama or Qwen",
         )
     context = getattr(config, "max_position_embeddings", None)
     for limit, what in ((window, "attention window"), (context, "context")):
         if limit and longest > limit:
             raise GuardLoopError(
-                f"responder: max_prompt_tokens + max_new_tokens = {longest} is more than the model's {what} of {limit}",
-                f"lower responder.max_prompt_tokens to at most {limit - settings.max_new_tokens}",
+                f"{settings.tag}: max_prompt_tokens + max_new_tokens = {longest} is over the model's {what} of {limit}",
+                f"lower its max_prompt_tokens to at most {limit - settings.max_new_tokens}",
             )

@@ -53,8 +53,8 @@ class VllmResponder:
         except (ValueError, RuntimeError, OSError) as error:
             reason = first_line(error)
             raise GuardLoopError(
-                f"responder: vLLM cannot serve {load}: {reason}",
-                "check the GPU's free memory and that vLLM knows the model, or lower responder.max_prompt_tokens",
+                f"responder {settings.tag}: vLLM cannot serve {load}: {reason}",
+                "check the GPU's free memory and that vLLM knows the model, or lower its max_prompt_tokens",
             ) from error
         self._engine = self.llm.llm_engine
         self._most_pending = READ_AHEAD * self._engine.vllm_config.scheduler_config.max_num_seqs
@@ -131,7 +131,7 @@ class VllmResponder:
             return list(self._engine.step())
         except Exception as error:
             raise GuardLoopError(
-                f"responder: vLLM stopped working: {first_line(error)}",
+                f"responder {self.name}: vLLM stopped working: {first_line(error)}",
                 "look at its log above; what was generated is kept, and a new run goes on from there",
             ) from error
 
@@ -152,12 +152,12 @@ def _import_vllm() -> Any:
         importlib.import_module("vllm.inputs")
     except ImportError as error:
         raise GuardLoopError(
-            f"responder.kind: vllm is not usable here: {error}",
-            "install guardloop[gpu], or set responder.kind to transformers or openai",
+            f"kind: vllm is not usable here: {error}",
+            "install guardloop[gpu], or set its kind to transformers or openai",
         ) from error
     if not torch.cuda.is_available():
         raise GuardLoopError(
-            "responder.kind: vllm needs a GPU, and there is no usable one",
-            "run on a GPU, or set responder.kind to transformers or openai",
+            "kind: vllm needs a GPU, and there is no usable one",
+            "run on a GPU, or set its kind to transformers or openai",
         )
     return vllm

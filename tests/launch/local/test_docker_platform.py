@@ -73,7 +73,9 @@ def test_stages_get_their_own_variables_and_no_others(
     (tmp_path / "ca.pem").touch()
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
 
-    found = options(home, responders=[{"api_key_env": "MY_KEY"}])
+    found = options(
+        home, responders=[{"kind": "openai", "model": "m", "base_url": "http://host/v1", "api_key_env": "MY_KEY"}]
+    )
 
     assert found["environment"].items() >= {**given, "GUARDLOOP_RUN_ID": "run-1"}.items()
     assert not {"OTHER_TOKEN", "PATH", "PYTHONPATH"} & set(found["environment"])

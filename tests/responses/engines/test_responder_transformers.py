@@ -190,7 +190,7 @@ def test_models_with_another_cache_are_refused(tokenizer: Any) -> None:
 @pytest.mark.parametrize(("changes", "told"), [({"max_prompt_tokens": 600}, "context of 512"), ({}, "window of 64")])
 def test_contexts_that_are_too_long_are_refused(tokenizer: Any, changes: dict[str, int], told: str) -> None:
     config = transformers.MistralConfig(**small(len(tokenizer), sliding_window=None if changes else 64))
-    with pytest.raises(GuardLoopError, match=rf"{told}(.|\n)*lower responder.max_prompt_tokens"):
+    with pytest.raises(GuardLoopError, match=rf"{told}(.|\n)*lower its max_prompt_tokens"):
         TransformersResponder.of(tiny_settings(**changes), transformers.MistralForCausalLM(config), tokenizer)
 
 
