@@ -10,6 +10,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from support.root import ROOT
 
 from guardloop.config import load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.records import CONVERSATION, count_rows, read_metadata, read_table, write_table
+from guardloop.core.records import CONVERSATION, SAID, count_rows, read_metadata, read_table, write_table
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.guard.adapter_files import check_adapter_files
@@ -28,6 +29,7 @@ from guardloop.guard.loading import attach_adapter, load_renderer
 from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.policy import read_policy
 from guardloop.guard.settings import GuardSettings
+from guardloop.responses.engines.completion import OPTIONAL, BrokenAnswer, ProviderError, read_completion, read_error
 
 SLOW_SECONDS = 10.0
 HOSTILE = [
@@ -172,10 +174,47 @@ def _render(folder: Path) -> None:
     assert tokens and all(isinstance(token, int) for token in tokens)
 
 
+ANSWER = {
+    "error": None,
+    "choices": [
+        {
+            "finish_reason": "length",
+            "content_filter_results": {"hate": {"filtered": False}},
+            "message": {
+                "content": [{"type": "text", "text": "<think>hm</think>"}, "yes"],
+                "refusal": None,
+                "reasoning_content": "hm",
+                "tool_calls": [{"function": {"name": "f"}}],
+            },
+        }
+    ],
+    "usage": {"completion_tokens": 3, "completion_tokens_details": {"reasoning_tokens": 1}},
+}
+REFUSAL = {
+    "error": {"message": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'", "param": "max_tokens"}
+}
+
+
+def _read_answer(folder: Path) -> None:
+    """As an answer and as an error; only the two exceptions that the engine expects."""
+    for name in ("answer.json", "error.json"):
+        content = (folder / name).read_bytes()
+        with suppress(BrokenAnswer, ProviderError):
+            answer = read_completion(content)
+            assert bool(answer.text) == (answer.kind in SAID) and not answer.text.startswith("<think>")
+        assert read_error(400, content).parameter in ("", *OPTIONAL)
+
+
+def _write_answer(folder: Path) -> None:
+    (folder / "answer.json").write_text(json.dumps(ANSWER))
+    (folder / "error.json").write_text(json.dumps(REFUSAL))
+
+
 TARGETS = {
-    "jsonl": _table(".jsonl", 280),
+    "endpoint": Target(_write_answer, ("answer.json", "error.json"), _read_answer, 150),
+    "jsonl": _table(".jsonl", 200),
     "jsonl.gz": _table(".jsonl.gz", 60),
-    "csv": _table(".csv", 250),
+    "csv": _table(".csv", 180),
     "csv.gz": _table(".csv.gz", 60),
     "parquet": _table(".parquet", 100),
     "records": Target(_record_table, ("table",), _read_records, 80),
