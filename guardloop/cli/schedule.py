@@ -1,7 +1,7 @@
 """The commands for recurring runs on a cluster: schedule create, list, pause, resume and delete."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -25,6 +25,8 @@ from guardloop.cli.options import (
 from guardloop.config import load_platform
 
 app = typer.Typer(no_args_is_help=True, help="Recurring runs on a cluster.")
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until the run of the old schedule has ended.")]
+NowOption = Annotated[bool, typer.Option("--now", help="Stop the run of the old schedule.")]
 ScheduleArgument = Annotated[str, typer.Argument(help="Name or id of the schedule.")]
 
 
@@ -40,6 +42,8 @@ def create(
     experiment: ExperimentOption = None,
     artifact: ArtifactOption = None,
     force: Annotated[bool, typer.Option("--force", help="Create it although a check failed.")] = False,
+    wait: WaitOption = False,
+    now: NowOption = False,
 ) -> None:
     """Run the pipeline on a cluster again and again."""
     use_checkout()
@@ -51,7 +55,7 @@ def create(
     cluster = connect(where, host, namespace, experiment)
     check_needs(cluster, order, config, force, console)
     name = name or f"{order.package.name}-{config.stem}"
-    made, what = schedule.create(cluster, order, name, cron)
+    made, what = schedule.create(cluster, order, name, cron, _patience(wait, now))
     console.print(
         f"schedule {escape(name)} {what}: {schedule.cron_of(made)} (seconds first, the cluster's time zone)",
         soft_wrap=True,
@@ -100,10 +104,24 @@ def resume(
 
 @app.command()
 def delete(
-    name: ScheduleArgument, platform: KnownPlatform = None, host: HostOption = None, namespace: NamespaceOption = None
+    name: ScheduleArgument,
+    platform: KnownPlatform = None,
+    host: HostOption = None,
+    namespace: NamespaceOption = None,
+    wait: WaitOption = False,
+    now: NowOption = False,
 ) -> None:
-    """Forget a schedule; its runs stay."""
-    _each(name, "deleted", lambda cluster, one: cluster.delete_schedule(one), platform, host, namespace)
+    """Forget a schedule; the runs that ended stay."""
+    cluster = connect(platform_of(platform), host, namespace)
+    from launch.kubeflow import schedule
+
+    for one in schedule.named(cluster, name):
+        schedule.delete(cluster, one, _patience(wait, now))
+        console.print(f"schedule {escape(str(one.display_name))} is deleted", soft_wrap=True)
+
+
+def _patience(wait: bool, now: bool) -> Literal["refuse", "wait", "now"]:
+    return "now" if now else "wait" if wait else "refuse"
 
 
 def _each(name: str, done: str, action: Any, platform: str | None, host: str | None, namespace: str | None) -> None:

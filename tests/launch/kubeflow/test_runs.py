@@ -10,7 +10,7 @@ from support.kubeflow_server import KubeflowServer, Step, task
 from support.small_servers import Kubernetes
 
 from guardloop.core.errors import GuardLoopError
-from launch.kubeflow import cluster
+from launch.kubeflow import cluster, schedule
 from launch.kubeflow.schedule import six_fields
 
 Call = Callable[..., Ended]
@@ -230,6 +230,37 @@ def test_pause_resume_and_delete(schedules: Call, at: Call, server: KubeflowServ
     assert missing.code == 2 and "schedules there: nightly" in missing.err
     assert at("schedule", "delete", "nightly").code == 0 and not server.schedules
     assert at("schedule", "delete", "nightly").code == 2
+
+
+def test_a_schedule_whose_run_is_under_way_is_not_deleted_unasked(
+    schedules: Call, submits: Call, at: Call, server: KubeflowServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "POLL_SECONDS", 0.01)
+    schedules("--cron", "@daily", "--name", "nightly")
+    submits("--no-wait")
+    (run,), (made,) = server.runs.values(), server.schedules.values()
+    run |= {"recurring_run_id": made["recurring_run_id"], "state": "RUNNING"}
+    server.plays("RUNNING", "RUNNING", "SUCCEEDED")
+
+    refused = at("schedule", "delete", "nightly")
+    replaced = schedules("--cron", "@weekly", "--name", "nightly")
+    assert refused.code == replaced.code == 2 and run["run_id"] in refused.words and "--wait" in replaced.words
+    assert list(server.schedules.values()) == [made]
+
+    assert at("schedule", "delete", "nightly", "--wait").code == 0
+    assert not server.schedules and run["state"] == "SUCCEEDED"
+
+
+def test_the_run_of_a_schedule_can_be_stopped_with_it(
+    schedules: Call, submits: Call, at: Call, server: KubeflowServer
+) -> None:
+    schedules("--cron", "@daily", "--name", "nightly")
+    submits("--no-wait")
+    (run,), (made,) = server.runs.values(), server.schedules.values()
+    run |= {"recurring_run_id": made["recurring_run_id"], "state": "RUNNING"}
+
+    assert at("schedule", "delete", "nightly", "--now").code == 0
+    assert not server.schedules and server.count("POST", f"/runs/{run['run_id']}:terminate") == 1
 
 
 @pytest.mark.parametrize(
