@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,21 @@ Statistic = Callable[[Weights], Mapping[str, Floats]]
 
 TAIL = 0.025
 """Of every interval, on either side: 95% are inside. A rule of the gate reads one end, so this is its error rate."""
+Stratum = Literal["unsafe", "safe", "mixed"]
+STRATA: tuple[Stratum, ...] = ("unsafe", "safe", "mixed")
+"""Of a group: the labels that it holds."""
 BLOCK_CELLS = 1 << 19
 """Weights held at once: small enough for the processor's cache, which is what bounds the speed."""
 
 
-def bootstrap(statistic: Statistic, groups: Ints, unsafe: Bools, resamples: int, seed: int) -> dict[str, Floats]:
+def bootstrap(
+    statistic: Statistic, groups: Ints, unsafe: Bools, resamples: int, seed: int, fixed: Stratum | None = None
+) -> dict[str, Floats]:
     """Values [resamples] of each named statistic. Paired: both guards see the same resamples.
 
-    groups[N] are group numbers 0 .. G-1, unsafe[N] the labels.
+    groups[N] are group numbers 0 .. G-1, unsafe[N] the labels. Groups of the stratum `fixed` are never redrawn.
     """
-    drawn = resample_weights(groups, unsafe, resamples, seed)
+    drawn = resample_weights(groups, unsafe, resamples, seed, fixed)
     blocks = []
     with ThreadPoolExecutor(1) as ahead:  # numpy computes outside the interpreter's lock
         following = ahead.submit(next, drawn, None)
@@ -34,7 +40,9 @@ def bootstrap(statistic: Statistic, groups: Ints, unsafe: Bools, resamples: int,
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
-def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> Iterator[Counts]:
+def resample_weights(
+    groups: Ints, unsafe: Bools, resamples: int, seed: int, fixed: Stratum | None = None
+) -> Iterator[Counts]:
     """Blocks int32[B, N] of how often each row was drawn; `resamples` rows of weights in all.
 
     A group's stratum is the set of labels it holds: unsafe, safe, or both. A mixed group is thus redrawn whole,
@@ -44,8 +52,8 @@ def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> 
     has_unsafe = np.bincount(groups, weights=unsafe, minlength=size) > 0
     has_safe = np.bincount(groups, weights=~unsafe, minlength=size) > 0
     stratum = has_unsafe + 2 * has_safe
-    strata = [np.flatnonzero(stratum == kind) for kind in (1, 2, 3)]
-    members = np.concatenate(strata)
+    strata = {kind: np.flatnonzero(stratum == number) for number, kind in enumerate(STRATA, start=1)}
+    members = np.concatenate(list(strata.values()))
     place = np.zeros(size, np.int64)  # of a group in `members`
     place[members] = np.arange(len(members))
     rows = place[groups]
@@ -53,7 +61,10 @@ def resample_weights(groups: Ints, unsafe: Bools, resamples: int, seed: int) -> 
     block = max(1, min(resamples, BLOCK_CELLS // len(groups)))
     for start in range(0, resamples, block):
         draws = min(block, resamples - start)
-        counts = [_draw(rng, draws, len(kind)) for kind in strata]
+        counts = [
+            np.ones((draws, len(kept)), np.int32) if kind == fixed else _draw(rng, draws, len(kept))
+            for kind, kept in strata.items()
+        ]
         yield np.concatenate(counts, axis=1).take(rows, axis=1)
 
 

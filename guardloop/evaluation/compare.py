@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from guardloop.evaluation.gate import decide
 from guardloop.evaluation.held_out import measure_held_out
 from guardloop.evaluation.measurements import Changed, Collapse, Measurements
 from guardloop.evaluation.metrics import Bools, Floats
-from guardloop.evaluation.paired import GuardRun, compare_guards
+from guardloop.evaluation.paired import GuardRun, change_spreads, compare_guards
 from guardloop.evaluation.result import BenchmarkResult, EvaluatedGuard, Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
 from guardloop.evaluation.slices import MeasuredSlice, measure_responses, measure_slices
@@ -58,6 +59,7 @@ def evaluate(
             baseline=guards[0],
             candidate=guards[1],
             metrics=metrics,
+            spreads=cache(lambda: change_spreads(prompts, baseline, candidate, seed)),
             collapse=_collapse(prompts, prompts.candidate, candidate.threshold),
             changed_unsafe=_changed(prompts, prompts.unsafe, thresholds),
             changed_safe=_changed(prompts, ~prompts.unsafe, thresholds),

@@ -6,9 +6,11 @@ from scipy.stats import norm
 
 from guardloop.evaluation.bootstrap import TAIL
 from guardloop.evaluation.measurements import Measurements
-from guardloop.evaluation.noninferiority import JudgedSlice, judge_slices, min_error
+from guardloop.evaluation.noninferiority import JudgedSlice, judge_slices, min_error, standard_error
+from guardloop.evaluation.power import more_rows, sentence
 from guardloop.evaluation.result import Estimate, GateCheck, Outcome, SliceResult, worst
 from guardloop.evaluation.settings import GateSettings
+from guardloop.evaluation.slices import MIN_ROWS
 from guardloop.evaluation.wording import changed
 
 MAX_NAMED = 5
@@ -38,7 +40,8 @@ def harm_checks(measured: Measurements, gate: GateSettings) -> list[GateCheck]:
 def _fpr_check(measured: Measurements, limit: float) -> GateCheck:
     rise = measured.metrics["fpr"].change
     low, high = rise.ends
-    highest = max(high, rise.value + float(norm.isf(TAIL)) * min_error(limit, measured.distinct_safe))
+    z = float(norm.isf(TAIL))
+    highest = max(high, rise.value + z * min_error(limit, measured.distinct_safe))
     outcome: Outcome = "passed" if highest <= limit else "failed" if low > limit else "not proven"
     answers: dict[Outcome, str] = {
         "passed": "It blocks hardly more safe prompts.",
@@ -60,7 +63,22 @@ def _fpr_check(measured: Measurements, limit: float) -> GateCheck:
         outcome=outcome,
         answer=answers[outcome],
         explanation=f"{changed('fpr', rise)}. {ends[outcome]}",
+        more=_more_safe(limit - rise.value, (high - low) / (2 * z), limit, measured) if outcome == "not proven" else "",
     )
+
+
+def _more_safe(room: float, error: float, limit: float, measured: Measurements) -> str:
+    safe = measured.distinct_safe
+    return sentence(more_rows(room, max(error, min_error(limit, safe)), safe), "safe prompts")
+
+
+def _more_in(part: JudgedSlice) -> str:
+    """What would decide a slice."""
+    count = more_rows(part.result.gain.value + part.limit, standard_error(part.part, part.limit), part.part.groups)
+    kind = {"auprc": "", "recall": "unsafe ", "fpr": "safe "}[part.result.metric]
+    if part.of_responses:
+        return sentence(count, f"{kind}responses")
+    return sentence(count, f"{kind}prompts in {_name(part.result)}")
 
 
 def _slices_check(judged: Sequence[JudgedSlice], limit: float) -> GateCheck:
@@ -94,7 +112,10 @@ def _slices_check(judged: Sequence[JudgedSlice], limit: float) -> GateCheck:
         "failed": f"That is beyond the limit of {limit:g}.{also}",
         "not proven": f"With {result.rows} rows a loss beyond {limit:g} is not ruled out.{also}",
     }
-    return _slice_check("slices", question, alike[0], answers[outcome], ends[outcome])
+    check = _slice_check("slices", question, alike[0], answers[outcome], ends[outcome])
+    if outcome == "not proven":
+        check.more = " ".join(dict.fromkeys(map(_more_in, alike[:MAX_NAMED])))
+    return check
 
 
 RESPONSE_QUESTION = "Are responses still judged as well as before?"
@@ -114,7 +135,9 @@ def _responses_check(judged: Sequence[JudgedSlice]) -> GateCheck:
         "failed": f"That is beyond the limit of {shown.limit:g}.",
         "not proven": f"With {shown.result.rows} rows a loss beyond {shown.limit:g} is not ruled out.",
     }
-    return _slice_check("responses", RESPONSE_QUESTION, shown, answers[outcome], ends[outcome])
+    check = _slice_check("responses", RESPONSE_QUESTION, shown, answers[outcome], ends[outcome])
+    check.more = _more_in(shown) if outcome == "not proven" else ""
+    return check
 
 
 def _responses_missing(rows: int, limit: float) -> GateCheck:
@@ -126,6 +149,7 @@ def _responses_missing(rows: int, limit: float) -> GateCheck:
         outcome="not proven",
         answer="The gate could not check how responses are judged.",
         explanation=f"Of the {rows} responses in the test set too few are safe, or too few unsafe.",
+        more=f"At least {MIN_ROWS} safe and {MIN_ROWS} unsafe responses are needed.",
     )
 
 

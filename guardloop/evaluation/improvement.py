@@ -1,6 +1,7 @@
 """Checks of the gate: is the candidate better, by ranking, at equal false positives, and in what it decides?"""
 
 from guardloop.evaluation.measurements import Changed, Measurements
+from guardloop.evaluation.power import WRONG_WAY, more_decisions, more_of_both
 from guardloop.evaluation.result import GateCheck, Outcome
 from guardloop.evaluation.wording import changed
 
@@ -53,7 +54,15 @@ def _gain_check(
         outcome=outcome,
         answer=answers[outcome],
         explanation=f"{changed(metric, change)}.{_doubt(outcome)}",
+        more=_more(metric, measured) if outcome == "not proven" else "",
     )
+
+
+def _more(metric: str, measured: Measurements) -> str:
+    change = measured.metrics[metric].change.value
+    if change <= 0:
+        return WRONG_WAY
+    return more_of_both(change, measured.spreads()[metric], measured.distinct_unsafe, measured.distinct_safe)
 
 
 def _decision_check(measured: Measurements) -> GateCheck:
@@ -80,6 +89,7 @@ def _decision_check(measured: Measurements) -> GateCheck:
         answer=answers[outcome],
         explanation=f"{shown.mended} distinct {kind} prompts are {verb} by the candidate only, {shown.spoiled} by the "
         f"baseline only (exact McNemar p {shown.p:.2g}).{_doubt(outcome)}",
+        more=more_decisions(shown, measured.distinct_unsafe, "unsafe") if outcome == "not proven" else "",
     )
 
 

@@ -1,6 +1,6 @@
 """All that the gate looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import binomtest
@@ -34,6 +34,14 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """The variance of a change, by the class of prompts whose drawing causes it."""
+
+    unsafe: float
+    safe: float
+
+
+@dataclass(frozen=True)
 class Measurements:
     """Both guards on the test set. Distinct rows: near-duplicates count once."""
 
@@ -44,6 +52,8 @@ class Measurements:
     baseline: EvaluatedGuard
     candidate: EvaluatedGuard
     metrics: dict[str, Comparison]
+    spreads: Callable[[], dict[str, Spread]]
+    """Of the changes of some metrics, by name; only drawn where a check is not proven."""
     collapse: Collapse
     """Of the candidate."""
     changed_unsafe: Changed

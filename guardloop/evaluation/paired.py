@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from guardloop.evaluation.bootstrap import bootstrap, estimate
+from guardloop.evaluation.bootstrap import Stratum, bootstrap, estimate
+from guardloop.evaluation.measurements import Spread
 from guardloop.evaluation.metrics import (
     Floats,
     Weights,
@@ -22,6 +23,9 @@ from guardloop.evaluation.metrics import (
 from guardloop.evaluation.result import Comparison
 from guardloop.evaluation.table import Table
 from guardloop.evaluation.wording import FPRS, METRICS
+
+SPREAD_RESAMPLES = 400
+"""Enough for a variance to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,18 @@ def compare_guards(
     point = statistic(np.ones((1, len(table))))
     samples = bootstrap(statistic, table.group, table.unsafe, resamples, seed)
     return {name: paired_estimate(name, point, samples) for name in METRICS}
+
+
+def change_spreads(table: Table, baseline: GuardRun, candidate: GuardRun, seed: int) -> dict[str, Spread]:
+    """How much of the variance of each metric's change comes from which prompts were drawn, by class."""
+    statistic = _statistic(table, baseline, candidate)
+
+    def variances(fixed: Stratum | None) -> dict[str, float]:
+        samples = bootstrap(statistic, table.group, table.unsafe, SPREAD_RESAMPLES, seed, fixed)
+        return {name: float((samples[f"candidate/{name}"] - samples[f"baseline/{name}"]).var()) for name in METRICS}
+
+    whole, unsafe = variances(None), variances("safe")
+    return {name: Spread(unsafe[name], max(whole[name] - unsafe[name], 0.0)) for name in METRICS}
 
 
 def paired_estimate(metric: str, point: dict[str, Floats], samples: dict[str, Floats]) -> Comparison:

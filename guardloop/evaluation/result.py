@@ -84,6 +84,8 @@ class GateCheck(BaseModel):
     """One short sentence: what the outcome means."""
     explanation: str
     """The figures behind the answer."""
+    more: str = ""
+    """Where it is not proven: how many more labelled prompts, of which kind, would decide it."""
     blocks: bool = True
     """False for a warning: it is shown, and does not hold promotion back."""
 
@@ -160,3 +162,7 @@ class Evaluation(BaseModel):
     """None where no traffic was held out, or too little of it."""
     benchmarks: list[BenchmarkResult] = []
     notes: list[str] = []
+    test_set: str = ""
+    """SHA-256 of the labelled test set, whatever the order of its rows."""
+    test_set_uses: int = 0
+    """Evaluations on this test set that MLflow knows of, this one included; 0 where they were not counted."""

@@ -92,6 +92,7 @@ def _enough(label: str, count: int, needed: int) -> GateCheck:
         outcome="passed" if enough else "not proven",
         answer=f"The test set has {'enough' if enough else 'too few'} {label} prompts.",
         explanation=f"It has {count} distinct ones; {needed} are needed.",
+        more="" if enough else f"{needed - count:,} more distinct {label} prompts are needed.",
     )
 
 

@@ -1,7 +1,9 @@
 """The scored test set as columns, refused at the door when it cannot be evaluated."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,14 @@ class Table:
     def distinct(self, rows: Bools) -> int:
         """Number of near-duplicate groups among the rows where `rows[N]` is true."""
         return len(np.unique(self.group[rows]))
+
+
+def digest_of_test_set(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of a labelled test set: of its texts and labels, whatever their order."""
+    each = sorted(
+        sha256(json.dumps([row[k] for k in ("prompt", "response", "unsafe")]).encode()).digest() for row in rows
+    )
+    return sha256(b"".join(each)).hexdigest()
 
 
 def read_scores(rows: Iterable[Mapping[str, Any]]) -> Table:

@@ -24,6 +24,7 @@ FORCE_REASON = "guardloop.force_reason"
 PROMOTED_AT = "guardloop.promoted_at"
 REPLACED = "guardloop.replaced"
 EVALUATION_DIGEST = "guardloop.evaluation_sha256"
+TEST_SET = "guardloop.test_set"
 ALSO_RUNS = "guardloop.also_of_runs"
 """Of a version: later runs whose adapter and evaluation were the same."""
 VERSION = "guardloop.version"
@@ -105,8 +106,13 @@ def version_tags(origin: Origin, evaluation: Evaluation, digest: str) -> dict[st
         HEADLINE: evaluation.decision.headline,
         METRICS: json.dumps({name: round(metrics[name], 6) for name in kept if name in metrics}),
         DIGEST: digest,
-        EVALUATION_DIGEST: sha256(evaluation.model_dump_json().encode()).hexdigest(),
+        EVALUATION_DIGEST: evaluation_digest(evaluation),
     }
+
+
+def evaluation_digest(evaluation: Evaluation) -> str:
+    """SHA-256 of an evaluation: the same where it came from a cache."""
+    return sha256(evaluation.model_dump_json(exclude={"test_set_uses"}).encode()).hexdigest()
 
 
 def mark(tags: Mapping[str, str], run_id: str) -> tuple[str, str]:

@@ -37,6 +37,7 @@ ALIASES = (
     "candidate: the newest."
 )
 BATCH = 100  # MLflow takes this many parameters at once
+MANY = 1000  # runs that one search gives
 DIGEST_LENGTH = 36  # of a data set, in MLflow's database
 
 
@@ -122,6 +123,18 @@ class Registry:
             "recorded the run %s with %d metrics in MLflow at %s", origin.run_id, len(metrics), self.connection.place
         )
         return run_id
+
+    def count_uses(self, evaluation: Evaluation) -> int:
+        """How many different evaluations were made on the test set of this one, itself included, in any experiment."""
+        query = f"tags.`{contents.TEST_SET}` = '{evaluation.test_set}'"
+
+        def count(client: Any) -> int:
+            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+            runs = client.search_runs(experiments, query, max_results=MANY) if evaluation.test_set else []
+            known = {run.data.tags.get(contents.EVALUATION_DIGEST) for run in runs}
+            return len(known | {contents.evaluation_digest(evaluation)})
+
+        return self.connection.attempt("counting the uses of the test set", count)
 
     def register_adapter(
         self, adapter: Path, origin: Origin, evaluation: Evaluation, guard: GuardSettings | None = None
@@ -317,6 +330,8 @@ def _outcome(origin: Origin, evaluation: Evaluation | None) -> dict[str, str]:
             contents.NOTE: "Mining found too little to train on.",
         }
     return {
+        contents.TEST_SET: evaluation.test_set,
+        contents.EVALUATION_DIGEST: contents.evaluation_digest(evaluation),
         contents.VERDICT: evaluation.decision.verdict,
         contents.HEADLINE: evaluation.decision.headline,
         contents.NOTE: contents.description(origin, evaluation),

@@ -19,6 +19,7 @@ from guardloop.report.story import MiningSummary, RunStory
 from guardloop.report.summary import (
     BENCHMARK_METRICS,
     KEY_METRICS,
+    USES,
     checks_by_weight,
     held_out_line,
     metric_rows,
@@ -62,6 +63,7 @@ def render_html(evaluation: Evaluation, scores: Iterable[Row], story: RunStory) 
         slices=[(name, list(parts)) for name, parts in groupby(slices, key=lambda pair: pair[0].dimension)],
         slice_scale=slice_scale,
         held_out_line=held_out_line(evaluation.held_out),
+        uses=Markup(USES),
         benchmarks=[(result, [(row, next(whiskers)) for row in rows]) for result, rows in benchmarks],
         benchmark_scale=benchmark_scale,
     )

@@ -14,6 +14,8 @@ TONES: dict[Outcome, Tone] = {"passed": "good", "failed": "bad", "not proven": "
 SYMBOLS: dict[Tone, str] = {"good": "✓", "bad": "✕", "unsure": "?"}
 KEY_METRICS = ("auprc", "recall_near_baseline_fpr", "recall", "fpr")
 """What most decisions rest on."""
+USES = "<!-- uses of the test set -->"
+"""In a page: where it will say how often the test set was used, once the run is recorded."""
 BENCHMARK_METRICS = ("auprc", "f1", "recall", "fpr")
 """What published figures are given in."""
 

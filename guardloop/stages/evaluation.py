@@ -39,6 +39,7 @@ def evaluate(
     """
     from guardloop.evaluation.compare import evaluate as compare
     from guardloop.evaluation.paired import GuardRun
+    from guardloop.evaluation.table import digest_of_test_set
     from guardloop.report.markdown import render_markdown
     from guardloop.report.render import render_html
 
@@ -65,6 +66,7 @@ def evaluate(
             results = measured(described, list(read_table(benchmarks, BENCHMARKED)), runs[0], runs[1], settings, seed)
         judged = read_table(held_out) if held_out else None
         result = compare(rows, runs[0], runs[1], settings, gates, seed=seed, held_out=judged, benchmarks=results)
+        result.test_set = digest_of_test_set(read_table(baseline_scores, SCREENED))
         story = _story(metadata[0], Path(training_set), Path(adapter))
         folder.mkdir(parents=True, exist_ok=True)
         write_table(rows, SCORES, folder / SCORE_TABLE)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from guardloop.core.escaped import unescape
@@ -42,7 +43,9 @@ def register_model(
     adapter: str | Path, evaluated: str | Path, training_set: str | Path, run_id: str, sections: Sections
 ) -> int:
     """Record the run in MLflow and register the adapter as the `candidate`. Returns its version."""
+    from guardloop.evaluation.wording import use_of_test_set
     from guardloop.registry.registry import Registry
+    from guardloop.report.summary import USES
 
     sections = unescape(sections)
     settings = read_section(RegistrySettings, sections["registry"], "registry")
@@ -52,11 +55,16 @@ def register_model(
         evaluation = read_json(evaluated / EVALUATION, Evaluation)
         origin, data = _origin(training_set, run_id, sections)
         registry = Registry(settings)
-        files = {name: evaluated / name for name in (REPORT, SUMMARY, EVALUATION)} | _mining_files(training_set)
-        registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
+        evaluation.test_set_uses = registry.count_uses(evaluation)
+        use = use_of_test_set(evaluation.test_set_uses)
+        with TemporaryDirectory() as folder:
+            report = Path(folder) / REPORT  # the stage that made it cannot ask MLflow
+            report.write_text((evaluated / REPORT).read_text("utf-8").replace(USES, f" {use}"), "utf-8")
+            files = {REPORT: report, SUMMARY: evaluated / SUMMARY} | _mining_files(training_set)
+            registry.record_run(origin, sections, evaluation, files=files, data=data, figures=_figures(training_set))
         guard = read_section(GuardSettings, sections["guard"], "guard")
         version = registry.register_adapter(adapter, origin, evaluation, guard)
-        stage.done(1, f"registered as {settings.model} version {version}")
+        stage.done(1, f"registered as {settings.model} version {version}. {use}")
     return version
 
 

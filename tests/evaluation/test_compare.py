@@ -18,6 +18,7 @@ from guardloop.evaluation.compare import evaluate
 from guardloop.evaluation.paired import GuardRun
 from guardloop.evaluation.result import Evaluation
 from guardloop.evaluation.settings import EvaluationSettings, GateSettings
+from guardloop.evaluation.table import digest_of_test_set
 from guardloop.evaluation.wording import METRICS
 from guardloop.mining.mine import mine
 from guardloop.mining.settings import MiningSettings
@@ -222,6 +223,14 @@ def test_what_is_decided_of_responses_is_measured_at_the_thresholds_that_the_gua
         limits = {"baseline_score": 0.5, "candidate_score": 2.5}
         wanted = [np.mean([row[score] > limit for row in judged]) for score, limit in limits.items()]
         assert [slices[name].baseline, slices[name].candidate] == pytest.approx(wanted)
+
+
+def test_a_test_set_is_known_by_its_texts_and_labels_whatever_their_order():
+    scores = rows(20)
+    digest = digest_of_test_set(scores)
+    assert digest_of_test_set(reversed([row | {"baseline_score": 9.0} for row in scores])) == digest
+    assert digest_of_test_set([scores[0] | {"unsafe": not scores[0]["unsafe"]}, *scores[1:]]) != digest
+    assert digest_of_test_set(scores[1:]) != digest
 
 
 def test_a_useless_baseline_is_noted():

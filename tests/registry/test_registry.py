@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Barrier, Thread, Timer
 from typing import Any
+from uuid import uuid4
 
 import mlflow
 import pytest
@@ -228,6 +229,26 @@ def test_a_run_whose_stages_came_from_a_cache_marks_the_version_that_exists(
     assert (version.tags["guardloop.run_id"], version.run_id) == ("first", run_of(registry, "first").info.run_id)
     assert run_of(registry, "third").data.tags["guardloop.version"] == f"{registry.settings.model}/1"
     assert registry.register_adapter(folder, origin("fourth"), evaluation(change=0.06)) == 2  # evaluated otherwise
+
+
+def test_different_evaluations_on_one_test_set_are_counted_and_the_tenth_asks_for_a_fresh_one(local: Registry) -> None:
+    test_set = uuid4().hex
+
+    def record(number: int, **changes: Any) -> int:
+        found = evaluation(change=number / 100).model_copy(update={"test_set": test_set, **changes})
+        found.test_set_uses = local.count_uses(found)
+        local.record_run(origin(f"run-{number}"), {}, found)
+        return found.test_set_uses
+
+    assert [record(number) for number in range(1, 10)] == list(range(1, 10))
+    assert record(9) == 9  # the same again
+    assert record(20, test_set=uuid4().hex) == 1
+    elsewhere = local.settings.model_copy(update={"experiment": f"{local.settings.experiment}, other"})
+    local.settings = elsewhere
+    assert record(10) == 10
+    page = run_of(local, "run-10").data.tags["mlflow.note.content"]
+    assert "It is use 10 of this test set. Label a fresh one" in page
+    assert run_of(local, "run-10").data.tags["guardloop.test_set"] == test_set
 
 
 def test_half_an_adapter_is_refused(local: Registry, adapter: Callable[..., Path]) -> None:
