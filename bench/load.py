@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench.machine import machine
@@ -21,6 +22,7 @@ from guardloop import stages
 from guardloop.core.records import JUDGED, SCREENED, Row, write_table
 
 SAMPLES = 2
+TEMPLATE_WORDS = 300
 TEST_ROWS = 1000
 FLAGGED, BLOCKED = 0.2, 0.05
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "la", "ren", "tos", "mik")]
@@ -70,6 +72,7 @@ def measure(stage: str, rows: int, folder: Path) -> dict[str, float]:
 
 
 def _prompts(rows: int, seed: int = 0) -> Iterator[Row]:
+    """Rows with texts of some of the words, hardly any two alike."""
     draw = random.Random(seed)
     for i in range(rows):
         unsafe = draw.random() < FLAGGED
@@ -77,10 +80,21 @@ def _prompts(rows: int, seed: int = 0) -> Iterator[Row]:
         yield {"id": f"{seed}-{i}", "prompt": text, "unsafe": unsafe, "source": "made up", "group": f"{seed}-{i}"}
 
 
-def _make_raw(rows: int, folder: Path) -> None:
-    for name, count, seed in (("traffic", rows, 0), ("test", TEST_ROWS, 1)):
+def _templated(rows: int) -> Iterator[Row]:
+    """Prompts on one template, of which each changes up to a tenth: what floods a search for near-duplicates."""
+    draw = random.Random(5)
+    template = draw.choices(WORDS, k=TEMPLATE_WORDS)
+    for row in _prompts(rows):
+        words = list(template)
+        for place in draw.sample(range(TEMPLATE_WORDS), draw.randint(1, TEMPLATE_WORDS // 10)):
+            words[place] = draw.choice(WORDS)
+        yield {**row, "id": "same", "prompt": " ".join(words)}
+
+
+def _make_raw(rows: int, folder: Path, traffic: Callable[[int], Iterator[Row]] = _prompts) -> None:
+    for name, made in (("traffic", traffic(rows)), ("test", _prompts(TEST_ROWS, 1))):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for row in _prompts(count, seed):
+            for row in made:
                 file.write(json.dumps({"id": row["id"], "prompt": row["prompt"], "label": int(row["unsafe"])}) + "\n")
 
 
@@ -114,7 +128,7 @@ def _mine(folder: Path) -> None:
 
 
 def _make_scores(rows: int, folder: Path) -> None:
-    for name, seed in (("default", 3), ("candidate", 4)):
+    for name, seed in (("baseline", 3), ("candidate", 4)):
         draw = random.Random(seed)
         scored = ({**row, **_verdict(draw.gauss(1.0 if row["unsafe"] else -2.0, 1.5))} for row in _prompts(rows))
         write_table(scored, SCREENED, folder / name, lambda: METADATA)
@@ -125,12 +139,13 @@ def _make_scores(rows: int, folder: Path) -> None:
 
 
 def _evaluate(folder: Path) -> None:
-    tables = folder / "default", folder / "candidate", folder / "few" / "training_set", folder / "few", folder / "out"
+    tables = folder / "baseline", folder / "candidate", folder / "few" / "training_set", folder / "few", folder / "out"
     stages.evaluate(*tables, {}, {})
 
 
 WORK: dict[str, tuple[Callable[[int, Path], None], Callable[[Path], None]]] = {
     "prepare_data": (_make_raw, _prepare),
+    "prepare_data, one template": (partial(_make_raw, traffic=_templated), _prepare),
     "mine_feedback": (_make_mined, _mine),
     "evaluate": (_make_scores, _evaluate),
 }

@@ -52,6 +52,8 @@ class RunStory(Story):
     responders: list[Source] = []
     git_sha: str = ""
     data_hash: str = ""
+    data_notes: list[str] = []
+    """What became of labels, of contradictions and of an overlap, in sentences."""
     counts: StageCounts = StageCounts()
     training: dict[str, Scalar] = {}
     """Training figures, e.g. steps, seconds, final_loss."""

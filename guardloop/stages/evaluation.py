@@ -120,6 +120,7 @@ def _story(metadata: Row, training_set: Path, adapter: Path) -> "RunStory":
         responders=[Source(name=r["responder"], revision=r["revision"]) for r in judged.get("responders", [])],
         git_sha=os.environ.get("GUARDLOOP_GIT_SHA", ""),
         data_hash=data.get("hash", ""),
+        data_notes=data.get("notes", []),
         counts=mined.stage_counts(),
         training={k: v for k, v in trained.items() if isinstance(v, int | float)},
     )

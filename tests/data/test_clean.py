@@ -416,6 +416,26 @@ def test_traffic_of_which_nothing_is_left_is_refused(dataset):
     assert "dataset.traffic" in error.what and "8,000" in error.what
 
 
+def test_one_row_of_traffic_is_enough(dataset):
+    kept, tested, _ = prepare(dataset([{"prompt": "x"}], LABELLED))
+    assert len(kept) == 1 and len(tested) == 2
+
+
+def test_a_prompt_column_of_numbers_is_refused_in_words(dataset):
+    assert "row 1: prompt is int, not text" in refusal(dataset([{"prompt": 7}], LABELLED)).what
+
+
+@pytest.mark.parametrize("name", ["with space", "dots.and.more", "größe 日本", "[brackets]", "a*b"])
+def test_files_and_folders_of_any_name_are_read(dataset, tmp_path, name):
+    plain = dataset([{"prompt": "x"}], LABELLED)
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": "y"}))
+    for path in (folder, folder / f"{name}.jsonl"):
+        traffic = plain.traffic.model_copy(update={"path": str(path)})
+        assert [row["prompt"] for row in prepare(plain.model_copy(update={"traffic": traffic}))[0]] == ["y"]
+
+
 @pytest.mark.parametrize("kind", ["safe", "unsafe"])
 def test_a_test_set_of_one_label_is_refused(dataset, kind):
     error = refusal(dataset([{"prompt": "x"}], [{"prompt": f"test {i}", "label": kind} for i in range(3)]))

@@ -278,8 +278,48 @@ def test_a_local_hub_folder_keeps_its_splits_apart(write, tmp_path):
     assert [r["id"] for r in traffic] == ["t1", "t2"]
     assert [r["id"] for r in test] == ["t3", "t4"]
     assert [r["unsafe"] for r in traffic + test] == [False, True, True, False]
-    with pytest.raises(GuardLoopError, match="split"):
+    with pytest.raises(GuardLoopError, match="has no split 'dev'; it has train, test"):
         list(read_conversations(settings.test.model_copy(update={"path": str(folder), "split": "dev"})))
+
+
+@pytest.fixture
+def several(write, tmp_path) -> SourceSettings:
+    """A hub dataset of two configurations, of which one has only a test split."""
+    folder = tmp_path / "several"
+    folder.mkdir()
+    card = "---\nconfigs:\n"
+    card += "- {config_name: first, data_files: [{split: train, path: train.csv}]}\n"
+    card += "- {config_name: second, data_files: [{split: test, path: test.csv}]}\n---\n"
+    (folder / "README.md").write_text(card)
+    for split, text in (("train", "a"), ("test", "b")):
+        (folder / f"{split}.csv").write_text(f"prompt\n{text}\n")
+    return SourceSettings(kind="hub", path=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "has several configurations: first, second"),
+        ({"config": "third"}, "has no configuration 'third'; it has first, second"),
+        ({"config": "second"}, "has no split 'train'; it has test"),
+    ],
+)
+def test_the_configurations_and_splits_of_a_hub_dataset_are_listed(several, changes, message):
+    with pytest.raises(GuardLoopError) as caught:
+        list(read_conversations(several.model_copy(update=changes)))
+    assert message in caught.value.what and "choose one of them" in caught.value.remedy
+    chosen = several.model_copy(update={"config": "second", "split": "test"})
+    assert [row["prompt"] for row in read_conversations(chosen)] == ["b"]
+
+
+def test_a_gated_dataset_says_where_to_ask(monkeypatch):
+    def gated(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    with pytest.raises(GuardLoopError) as caught:
+        list(read_conversations(SourceSettings(kind="hub", path="a/b")))
+    assert "huggingface.co/datasets/a/b" in caught.value.remedy and "HF_TOKEN" in caught.value.remedy
 
 
 def test_a_hub_that_goes_away_amid_the_rows_is_told(monkeypatch):

@@ -296,6 +296,14 @@ def test_a_page_of_enough_says_that_it_is_enough(mined: MiningSummary, story: Ru
     assert "No lexical smoothing." in words
 
 
+def test_what_became_of_the_labels_is_on_the_page(
+    evaluation: Evaluation, scores: list[dict[str, Any]], story: RunStory
+) -> None:
+    note = "labels of dataset.test: unsafe: '1' (30); safe: '0' (70)"
+    noted = story.model_copy(update={"data_notes": [note]})
+    assert note in "".join(outline(render_html(evaluation, scores, noted)).words)
+
+
 def test_mining_that_found_nothing_has_a_page_too() -> None:
     words = "".join(outline(render_mining(MiningSummary(enough=False, reason="No prompt was let through."))).words)
     assert "No example was found." in words

@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from guardloop.data.clean import NearIndex, normalise, prepare
+from guardloop.data.clean import normalise, prepare
+from guardloop.data.near import NearIndex
 from guardloop.data.settings import DatasetSettings, SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.demo import SAMPLE
