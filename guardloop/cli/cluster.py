@@ -102,7 +102,7 @@ def runs(
     from launch.kubeflow.tasks import moment
 
     experiment_id = None
-    if experiment and (experiment_id := cluster.experiment(experiment, create=False)) is None:
+    if experiment and (experiment_id := cluster.find_experiment(experiment)) is None:
         raise GuardLoopError(f"no experiment {experiment!r} at {cluster.target.host}", "check the name")
     rows = []
     for run in cluster.runs(experiment_id, limit):

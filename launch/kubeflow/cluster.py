@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, quote_plus
 
 import kfp_server_api as api
@@ -16,6 +16,7 @@ from launch.kubeflow.target import Target
 
 PAGE = 100
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -34,17 +35,22 @@ class Cluster:
         self, target: Target, patience_seconds: float | None = None, say: Callable[[str], None] = log.warning
     ) -> None:
         self.target = target
-        self._calls = Calls(target, patience_seconds, say)
+        self._calls = calls = Calls(target, patience_seconds, say)
+        self._pipelines = api.PipelineServiceApi(calls.client)
+        self._uploads = api.PipelineUploadServiceApi(calls.client)
+        self._experiments = api.ExperimentServiceApi(calls.client)
+        self._runs = api.RunServiceApi(calls.client)
+        self._schedules = api.RecurringRunServiceApi(calls.client)
         self._about: About | None = None
 
     def about(self) -> About:
         """Its version, and whether it keeps its users apart."""
         if self._about is None:
-            told = json.loads(self._calls.get("asking for its health", "/apis/v2beta1/healthz"))
-            if not isinstance(told, dict):
+            answer = json.loads(self._calls.get("asking for its health", "/apis/v2beta1/healthz"))
+            if not isinstance(answer, dict):
                 raise self._calls.stranger("asking for its health")
-            version = told.get("tag_name") or told.get("apiServerTagName") or "of unknown version"
-            self._about = About(str(version), bool(told.get("multi_user")))
+            version = answer.get("tag_name") or answer.get("apiServerTagName") or "of unknown version"
+            self._about = About(str(version), bool(answer.get("multi_user")))
         return self._about
 
     def check_access(self) -> None:
@@ -54,43 +60,23 @@ class Cluster:
     def pipeline(self, name: str, description: str = "") -> str:
         """The id of the pipeline called `name`, made where there is none."""
 
-        def find_or_create() -> str:
-            if found := self._pipeline_id(name):
-                return found
+        def make() -> str:
             body = api.V2beta1Pipeline(name=name, display_name=name, description=description, **self._namespace())
-            try:
-                made = self._calls.once("creating the pipeline", self._pipelines.pipeline_service_create_pipeline, body)
-            except ApiError as error:
-                if error.status == 409 and (found := self._pipeline_id(name)):
-                    return found  # someone was faster
-                raise
+            made = self._calls.once("creating the pipeline", self._pipelines.pipeline_service_create_pipeline, body)
             return self._calls.known(made.pipeline_id)
 
-        return self._calls.attempt(find_or_create)
+        return self._find_or_make(lambda: self._pipeline_id(name), make)[0]
 
     def version(self, pipeline_id: str, name: str, package: Path, description: str) -> tuple[Any, bool]:
         """The pipeline's version called `name`, uploaded where there is none; and whether it was there already."""
 
-        def find_or_upload() -> tuple[Any, bool]:
-            if found := self._version(pipeline_id, name):
-                return found, True
-            try:
-                made = self._calls.once(
-                    "uploading the pipeline",
-                    self._uploads.upload_pipeline_version,
-                    str(package),
-                    name=name,
-                    pipelineid=pipeline_id,
-                    description=description,
-                )
-            except ApiError as error:
-                if error.status == 409 and (found := self._version(pipeline_id, name)):
-                    return found, True
-                raise
+        def make() -> Any:
+            upload, texts = self._uploads.upload_pipeline_version, {"name": name, "description": description}
+            made = self._calls.once("uploading the pipeline", upload, str(package), pipelineid=pipeline_id, **texts)
             self._calls.known(made.pipeline_version_id)
-            return made, False
+            return made
 
-        return self._calls.attempt(find_or_upload)
+        return self._find_or_make(lambda: self._version(pipeline_id, name), make)
 
     def version_of(self, run: Any) -> Any | None:
         """The pipeline version that a run executes, or None where it is gone."""
@@ -109,54 +95,30 @@ class Cluster:
                 return None
             raise
 
-    def experiment(self, name: str, create: bool = True) -> str | None:
-        """The id of the experiment called `name`, made where there is none; None if it is not to be made."""
-        listing = self._experiments.experiment_service_list_experiments
+    def find_experiment(self, name: str) -> str | None:
+        """The id of the experiment called `name`, or None."""
+        return self._calls.attempt(lambda: self._experiment_id(name))
 
-        def find() -> str | None:
-            found = self._calls.once(
-                "listing experiments", listing, filter=_equals("display_name", name), **self._namespace()
-            )
-            return next((str(e.experiment_id) for e in found.experiments or [] if e.display_name == name), None)
+    def experiment(self, name: str) -> str:
+        """The id of the experiment called `name`, made where there is none."""
 
-        def find_or_create() -> str | None:
-            if (found := find()) or not create:
-                return found
+        def make() -> str:
             body = api.V2beta1Experiment(display_name=name, **self._namespace())
-            try:
-                made = self._calls.once(
-                    "creating the experiment", self._experiments.experiment_service_create_experiment, body
-                )
-            except ApiError as error:
-                if error.status == 409 and (found := find()):
-                    return found
-                raise
-            return self._calls.known(made.experiment_id)
+            create = self._experiments.experiment_service_create_experiment
+            return self._calls.known(self._calls.once("creating the experiment", create, body).experiment_id)
 
-        return self._calls.attempt(find_or_create)
+        return self._find_or_make(lambda: self._experiment_id(name), make)[0]
 
     def start(self, name: str, experiment_id: str, version: Any, arguments: dict[str, Any], description: str) -> Any:
         """Start a run. `name` must be new: it tells a try whose answer was lost that the run exists."""
-        body = api.V2beta1Run(
-            display_name=name,
-            description=description,
-            experiment_id=experiment_id,
-            pipeline_version_reference=_reference(version),
-            runtime_config=api.V2beta1RuntimeConfig(parameters=arguments, pipeline_root=self.target.pipeline_root),
-            service_account=self.target.service_account,
-        )
-        tries = 0
+        body = api.V2beta1Run(**self._what_runs(name, experiment_id, version, arguments, description))
 
-        def find_or_start() -> Any:
-            nonlocal tries
-            tries += 1
-            if tries > 1 and (found := self._runs_called(name)):
-                return found[0]
+        def make() -> Any:
             made = self._calls.once("starting the run", self._runs.run_service_create_run, body)
             self._calls.known(made.run_id)
             return made
 
-        return self._calls.attempt(find_or_start)
+        return self._make_once(make, lambda: self._runs_called(name))
 
     def run(self, run_id: str) -> Any:
         """The run with this id."""
@@ -215,30 +177,18 @@ class Cluster:
     ) -> Any:
         """Start a run whenever `cron` says so (see launch.kubeflow.schedule), one at a time, missed ones left out."""
         body = api.V2beta1RecurringRun(
-            display_name=name,
-            description=description,
-            experiment_id=experiment_id,
-            pipeline_version_reference=_reference(version),
-            runtime_config=api.V2beta1RuntimeConfig(parameters=arguments, pipeline_root=self.target.pipeline_root),
-            service_account=self.target.service_account,
+            **self._what_runs(name, experiment_id, version, arguments, description),
             trigger=api.V2beta1Trigger(cron_schedule=api.V2beta1CronSchedule(cron=cron)),
             mode=api.RecurringRunMode.ENABLE,
             max_concurrency="1",
             no_catchup=True,
         )
         known = {one.recurring_run_id for one in self.schedules(name)}
-        tries = 0
-
-        def find_or_create() -> Any:
-            nonlocal tries
-            tries += 1
-            if tries > 1 and (new := [one for one in self.schedules(name) if one.recurring_run_id not in known]):
-                return new[0]
-            return self._calls.once(
-                "creating the schedule", self._schedules.recurring_run_service_create_recurring_run, body
-            )
-
-        return self._calls.attempt(find_or_create)
+        create = self._schedules.recurring_run_service_create_recurring_run
+        return self._make_once(
+            lambda: self._calls.once("creating the schedule", create, body),
+            lambda: [one for one in self.schedules(name) if one.recurring_run_id not in known],
+        )
 
     def pause_schedule(self, schedule_id: str) -> None:
         """Start no more runs until it is resumed."""
@@ -262,27 +212,47 @@ class Cluster:
             if error.status != 404:
                 raise
 
-    # The parts of the API
+    def _what_runs(
+        self, name: str, experiment_id: str, version: Any, arguments: dict[str, Any], description: str
+    ) -> dict[str, Any]:
+        """What a run and a schedule have in common."""
+        return {
+            "display_name": name,
+            "description": description,
+            "experiment_id": experiment_id,
+            "pipeline_version_reference": api.V2beta1PipelineVersionReference(
+                pipeline_id=version.pipeline_id, pipeline_version_id=version.pipeline_version_id
+            ),
+            "runtime_config": api.V2beta1RuntimeConfig(parameters=arguments, pipeline_root=self.target.pipeline_root),
+            "service_account": self.target.service_account,
+        }
 
-    @property
-    def _pipelines(self) -> Any:
-        return api.PipelineServiceApi(self._calls.client)
+    def _find_or_make(self, find: Callable[[], T | None], make: Callable[[], T]) -> tuple[T, bool]:
+        """What `find` finds or else `make` makes, and whether it was there; someone may be faster in between."""
 
-    @property
-    def _uploads(self) -> Any:
-        return api.PipelineUploadServiceApi(self._calls.client)
+        def attempt() -> tuple[T, bool]:
+            if found := find():
+                return found, True
+            try:
+                return make(), False
+            except ApiError as error:
+                if error.status == 409 and (found := find()):
+                    return found, True
+                raise
 
-    @property
-    def _experiments(self) -> Any:
-        return api.ExperimentServiceApi(self._calls.client)
+        return self._calls.attempt(attempt)
 
-    @property
-    def _runs(self) -> Any:
-        return api.RunServiceApi(self._calls.client)
+    def _make_once(self, make: Callable[[], Any], made: Callable[[], list[Any]]) -> Any:
+        """What `make` makes; a second try first looks whether the first was `made`, and only its answer lost."""
+        tries = 0
 
-    @property
-    def _schedules(self) -> Any:
-        return api.RecurringRunServiceApi(self._calls.client)
+        def attempt() -> Any:
+            nonlocal tries
+            tries += 1
+            earlier = made() if tries > 1 else []
+            return earlier[0] if earlier else make()
+
+        return self._calls.attempt(attempt)
 
     def _namespace(self) -> dict[str, str]:
         """Named only where users are kept apart: a single-user installation has no namespaces of its own."""
@@ -311,8 +281,13 @@ class Cluster:
 
     def _version(self, pipeline_id: str, name: str) -> Any | None:
         listing = self._pipelines.pipeline_service_list_pipeline_versions
-        found = self._calls.once("listing versions", listing, pipeline_id, filter=_equals("display_name", name))
-        return next((v for v in found.pipeline_versions or [] if name in (v.name, v.display_name)), None)
+        page = self._calls.once("listing versions", listing, pipeline_id, filter=_equals("display_name", name))
+        return next((v for v in page.pipeline_versions or [] if name in (v.name, v.display_name)), None)
+
+    def _experiment_id(self, name: str) -> str | None:
+        listing, named = self._experiments.experiment_service_list_experiments, _equals("display_name", name)
+        page = self._calls.once("listing experiments", listing, filter=named, **self._namespace())
+        return next((str(e.experiment_id) for e in page.experiments or [] if e.display_name == name), None)
 
     def _runs_called(self, name: str) -> list[Any]:
         listing = self._runs.run_service_list_runs
@@ -328,12 +303,6 @@ class Cluster:
             left -= len(entries)
             if not (token := page.next_page_token) or not entries:
                 return
-
-
-def _reference(version: Any) -> Any:
-    return api.V2beta1PipelineVersionReference(
-        pipeline_id=version.pipeline_id, pipeline_version_id=version.pipeline_version_id
-    )
 
 
 def _equals(key: str, value: str) -> str:

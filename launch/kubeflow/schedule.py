@@ -40,7 +40,6 @@ def create(cluster: Cluster, order: Order, name: str, cron: str, patience: Patie
     cron = six_fields(cron)
     version, _ = upload(cluster, order)
     experiment_id = cluster.experiment(cluster.target.experiment)
-    assert experiment_id is not None
     before = list(cluster.schedules(name))
     same = [one for one in before if _is_same(one, version, cron, order.arguments, experiment_id)]
     kept = same[0] if same else None

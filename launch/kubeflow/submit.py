@@ -104,7 +104,6 @@ def upload(cluster: Cluster, order: Order) -> tuple[Any, bool]:
 def start(cluster: Cluster, order: Order, version: Any) -> Any:
     """Start a run of the version, in the target's experiment. Returns the run."""
     experiment_id = cluster.experiment(cluster.target.experiment)
-    assert experiment_id is not None
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     name = f"{order.pipeline}-{Path(order.configuration).stem}-{stamp}"
     described = f"{order.configuration}, version {version.display_name}"

@@ -62,7 +62,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     full = workshop.summary()
     assert full["decision"] == "not promoted"  # a random guard cannot prove anything
     assert full["headline"] in " ".join(whole.stdout.split()) or "Not promoted" in whole.stdout
-    mining = full["evaluation"]["mining"]
+    mining = full["evaluation"]["held_out"]
     held_out = [row for path in (workshop.latest / "artifacts").rglob("held_out") for row in read_table(path)]
     taught = [r for p in (workshop.latest / "artifacts").rglob("examples.parquet") for r in read_table(p)]
     assert held_out and {r["group"] for r in held_out}.isdisjoint(r["group"] for r in taught)
@@ -114,7 +114,7 @@ def test_a_stage_that_refuses_its_input_ends_with_code_2_and_no_traceback(worksh
     ended = workshop.guardloop(dataset={"traffic": {"path": "traffic"}, "test": {"path": "traffic"}})
 
     assert ended.returncode == 2
-    assert "overlaps with the training data" in ended.stderr
+    assert "no prompt is left after cleaning" in ended.stderr
     assert "Traceback" not in ended.stdout + ended.stderr
 
 
