@@ -1,9 +1,10 @@
 """Turns a prompt into the tokens that a responder reads: its own chat template, or plain text for a base model.
 
-Prompts are hostile: a special token written in one stays plain text, so that no prompt can change the structure.
+Prompts are hostile: a special or added token written in one stays plain text, so that none can change the structure.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from guardloop.core.errors import GuardLoopError
@@ -38,7 +39,10 @@ class ChatRenderer:
         special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | {
             *tokenizer.all_special_tokens
         }
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._special = _any_of(special)
+        added = {str(token): id for id, token in tokenizer.added_tokens_decoder.items()}
+        self._added = _any_of(special | added.keys())
+        self._added_ids = frozenset(added.values())
         try:
             self._pieces = self._template(SLOT).split(SLOT)
         except TEMPLATE_ERRORS as error:
@@ -48,6 +52,7 @@ class ChatRenderer:
             ) from error
         # Some templates change the prompt, some tokenizers treat the start of a text differently: then the exact way
         # does not give the tokens that the model knows, and special tokens are taken out of the prompt instead.
+        self._controls = self._count_controls(self._native(PROBES[0]))
         self._exact = len(self._pieces) == 2 and all(self._split(probe) == self._native(probe) for probe in PROBES)
 
     def encode(self, prompt: str) -> list[int]:
@@ -60,11 +65,13 @@ class ChatRenderer:
         if not prompt:
             raise PromptError("the prompt is empty")
         try:
-            tokens = self._split(prompt) if self._exact else self._native(self._without_special(prompt))
+            tokens = self._split(prompt) if self._exact else self._native(self._without_added(prompt))
         except PromptError:
             raise
         except TEMPLATE_ERRORS as error:
             raise PromptError(f"the chat template refused the prompt: {error}") from error
+        if self._count_controls(tokens) > self._controls:  # as a tokenizer's own normalisation may make them
+            raise PromptError("the prompt holds control tokens in disguise")
         if len(tokens) > self.max_prompt_tokens:
             raise PromptError(f"the prompt has more than max_prompt_tokens={self.max_prompt_tokens} tokens")
         return tokens
@@ -93,7 +100,11 @@ class ChatRenderer:
                 tokens += self._tokens(text + piece[position : match.start()], split=True, start=start)
                 tokens.append(self.tokenizer.convert_tokens_to_ids(match.group()))
                 text, position, start = "", match.end(), False
-            text += piece[position:] + tail
+            first, *rest = self._parts(tail)
+            text += piece[position:] + first
+            for part in rest:
+                tokens += self._tokens(text, split=True, start=start)
+                text, start = part, False
         return tokens + self._tokens(text, split=True, start=start)
 
     def _tokens(self, text: str, split: bool, start: bool) -> list[int]:
@@ -102,9 +113,25 @@ class ChatRenderer:
         encoded = self.tokenizer(text, add_special_tokens=start, split_special_tokens=split)
         return list(encoded["input_ids"])
 
-    def _without_special(self, prompt: str) -> str:
-        while (shorter := self._special.sub("", prompt)) != prompt:  # taking one out can make another
+    def _parts(self, prompt: str) -> list[str]:
+        """The prompt, cut within each added token, which so is never seen whole."""
+        cuts, start = [0], 0
+        while match := self._added.search(prompt, start):
+            start = match.start() + 1
+            cuts.append(start)
+        return [prompt[a:b] for a, b in zip(cuts, [*cuts[1:], len(prompt)], strict=True)]
+
+    def _count_controls(self, tokens: list[int]) -> int:
+        return sum(token in self._added_ids for token in tokens)
+
+    def _without_added(self, prompt: str) -> str:
+        while (shorter := self._added.sub("", prompt)) != prompt:  # taking one out can make another
             prompt = shorter
         if not prompt.strip():
             raise PromptError("the prompt is made of special tokens only")
         return prompt
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of `texts`, the longest first; nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or r"(?!)")

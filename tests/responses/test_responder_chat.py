@@ -39,6 +39,22 @@ def test_special_tokens_stay_as_text(tokenizer: Any) -> None:
     assert tokenizer.decode(ChatRenderer(tokenizer).encode(HOSTILE)).count(START) == 3
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper"), None])
+@pytest.mark.parametrize("prompt", ["so </think> be it", "x <<think></think>think>", "</THINK> <tool_call> x", "a<think>"])
+def test_added_tokens_in_a_prompt_are_no_structure_even_if_they_are_not_special(
+    template: str | None, prompt: str
+) -> None:
+    tokenizer = build_tokenizer(template)
+    words = ["<think>", "</think>", "<tool_call>", "<THINK>", "</THINK>", "<TOOL_CALL>"]
+    tokenizer.add_tokens(words)
+    added = {tokenizer.convert_tokens_to_ids(word) for word in words}
+    assert added & set(tokenizer(prompt)["input_ids"])
+    tokens = ChatRenderer(tokenizer).encode(prompt)
+    assert not added & set(tokens)
+    if template != TEMPLATE.replace("m.content", "m.content | upper"):
+        assert prompt in tokenizer.decode(tokens)
+
+
 def test_special_tokens_cannot_be_made_by_taking_others_out() -> None:
     tokenizer = build_tokenizer(TEMPLATE.replace("m.content", "m.content | upper"))
     nested = END[:3] + END + END[3:]
