@@ -5,8 +5,6 @@ import pytest
 import torch
 from support.tiny_responder import build_model, build_tokenizer, save
 
-from guardloop.responses.engines import transformers
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
@@ -21,12 +19,6 @@ def model(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every processor, so that a response does not depend on the rows beside it."""
-    monkeypatch.setattr(transformers, "pick_dtype", lambda dtype, device: torch.float32)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -40,7 +40,9 @@ def test_special_tokens_stay_as_text(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("m.content", "m.content | upper"), None])
-@pytest.mark.parametrize("prompt", ["so </think> be it", "x <<think></think>think>", "</THINK> <tool_call> x", "a<think>"])
+@pytest.mark.parametrize(
+    "prompt", ["so </think> be it", "x <<think></think>think>", "</THINK> <tool_call> x", "a<think>"]
+)
 def test_added_tokens_in_a_prompt_are_no_structure_even_if_they_are_not_special(
     template: str | None, prompt: str
 ) -> None:

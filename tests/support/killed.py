@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from support.processes import start
 from support.tiny_responder import PROMPTS, screened, tiny_settings
 
@@ -44,7 +43,6 @@ class Logged:
 def generate(table: Path, output: Path, settings: ResponderSettings, model: Path, log: Path) -> None:
     """The stage, with a part for every prompt that is done, in batches of four."""
     transformers.BATCH_ROWS = 4
-    transformers.pick_dtype = lambda dtype, device: torch.float32
     resume.PART_SECONDS = 0.0
     resume.build_responder = lambda one: Logged(build_responder(one, load=str(model)), log)
     stages.generate_responses(table, output, [settings.plain()], max_error_share=0.2)

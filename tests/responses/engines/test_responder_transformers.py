@@ -202,7 +202,7 @@ def test_loads_from_a_folder(tiny_folder: Any) -> None:
 
 
 def test_bfloat16_generates(tiny_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "pick_dtype", lambda dtype, device: torch.bfloat16)
+    monkeypatch.setattr(engine, "pick_dtype", lambda device: torch.bfloat16)
     settings = tiny_settings(samples=2)
     replies = list(build_responder(settings, load=str(tiny_folder)).generate(ask(PROMPTS[:6], settings)))
     assert {r.finish_reason for r in replies} <= {"stop", "length"}
