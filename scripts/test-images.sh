@@ -26,8 +26,7 @@ main() {
   # The host's network: a bridge may not reach the package index from inside a build.
   BUILD_ARGS="--network host ${BUILD_ARGS:-}" FLAVOUR=cpu scripts/images.sh build
   echo "Built in $((SECONDS - began)) s."
-  # shellcheck disable=SC2086  # several options in one variable
-  GUARDLOOP_TEST_IMAGES=$TAG "$python" -m pytest tests/images ${PYTEST_ARGS:-}
+  GUARDLOOP_TEST_IMAGES=$TAG PYTEST_ADDOPTS=${PYTEST_ARGS:-} "$python" -m pytest tests/images
 }
 
 # Docker's own, if it runs; else one for this test, which ends with it.

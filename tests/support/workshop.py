@@ -22,6 +22,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.environment: dict[str, str] = {}
         guard = save_guard(folder / "guard", threshold=0.0)
         responder = folder / "responder"
         responder.mkdir()
@@ -49,6 +50,7 @@ class Workshop:
         platform.write_text(yaml.safe_dump({"shards": shards, **(runner or {})}))
         environment = {**os.environ, "GUARDLOOP_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        environment |= self.environment
         where = ["--config", str(config), "--platform", str(platform)]
         command = [sys.executable, "-m", "guardloop.cli.main", "run", *where, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
