@@ -157,10 +157,10 @@ def find_gpus() -> list[dict[str, str]] | None:
     """Name, driver and memory of each GPU, as the driver tells; None where there is no driver that answers."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+        printed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    rows = [[part.strip() for part in line.split(",")] for line in told.splitlines() if line.strip()]
+    rows = [[part.strip() for part in line.split(",")] for line in printed.splitlines() if line.strip()]
     return [dict(zip(("name", "driver", "memory"), row, strict=False)) for row in rows]
 
 

@@ -106,8 +106,8 @@ class Plan:
         """The plan as JSON-ready values."""
         stages = [stage.plain() for stage in self.stages]
         total = {name: self.total(name).plain() for name in ("seconds", "bytes")}
-        told = {"device": self.device, "rates": self.source, "notes": self.notes}
-        return {**told, "stages": stages, "total": total}
+        plain = {"device": self.device, "rates": self.source, "notes": self.notes}
+        return {**plain, "stages": stages, "total": total}
 
     def total(self, name: str) -> Number:
         """The sum over the stages of `seconds` or `bytes`; rough where a stage is not known."""

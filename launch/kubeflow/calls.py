@@ -204,8 +204,8 @@ def _message(error: api.ApiException) -> str:
     """The server's own words, shortened; its JSON errors hold them twice."""
     body = error.body.decode("utf-8", "replace") if isinstance(error.body, bytes) else error.body or ""
     try:
-        told = json.loads(body)
-        body = told.get("message") or told.get("error_message") or told.get("error") or body
+        answer = json.loads(body)
+        body = answer.get("message") or answer.get("error_message") or answer.get("error") or body
     except (ValueError, AttributeError):
         body = re.sub(r"<[^>]*>", " ", body)  # a proxy's page
     return without_secrets(" ".join(str(body).split()))[:400] or str(error.reason or "no reason given")

@@ -127,21 +127,23 @@ class Cluster:
     def find_run(self, name: str) -> Any:
         """A run by id, by the first characters of its id, by name, or `latest`. Raises GuardLoopError if none is."""
         if name == "latest":
-            found = list(self.runs(limit=1))
+            matching = list(self.runs(limit=1))
         else:
             try:
                 return self.run(name)
             except ApiError as error:
                 if error.status not in (400, 404):
                     raise
-            found = self._calls.attempt(lambda: self._runs_called(name))
-            found = found or [r for r in self.runs(limit=200) if len(name) >= 4 and str(r.run_id).startswith(name)]
-        if len(found) > 1:
-            ids = ", ".join(str(r.run_id) for r in found[:5])
+            matching = self._calls.attempt(lambda: self._runs_called(name))
+            matching = matching or [
+                r for r in self.runs(limit=200) if len(name) >= 4 and str(r.run_id).startswith(name)
+            ]
+        if len(matching) > 1:
+            ids = ", ".join(str(r.run_id) for r in matching[:5])
             raise GuardLoopError(f"{name!r} is the name of several runs: {ids}", "give the id of one")
-        if not found:
+        if not matching:
             raise GuardLoopError(f"no run {name!r} at {self.target.host}", "`guardloop runs` lists them")
-        return self.run(found[0].run_id)
+        return self.run(matching[0].run_id)
 
     def runs(self, experiment_id: str | None = None, limit: int = 20) -> Iterator[Any]:
         """The newest runs first, of one experiment or all."""
@@ -169,8 +171,8 @@ class Cluster:
         """The recurring runs, newest first; with `name`, those called so."""
         which = {"filter": _equals("display_name", name)} if name else {}
         listing = self._schedules.recurring_run_service_list_recurring_runs
-        found = self._pages("recurring_runs", limit, listing, sort_by="created_at desc", **which, **self._namespace())
-        return (one for one in found if name is None or one.display_name == name)
+        pages = self._pages("recurring_runs", limit, listing, sort_by="created_at desc", **which, **self._namespace())
+        return (one for one in pages if name is None or one.display_name == name)
 
     def create_schedule(
         self, name: str, cron: str, experiment_id: str, version: Any, arguments: dict[str, Any], description: str
@@ -267,7 +269,7 @@ class Cluster:
 
     def _pipeline_id(self, name: str) -> str | None:
         try:
-            found = self._calls.once(
+            pipeline = self._calls.once(
                 "looking up the pipeline",
                 self._pipelines.pipeline_service_get_pipeline_by_name,
                 name,
@@ -277,7 +279,7 @@ class Cluster:
             if error.status == 404:
                 return None
             raise
-        return self._calls.known(found.pipeline_id)
+        return self._calls.known(pipeline.pipeline_id)
 
     def _version(self, pipeline_id: str, name: str) -> Any | None:
         listing = self._pipelines.pipeline_service_list_pipeline_versions
@@ -291,8 +293,8 @@ class Cluster:
 
     def _runs_called(self, name: str) -> list[Any]:
         listing = self._runs.run_service_list_runs
-        found = self._calls.once("listing runs", listing, filter=_equals("display_name", name), **self._namespace())
-        return [run for run in found.runs or [] if run.display_name == name]
+        page = self._calls.once("listing runs", listing, filter=_equals("display_name", name), **self._namespace())
+        return [run for run in page.runs or [] if run.display_name == name]
 
     def _pages(self, field: str, limit: int, listing: Callable[..., Any], **query: Any) -> Iterator[Any]:
         token, left = "", limit

@@ -92,8 +92,8 @@ def error_in(text: str) -> list[str]:
 
 def outcome_in(text: str, stage: str) -> str:
     """What a stage said when it ended well: `evaluate: 684 items in 2.1 s: OUTCOME`; empty where it is not there."""
-    said = re.findall(rf"{stage}: \d+ items in [\d.]+ s: (.*)", text)
-    return str(said[-1]) if said else ""
+    outcomes = re.findall(rf"{stage}: \d+ items in [\d.]+ s: (.*)", text)
+    return str(outcomes[-1]) if outcomes else ""
 
 
 def _from_pods(namespace: Namespace, run_id: str, titles: dict[str, str]) -> Iterator[StageLog]:

@@ -45,20 +45,20 @@ class Namespace:
     def keys(self, kind: str, name: str) -> set[str] | None:
         """The keys of the `secret` or `config map` called `name`, or None where there is none."""
         read = {"secret": self._core.read_namespaced_secret, "config map": self._core.read_namespaced_config_map}[kind]
-        found = self._ask(lambda: read(name, self.name, _request_timeout=TIMEOUT))
-        return None if found is None else set(found.data or {})
+        kept = self._ask(lambda: read(name, self.name, _request_timeout=TIMEOUT))
+        return None if kept is None else set(kept.data or {})
 
     def config_map(self, name: str) -> dict[str, str]:
         """The contents of a config map; {} where there is none."""
-        found = self._ask(lambda: self._core.read_namespaced_config_map(name, self.name, _request_timeout=TIMEOUT))
-        return dict(found.data or {}) if found is not None else {}
+        kept = self._ask(lambda: self._core.read_namespaced_config_map(name, self.name, _request_timeout=TIMEOUT))
+        return dict(kept.data or {}) if kept is not None else {}
 
     def claim_phase(self, name: str) -> str | None:
         """The phase of a persistent volume claim (Bound, Pending, Lost), or None where there is none."""
-        found = self._ask(
+        claim = self._ask(
             lambda: self._core.read_namespaced_persistent_volume_claim(name, self.name, _request_timeout=TIMEOUT)
         )
-        return None if found is None else str(found.status.phase)
+        return None if claim is None else str(claim.status.phase)
 
     def has_service_account(self, name: str) -> bool:
         """Whether there is such a service account."""
@@ -68,8 +68,8 @@ class Namespace:
     def pods(self, label: str) -> list[Any]:
         """The pods with a label, oldest first."""
         listing = self._core.list_namespaced_pod
-        found = self._ask(lambda: listing(self.name, label_selector=label, _request_timeout=TIMEOUT))
-        return sorted(found.items if found else [], key=lambda pod: str(pod.metadata.creation_timestamp))
+        pods = self._ask(lambda: listing(self.name, label_selector=label, _request_timeout=TIMEOUT))
+        return sorted(pods.items if pods else [], key=lambda pod: str(pod.metadata.creation_timestamp))
 
     def log(self, pod: str, container: str = "main") -> str | None:
         """What a container has printed; None where it has not started or is gone."""
@@ -94,8 +94,8 @@ class Namespace:
             events = self._ask(lambda: listing(self.name, field_selector="type=Warning", _request_timeout=TIMEOUT))
         except NoAccessError:
             return {}
-        found = events.items if events else []
-        return {event.involved_object.name: f"{event.reason}: {event.message}" for event in found}
+        listed = events.items if events else []
+        return {event.involved_object.name: f"{event.reason}: {event.message}" for event in listed}
 
     def _ask(self, question: Callable[[], T], absent: tuple[int, ...] = (404,)) -> T | None:
         try:

@@ -87,11 +87,11 @@ def _settle_run(cluster: Cluster, schedule: Any, patience: Patience) -> None:
 def named(cluster: Cluster, name: str) -> list[Any]:
     """The schedules called `name`, or with this id. Raises GuardLoopError if there is none."""
     every = list(cluster.schedules())
-    found = [one for one in every if name in (one.display_name, one.recurring_run_id)]
-    if not found:
+    matching = [one for one in every if name in (one.display_name, one.recurring_run_id)]
+    if not matching:
         known = ", ".join(sorted({str(one.display_name) for one in every})) or "none"
         raise GuardLoopError(f"no schedule {name!r} at {cluster.target.host}", f"schedules there: {known}")
-    return found
+    return matching
 
 
 def cron_of(schedule: Any) -> str:

@@ -66,13 +66,13 @@ def find_target(
     Raises GuardLoopError if there is no host, or if it or a credential cannot be used.
     """
     settings = platform.kubeflow
-    found = _get(host, HOST, settings.host)
-    if not found:
+    named = _get(host, HOST, settings.host)
+    if not named:
         raise GuardLoopError(
             "no Kubeflow Pipelines is named",
             f"give --host https://..., or set {HOST}, or kubeflow.host in the platform",
         )
-    address = _address(found, "host")
+    address = _address(named, "host")
     ca_file = _get(None, CA_FILE, settings.ca_file) or os.environ.get("REQUESTS_CA_BUNDLE") or None
     if ca_file:
         _check_certificates(ca_file)

@@ -56,12 +56,12 @@ def stages_at(run: Any, titles: dict[str, str]) -> list[Stage]:
     """The stages that have begun, or ended, in the order of their ends."""
     tasks = (run.run_details.task_details if run.run_details else None) or []
     names, shards = _names_of(tasks), shards_of(run)
-    found: dict[tuple[str, int | None], tuple[Any, Stage]] = {}
+    stages: dict[tuple[str, int | None], tuple[Any, Stage]] = {}
     for task in sorted(tasks, key=lambda task: len(task.display_name or "")):  # a stage before its attempts: screen(0)
         stage = stage_of(names.get(id(task), task.display_name or ""), titles)
         if stage is None or task.state in NOT_STARTED or (stage.from_driver and task.state != "FAILED"):
             continue
-        known = found.get(stage.key)
+        known = stages.get(stage.key)
         if known is None or (known[1].from_driver and not stage.from_driver):
             part = f" {stage.shard + 1}/{shards}" if stage.shard is not None and shards > 1 else ""
             stage = replace(
@@ -71,8 +71,8 @@ def stages_at(run: Any, titles: dict[str, str]) -> list[Stage]:
                 seconds=seconds_of(task),
                 message=message_of(task),
             )
-            found[stage.key] = task, stage
-    by_end = sorted(found.values(), key=lambda pair: str(moment(pair[0].end_time) or "later"))
+            stages[stage.key] = task, stage
+    by_end = sorted(stages.values(), key=lambda pair: str(moment(pair[0].end_time) or "later"))
     return [stage for _, stage in by_end]
 
 

@@ -51,7 +51,7 @@ def _show(event: dict[str, Any], run: Run, progress: Progress, bars: dict[str, T
     name, kind = event["stage"], event["event"]
     console = progress.console
     if kind == "start":
-        bars[name] = progress.add_task(escape(title(name)), total=None, doing="", rate="", said=event["at"])
+        bars[name] = progress.add_task(escape(title(name)), total=None, doing="", rate="", last_said=event["at"])
     elif kind == "progress" and name in bars:
         _say_without_terminal(event, progress, bars[name])
         rate = f"{event['rate']:.1f}/s {event.get('note') or ''}" if event.get("rate") else ""
@@ -80,9 +80,9 @@ def title(stage: str) -> str:
 def _say_without_terminal(event: dict[str, Any], progress: Progress, bar: TaskID) -> None:
     """Where no bar can be drawn, a line now and then."""
     task = progress.tasks[progress.task_ids.index(bar)]
-    if progress.console.is_terminal or event["at"] - task.fields["said"] < SAY_SECONDS:
+    if progress.console.is_terminal or event["at"] - task.fields["last_said"] < SAY_SECONDS:
         return
-    progress.update(bar, said=event["at"])
+    progress.update(bar, last_said=event["at"])
     share = f" {event['done']}/{event['total']}" if event.get("total") else ""
     line = f"    {title(event['stage'])}: {event['doing']}{share}"
     progress.console.print(line, highlight=False, markup=False)

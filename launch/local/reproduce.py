@@ -38,13 +38,15 @@ def reproduce(earlier: Run, console: Console) -> list[Compared]:
     for change in changed(earlier):
         console.print(f"  [yellow]![/] {escape(change)}")
     again = run_again(earlier, console)
-    found = list(compare(earlier.folder, again.folder))
-    console.print(_table(found, earlier, again))
-    different = sum(not one.same for one in found)
+    compared = list(compare(earlier.folder, again.folder))
+    console.print(_table(compared, earlier, again))
+    different = sum(not one.same for one in compared)
     console.print(
-        f"{different} of {len(found)} artifacts differ" if different else f"all {len(found)} artifacts are the same"
+        f"{different} of {len(compared)} artifacts differ"
+        if different
+        else f"all {len(compared)} artifacts are the same"
     )
-    return found
+    return compared
 
 
 def changed(earlier: Run) -> Iterator[str]:
@@ -68,18 +70,18 @@ def compare(before: Path, after: Path) -> Iterator[Compared]:
 
 
 def _hashes(run: Path) -> dict[str, str]:
-    found = {}
+    compared = {}
     for path in (run / "artifacts").glob("*/**/*"):
         if path.is_file() and path.name not in NOT_COMPARED:
             with path.open("rb") as file:
                 name = "/".join(path.relative_to(run / "artifacts").parts[1:])  # without the time of its start
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                compared[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return compared
 
 
-def _table(found: list[Compared], earlier: Run, again: Run) -> Table:
+def _table(compared: list[Compared], earlier: Run, again: Run) -> Table:
     table = Table("artifact", earlier.id, again.id, "", box=None, pad_edge=False, header_style="bold")
-    for one in found:
+    for one in compared:
         word = "[green]same[/]" if one.same else "[red]differs[/]" if one.before and one.after else "[red]missing[/]"
         table.add_row(one.name, (one.before or "-")[:12], (one.after or "-")[:12], word)
     return table

@@ -52,8 +52,8 @@ class Run:
 
     def artifact(self, name: str) -> Path | None:
         """The newest output called `name` of any stage, or None."""
-        found = sorted((self.folder / "artifacts").rglob(name), key=lambda path: path.stat().st_mtime)
-        outputs = [path for path in found if path.parent.parent.parent == self.folder / "artifacts"]
+        paths = sorted((self.folder / "artifacts").rglob(name), key=lambda path: path.stat().st_mtime)
+        outputs = [path for path in paths if path.parent.parent.parent == self.folder / "artifacts"]
         return outputs[-1] if outputs else None
 
     def inherited(self, name: str) -> Path | None:
