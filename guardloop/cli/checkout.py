@@ -18,5 +18,5 @@ def use_checkout() -> Path:
             return folder
     raise GuardLoopError(
         "this command needs GuardLoop's repository, and was started outside of it",
-        "clone it and start there; check, review, promote, rollback, ui, config and demo-report work anywhere",
+        "clone it and start there; check, serve, review, promote, rollback, ui, config and demo-report work anywhere",
     )

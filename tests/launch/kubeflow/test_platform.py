@@ -18,6 +18,8 @@ from support.root import ROOT
 from guardloop.config import PlatformSettings, load_platform, load_settings
 from guardloop.config.cluster import ClusterSettings, StageName, amount
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.escaped import escape
+from guardloop.core.records import read_table
 from guardloop.core.settings import read_section
 from launch.images import image_of, stage_of
 from launch.kubeflow.compile import compile_all
@@ -352,3 +354,32 @@ def test_more_shards_than_a_workflow_can_hold_are_refused_with_the_number_that_f
     assert compile_all(tmp_path, platform.model_copy(update={"shards": largest}), "abc", settings, only="full")
     with pytest.raises(GuardLoopError):
         compile_all(tmp_path, platform.model_copy(update={"shards": largest + 1}), "abc", settings, only="full")
+
+
+@pytest.mark.slow
+def test_kfps_executor_runs_a_stage_from_the_images_copy(tmp_path: Path) -> None:
+    """With strings that Kubernetes and Kubeflow would replace, as they arrive in the pod."""
+    outputs = {"traffic": "system.Dataset", "test_set": "system.Dataset", "metrics": "system.Metrics"}
+    artifacts = {
+        name: {"artifacts": [{"name": name, "type": {"schemaTitle": kind}, "uri": str(tmp_path / name)}]}
+        for name, kind in outputs.items()
+    }
+    dataset = {"traffic": {"kind": "sample", "path": "traffic", "limit": 20, "where": {"id": {"not": "$(HOME) {{x}}"}}}}
+    given = {
+        "inputs": {"parameterValues": {"dataset": escape(dataset), "seed": 0, "shards": 2}},
+        "outputs": {
+            "artifacts": artifacts,
+            "parameters": {"Output": {"outputFile": str(tmp_path / "Output")}},
+            "outputFile": str(tmp_path / "executor_output.json"),
+        },
+    }
+    command = [part.replace(COMPONENTS, str(ROOT / "components/stages.py")) for part in EXECUTOR]
+    command[command.index("python3")] = sys.executable
+    arguments = ["--executor_input", json.dumps(given), "--function_to_execute", "prepare_data"]
+
+    ended = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    written = json.loads((tmp_path / "executor_output.json").read_text("utf-8"))
+    assert written["parameterValues"]["Output"] == [0, 1]
+    assert len(list(read_table(tmp_path / "traffic"))) == 20
