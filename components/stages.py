@@ -232,8 +232,8 @@ def record_mining(
 
     from guardloop.stages import record_mining
 
-    sections = {"dataset": dataset, "guard": guard, "responders": responders, "mining": mining, "registry": registry}
-    sections |= {"seed": int(seed)}
+    sections: dict = {"dataset": dataset, "guard": guard, "responders": responders, "mining": mining}
+    sections |= {"registry": registry, "seed": int(seed)}
     run_id = os.environ.get("GUARDLOOP_RUN_ID") or run_id  # kfp.local does not know what a local run is called
     record_mining(training_set.path, run_id, sections)
 

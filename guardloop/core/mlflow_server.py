@@ -2,7 +2,7 @@
 
 import re
 
-import requests  # type: ignore[import-untyped]
+import requests
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.text import without_secrets

@@ -113,7 +113,8 @@ def _names_of(tasks: Iterable[Any]) -> dict[int, str]:
             if node in known and node not in by_id:
                 by_id[node] = name
                 open_names.append(name)
-    return {id(task): name for task in tasks if (name := _name_of(task, children[id(task)], by_id))}
+    full_names = ((id(task), _name_of(task, children[id(task)], by_id)) for task in tasks)
+    return {task: name for task, name in full_names if name}
 
 
 def _name_of(task: Any, children: list[str], by_id: dict[str, str]) -> str | None:

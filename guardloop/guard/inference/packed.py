@@ -123,10 +123,10 @@ class PackedForward:
                 residual = run(residual, angles, prefix_kv, mask, positions, tokens, self.first)
             else:
                 residual = run(residual, angles, prefix_kv, mask, positions)
-        hidden: torch.Tensor = self.decoder.norm(_sum(residual)[0, : len(conversations)])
-        if hidden.device.type == "cuda":
-            self._ends.append(torch.cuda.current_stream(hidden.device).record_event())
-        return hidden
+        read: torch.Tensor = self.decoder.norm(_sum(residual)[0, : len(conversations)])
+        if read.device.type == "cuda":
+            self._ends.append(torch.cuda.current_stream(read.device).record_event())
+        return read
 
     def _wait(self) -> None:
         """Be no more than MAX_QUEUED packs ahead of the GPU, so that the page-locked memory of packs stays bounded."""
