@@ -9,6 +9,7 @@ from guardloop import __version__
 from guardloop.cli import before, cluster, configuration, guard, registry, report, run, schedule, serve
 from guardloop.cli.terminal import Terminal
 from guardloop.core.errors import GuardLoopError
+from guardloop.core.progress import show_clean_text
 
 STOPPED = 130
 
@@ -33,6 +34,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Entry point: problems that the user can mend end with exit code 2 and no traceback."""
+    show_clean_text()
     try:
         app()
     except GuardLoopError as error:

@@ -32,7 +32,7 @@ def generate_responses(
     kinds = Counter[str]()
     metadata = read_metadata(screened)
     with Stage("generate_responses", shard if metadata.get("shards", 1) > 1 else None) as stage:
-        if lost := without_prefill(settings):
+        if shard == 0 and (lost := without_prefill(settings)):
             stage.say(lost)
 
         def counted() -> Iterator[Row]:

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from responses.test_respond import Script
 from support.models import save_guard
 from support.root import ROOT
 from support.tiny_responder import PROMPTS, screened, tiny_settings
@@ -84,6 +86,28 @@ def test_a_shard_without_passed_prompts_is_an_empty_table(tmp_path: Path) -> Non
     figures = stages.generate_responses(tmp_path / "verdicts", tmp_path / "responses", [{"model": "./nowhere"}])
     assert figures == {"responses": 0, "refusals": 0, "errors": 0, "tokens": 0}
     assert list(read_table(tmp_path / "responses", RESPONSE)) == []
+
+
+class Filtered(Script):
+    """Every fifth reply is withheld by a filter, every tenth holds nothing but thoughts."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Reply]:
+        for number, reply in enumerate(super().generate(requests)):
+            kind = "thinking" if number % 10 == 9 else "filtered" if number % 5 == 4 else "stop"
+            yield replace(reply, finish_reason=kind, text=reply.text if kind == "stop" else "")
+
+
+def test_kinds_of_silence_are_counted_kept_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resume, "build_responder", lambda one: Filtered())
+    write_table(screened(PROMPTS), SCREENED, tmp_path / "verdicts")
+    endpoint = {"kind": "openai", "model": "m", "base_url": "http://host/v1", "samples": 1}
+    figures = stages.generate_responses(tmp_path / "verdicts", tmp_path / "responses", [endpoint])
+    assert (figures["filtered"], figures["thinking"], figures["errors"]) == (4, 4, 0)
+    assert read_metadata(tmp_path / "responses")["kinds"] == {"filtered": 4, "stop": 32, "thinking": 4}
+    assert "4 withheld by the provider's filter, 4 nothing but thoughts" in caplog.text
+    assert caplog.text.count("m: an endpoint cannot be told how a response begins") == 1
 
 
 class Counting:

@@ -28,7 +28,7 @@ from guardloop.responses.engines.completion import BrokenAnswer, ProviderError, 
 from guardloop.responses.settings import ResponderSettings
 
 log = logging.getLogger("guardloop")
-ATTEMPTS, EMPTY_ATTEMPTS = 6, 2
+ATTEMPTS, EMPTY_ATTEMPTS = 6, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 CONNECT_SECONDS = 10.0
 LARGEST_ANSWER = 8 * 2**20  # bytes
