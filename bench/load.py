@@ -46,8 +46,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 measuring = [sys.executable, "-m", "bench.load", "--measure", stage, str(rows), folder]
                 ended = subprocess.run(measuring, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(ended.stdout.splitlines()[-1])
-            seconds, mib = found["seconds"], found["mib"]
+            figures = json.loads(ended.stdout.splitlines()[-1])
+            seconds, mib = figures["seconds"], figures["mib"]
             lines.append(f"| {stage} | {rows:,} | {seconds:.1f} | {rows / seconds:,.0f} | {mib:,.0f} |")
             print(lines[-1], flush=True)  # noqa: T201
     command = f"make bench-load ROWS={options.rows}"

@@ -276,7 +276,7 @@ def _check(
         raise GuardLoopError(
             f"dataset.test: {settings.test.path} has no labelled rows", "map its label: `columns: {label: <name>}`"
         )
-    groups = {row["id"]: row["group"] for row in test}  # one key may have been found for a whole group
+    groups = {row["id"]: row["group"] for row in test}  # one row may stand for a whole group
     share = len({groups[key] for key in overlap}) / len(set(groups.values()))
     if not traffic:
         reason = (
@@ -286,6 +286,11 @@ def _check(
         )
         raise GuardLoopError(
             f"dataset.traffic: no prompt is left after cleaning: {reason}", "check the path and the column"
+        )
+    if report.overlap_contradictions:
+        report.notes.append(
+            f"{report.overlap_contradictions:,} rows of the traffic are labelled otherwise than the same text of the "
+            "test set; they were removed with the overlap."
         )
     if share > settings.max_overlap:
         report.notes.append(

@@ -31,9 +31,9 @@ def _explained(error: Exception, source: SourceSettings, where: str) -> GuardLoo
             f"{where}: access to the gated dataset {source.path} was refused",
             f"accept its terms at huggingface.co/datasets/{source.path}, then set HF_TOKEN",
         )
-    if found := SPLITS.search(text):
+    if splits := SPLITS.search(text):
         return GuardLoopError(
-            f"{where}: {source.path} has no split {source.split!r}; it has {_listed(found[1])}",
+            f"{where}: {source.path} has no split {source.split!r}; it has {_listed(splits[1])}",
             "choose one of them with `split`",
         )
     if "Config name is missing" in text or "BuilderConfig" in text:

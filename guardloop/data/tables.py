@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,9 +151,9 @@ def _csv(lines: Iterator[str], path: Path, wanted: Collection[str], delimiter: s
     if header is None:
         return
     csv.field_size_limit(sys.maxsize)
-    found = delimiter or _delimiter(header, wanted)
+    delimiter = delimiter or _delimiter(header, wanted)
     # strict, else an open quote swallows the rest of the file
-    reader = csv.reader(_chain(header, lines), delimiter=found, strict=True)
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     last = 1  # the line of the last whole row: an open quote swallows those that follow
     try:
         names = next(reader)
@@ -164,7 +165,7 @@ def _csv(lines: Iterator[str], path: Path, wanted: Collection[str], delimiter: s
             if len(fields) < len(names) or any(fields[len(names) :]):  # a line may end with a delimiter
                 raise GuardLoopError(
                     f"{path}, row {reader.line_num}: {len(fields)} fields, and the header has {len(names)}",
-                    f"quote fields that hold {found!r}, or give the source's `delimiter`",
+                    f"quote fields that hold {delimiter!r}, or give the source's `delimiter`",
                 )
             last = reader.line_num
             yield last, dict(zip(names, fields, strict=False))
@@ -180,8 +181,3 @@ def _delimiter(header: str, wanted: Collection[str]) -> str:
         return len(set(names) & set(wanted)), len(names)
 
     return max(DELIMITERS, key=fit)
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest

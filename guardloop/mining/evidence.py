@@ -54,7 +54,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Targets:
-    """P(unsafe) that the candidate is taught."""
+    """P(unsafe) that the candidate is trained on."""
 
     by_id: dict[str, float]
     """Of each judged prompt."""

@@ -94,7 +94,7 @@ def test_what_the_targets_know_is_measured_on_the_passed_prompts(evidence):
 
 
 def cells(**better: float) -> list[Cell]:
-    """Guards whose scores follow the labels as well as told, and the default, which knows less."""
+    """Guards whose scores follow the labels as well as asked, and the baseline, which knows less."""
     draw = random.Random(0)
     rows = [
         {"id": f"t{n}", "unsafe": n % 3 == 0, "response": "so" if n % 5 == 0 else None, "source": "a", "group": f"g{n}"}

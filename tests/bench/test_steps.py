@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +22,20 @@ def always_fails(item: int) -> int:
     raise ValueError(f"{item} is wrong")
 
 
-def test_what_fails_beside_others_is_done_again_by_itself(tmp_path: Path) -> None:
-    with Workers(2) as workers:
-        made = workers.map(partial(fails_at_first, tmp_path), range(5))
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    with Workers(2) as both:
+        yield both
+
+
+def test_what_fails_beside_others_is_done_again_by_itself(workers: Workers, tmp_path: Path) -> None:
+    made = workers.map(partial(fails_at_first, tmp_path), range(5))
     assert [item for item, _ in made] == [0, 1, 2, 3, 4]
     assert made[1] == (1, 4)  # when all others were done
 
 
-def test_an_error_that_comes_again_is_raised() -> None:
-    with Workers(2) as workers, pytest.raises(ValueError, match="0 is wrong"):
+def test_an_error_that_comes_again_is_raised(workers: Workers) -> None:
+    with pytest.raises(ValueError, match="0 is wrong"):
         workers.map(always_fails, range(2))
 
 

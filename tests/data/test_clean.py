@@ -219,7 +219,7 @@ def test_the_time_grows_with_the_rows_whatever_they_hold(dataset, kind):
         prepare(dataset(rows, LABELLED))
         return time.process_time() - started
 
-    assert seconds(4000) < 6 * seconds(1000)
+    assert seconds(2400) < 6 * seconds(600)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,8 @@ def test_contradicting_labels_of_the_traffic_and_across_both_sets(dataset):
     kept, _, report = prepare(dataset(traffic, LABELLED, max_overlap=1))
     assert {row["prompt"]: row["unsafe"] for row in kept} == {"a": False, "b": None}
     assert (report.overlap_with_test, report.overlap_contradictions, report.ties) == (3, 1, 0)
-    assert "dataset.traffic: 0 of 2 texts" in report.notes[0] and "'b'" not in report.notes[0]
+    assert "dataset.traffic: 0 of 2 texts" in report.notes[0]
+    assert "1 rows of the traffic are labelled otherwise" in report.notes[1]
 
 
 def test_a_response_set_of_several_annotators(dataset):

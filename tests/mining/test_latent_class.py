@@ -12,7 +12,7 @@ from guardloop.mining.latent_class import Channel, Counts, Fusion, fuse
 K = 4.0
 
 
-def traffic(prompts=2500, harm_if_unsafe=0.4, harm_if_safe=0.05, alike=0.5, refused=(0.05, 0.05), seed=0):
+def traffic(prompts=1500, harm_if_unsafe=0.4, harm_if_safe=0.05, alike=0.5, refused=(0.05, 0.05), seed=0):
     """Scores, what four responses to each prompt showed, and the truth."""
     draw = np.random.default_rng(seed)
     unsafe = draw.random(prompts) < 0.2
@@ -85,13 +85,13 @@ def test_more_harm_and_a_higher_score_never_lower_it(fitted, score, harm, more, 
 
 
 def test_large_traffic_is_learnt_from_a_sample_and_weighed_whole(monkeypatch):
-    monkeypatch.setattr("guardloop.mining.latent_class.SAMPLE", 1000)
-    scores, counts, unsafe = traffic(prompts=2500)
+    monkeypatch.setattr("guardloop.mining.latent_class.SAMPLE", 600)
+    scores, counts, unsafe = traffic()
     found = fuse(scores, counts)
     again = fuse(scores, counts)
 
     assert found == again  # the sample has a seed
-    assert found.posterior(scores, counts).shape == (2500,)
+    assert found.posterior(scores, counts).shape == (1500,)
     assert average_precision_score(unsafe, found.posterior(scores, counts)) > 0.6
 
 

@@ -159,19 +159,19 @@ def test_prompts_without_words_can_be_mined(text):
 @given(worlds(), chosen)
 def test_replay_has_its_share_of_the_weight(world, settings):
     result = mined(world, settings)
-    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
+    replayed, trained = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
     if not settings.replay or not prompts(result):
         assert replayed == 0
     elif max((row["weight"] for row in replays(result)), default=1.0) < 1:
-        assert replayed / (replayed + taught) == pytest.approx(settings.replay)
+        assert replayed / (replayed + trained) == pytest.approx(settings.replay)
     else:  # too few rows for their share: none weighs more than another example
-        assert replayed / (replayed + taught) <= settings.replay + 1e-9
+        assert replayed / (replayed + trained) <= settings.replay + 1e-9
 
 
 def test_by_default_replay_is_two_fifths_of_the_weight():
     result = mined(round_of(positives=10, answered=40, flagged=30))
-    replayed, taught = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
-    assert replayed == pytest.approx((replayed + taught) * 0.4)
+    replayed, trained = (sum(row["weight"] for row in rows) for rows in (replays(result), prompts(result)))
+    assert replayed == pytest.approx((replayed + trained) * 0.4)
     assert {row["kind"] for row in replays(result)} == {"replay_blocked", "replay_response"}
 
 
@@ -388,5 +388,5 @@ def test_a_prompt_that_traffic_repeats_is_one_example(tmp_path):
     rows, _, _ = prepare(DatasetSettings(**sources))
     world = World([screened(r["id"], -1.0, r["prompt"]) for r in rows], [])
     world.judged = [judged(r, i, (-1.0) ** i) for i, r in enumerate(world.screened)]
-    taught = Counter(row["prompt"].casefold() for row in prompts(mined(world)))
-    assert set(taught) == set(texts) and set(taught.values()) == {1}
+    trained = Counter(row["prompt"].casefold() for row in prompts(mined(world)))
+    assert set(trained) == set(texts) and set(trained.values()) == {1}
