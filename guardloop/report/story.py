@@ -1,7 +1,6 @@
 """What the report shows besides the evaluation: how the run went, and what mining found."""
 
 from datetime import datetime
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -57,8 +56,6 @@ class RunStory(Story):
     counts: StageCounts = StageCounts()
     training: dict[str, Scalar] = {}
     """Training figures, e.g. steps, seconds, final_loss."""
-    settings: dict[str, Any] = {}
-    """The settings of the run by section."""
 
 
 class MinedExample(Story):

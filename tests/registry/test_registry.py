@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 import time
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from support.registry_examples import evaluation, origin
+from support.root import ROOT
 from support.services import MlflowServer, S3Server
 from support.small_servers import SmallServer
 
@@ -568,3 +570,14 @@ def test_mlflow_writes_nothing_to_the_terminal(
     remote.promote(1)
     resolve(remote, f"models:/{remote.settings.model}@champion", tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("module", ["core/tracking.py", "models/registered.py", "registry/training_log.py"])
+def test_what_fetches_an_adapter_or_shows_training_needs_no_more_of_mlflow_than_its_small_package(module: str) -> None:
+    tree = ast.parse((ROOT / "guardloop" / module).read_text("utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    small = {"mlflow", "mlflow.artifacts", "mlflow.entities", "mlflow.environment_variables", "mlflow.exceptions"}
+    assert {name for name in imported if name.startswith("mlflow")} <= small
+    assert not any(
+        name.startswith("guardloop.registry.") and name != "guardloop.registry.settings" for name in imported
+    )

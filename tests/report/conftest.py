@@ -129,12 +129,6 @@ def story() -> RunStory:
             positives=412, hard_negatives=951, replay=1320,
         ),
         training={"examples": 2683, "steps": 336, "seconds": 1284.2, "final_loss": 0.2134, "learning_rate": 5e-05},
-        settings={
-            "dataset": {"name": "demo", "revision": "57d90e3", "limit": None},
-            "held_out": {"samples": 4, "min_blocked": 2, "replay_share": 0.5},
-            "training": {"rank": 16, "alpha": 32, "learning_rate": 5e-05, "seeds": [1, 2, 3], "resume": True},
-            "gate": {"mode": "enforce", "resamples": 10000},
-        },
     )  # fmt: skip
 
 

@@ -98,10 +98,6 @@ def spoil_story(story: RunStory, texts: Iterator[str]) -> RunStory:
         setattr(spoilt, name, next(texts))
     for source in filter(None, [spoilt.dataset, spoilt.guard, *spoilt.responders]):
         source.name, source.revision = next(texts), next(texts) if source.revision else ""
-    spoilt.settings = {
-        f"{n} {next(texts)}": {f"{i} {next(texts)}": next(texts) for i, _ in enumerate(values)}
-        for n, values in enumerate(story.settings.values())
-    }
     return spoilt
 
 
