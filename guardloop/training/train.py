@@ -28,7 +28,7 @@ from guardloop.training.adapter import fresh_adapter, put_back, restart, save_ad
 from guardloop.training.calibrate import benign_fpr, ranking, same_share, stricter_point, temperature
 from guardloop.training.card import model_card
 from guardloop.training.checkpoint import Checkpoints, checkpoint_place
-from guardloop.training.examples import check_examples, encode, is_replay, split, unsafe_count
+from guardloop.training.examples import Encoded, check_examples, encode, is_replay, split, unsafe_count
 from guardloop.training.fit import fit, step_counts
 from guardloop.training.settings import TrainingSettings
 from guardloop.training.sharding import shard
@@ -82,7 +82,7 @@ class Choice:
 
 
 @dataclass
-class Work:
+class TrainingRun:
     """The baseline with a trainable adapter, what it is trained and validated on, and how the baseline does there."""
 
     guard: GuardSettings
@@ -96,9 +96,12 @@ class Work:
     own_adapter: Path | None
     thresholds: tuple[float, float]
     """The baseline's, of prompts and of responses."""
+    encoded: list[Encoded] = field(init=False)
+    """The training examples as tokens."""
     baseline_scores: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        self.encoded = encode(self.training, self.renderer)
         self.baseline_scores = self.scores(self.validation)
 
     def scores(self, rows: Sequence[Row]) -> np.ndarray:
@@ -139,38 +142,40 @@ def train(
     training, validation = split(examples, settings.validation, seed)
     if checked:
         check_examples(training)
-    work = _prepare(training, validation, guard, settings)
-    _tell_plan(work)
+    run = _prepare(training, validation, guard, settings)
+    _tell_plan(run)
     data_hash = _hash([dict(row) for row in examples])
-    key = _key(work, data_hash)
-    initial = trained_tensors(work.model)
+    key = _key(run, data_hash)
+    initial = trained_tensors(run.model)
     best, trials, stores = None, list[Trial](), list[Checkpoints]()
     for number in range(seed, seed + settings.seeds):
         stores.append(Checkpoints(checkpoint_place(), _hash([*key, number])))
-        restart(work.model, initial, number)
-        for choice in _train_seed(work, number, stores[-1], on_step):
+        restart(run.model, initial, number)
+        for choice in _train_seed(run, number, stores[-1], on_step):
             trials.append(choice.trial)
             if best is None or (choice.trial.validation_auprc or 0.0) > (best.trial.validation_auprc or 0.0):
                 best = choice
     assert best is not None  # there is a seed, and a scale
-    trained = _operating_point(work, best, trials)
-    if work.processes.is_main_process:
-        save_adapter(work.model, trained.scale, folder)
-        _describe(work, trained, data_hash, folder)
+    trained = _operating_point(run, best, trials)
+    if run.processes.is_main_process:
+        save_adapter(run.model, trained.scale, folder)
+        _describe(run, trained, data_hash, folder)
         for store in stores:
             store.clear()
-    work.processes.wait_for_everyone()
-    _tell_outcome(work, trained)
+    run.processes.wait_for_everyone()
+    _tell_outcome(run, trained)
     return trained
 
 
-def _prepare(training: list[Row], validation: list[Row], guard: GuardSettings, settings: TrainingSettings) -> Work:
+def _prepare(
+    training: list[Row], validation: list[Row], guard: GuardSettings, settings: TrainingSettings
+) -> TrainingRun:
     device = pick_device()
     processes = PartialState(cpu=device.type == "cpu")
     base = locate(guard.base)
     own_adapter = fetch_adapter(guard.adapter)
     metadata = {**guard_metadata(base), **(guard_metadata(own_adapter) if own_adapter else {})}
-    return Work(
+    return TrainingRun(
         guard,
         settings,
         training,
@@ -206,113 +211,113 @@ def _keep_differentiable(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _key(work: Work, data_hash: str) -> list[Any]:
+def _key(run: TrainingRun, data_hash: str) -> list[Any]:
     """All that decides how a training goes, but for its seed."""
-    decisive = work.settings.model_dump(mode="json", exclude={"processes", "sharded"})
-    tokens = _hash([example.tokens for example in encode(work.training, work.renderer)])  # show the policy's text, too
-    return [data_hash, tokens, work.guard.plain(), *work.thresholds, _digest(work.own_adapter), decisive]
+    decisive = run.settings.model_dump(mode="json", exclude={"processes", "sharded"})
+    tokens = _hash([example.tokens for example in run.encoded])  # show the policy's text, too
+    return [data_hash, tokens, run.guard.plain(), *run.thresholds, _digest(run.own_adapter), decisive]
 
 
-def _train_seed(work: Work, seed: int, checkpoints: Checkpoints, on_step: OnStep) -> Iterator[Choice]:
+def _train_seed(run: TrainingRun, seed: int, checkpoints: Checkpoints, on_step: OnStep) -> Iterator[Choice]:
     """Train one adapter; it is a choice at each of the strengths."""
     last_validation: tuple[int, np.ndarray] | None = None  # step and scores: spares one pass of scoring at scale 1
 
     def validate(step: int) -> ValidationResult:
         nonlocal last_validation
-        last_validation = step, work.scores(work.validation)
-        auprc, fpr = work.judged(last_validation[1])
+        last_validation = step, run.scores(run.validation)
+        auprc, fpr = run.judged(last_validation[1])
         log.info("after step %d: AUPRC %s on the validation examples", step, _shown(auprc))
         return ValidationResult(step, auprc, fpr)
 
     fitted = fit(
-        work.model,
-        work.renderer.prefixes,
-        label_tokens(work.renderer),
-        encode(work.training, work.renderer),
-        work.settings,
+        run.model,
+        run.renderer.prefixes,
+        label_tokens(run.renderer),
+        run.encoded,
+        run.settings,
         seed,
         on_step=lambda step: on_step(seed, step),
         validate=validate,
         checkpoints=checkpoints,
     )
-    adapter, losses = trained_tensors(work.model), [step.loss for step in fitted.steps]
-    for scale in work.settings.scales:
+    adapter, losses = trained_tensors(run.model), [step.loss for step in fitted.steps]
+    for scale in run.settings.scales:
         if scale == 1.0 and fitted.best and last_validation and fitted.best.step == last_validation[0]:
             scores = last_validation[1]
         else:
-            with scaled(work.model, scale):
-                scores = work.scores(work.validation)
-        yield Choice(Trial(seed, scale, *work.judged(scores)), scores, adapter, losses)
+            with scaled(run.model, scale):
+                scores = run.scores(run.validation)
+        yield Choice(Trial(seed, scale, *run.judged(scores)), scores, adapter, losses)
 
 
-def _operating_point(work: Work, best: Choice, trials: Sequence[Trial]) -> Trained:
+def _operating_point(run: TrainingRun, best: Choice, trials: Sequence[Trial]) -> Trained:
     """Put the chosen adapter back, and set its thresholds and temperature."""
-    put_back(work.model, best.adapter)
-    mined = [row for row in work.training if not is_replay(row)]
-    with scaled(work.model, best.trial.scale):
-        mined_scores = work.scores(mined)
-    responses = np.array([row["response"] is not None for row in work.validation], dtype=bool)
-    prompt_threshold, response_threshold = work.thresholds
+    put_back(run.model, best.adapter)
+    mined = [row for row in run.training if not is_replay(row)]
+    with scaled(run.model, best.trial.scale):
+        mined_scores = run.scores(mined)
+    responses = np.array([row["response"] is not None for row in run.validation], dtype=bool)
+    prompt_threshold, response_threshold = run.thresholds
     tenth = max(1, len(best.losses) // 10)
     return Trained(
-        examples=len(work.training),
-        validation_examples=len(work.validation),
+        examples=len(run.training),
+        validation_examples=len(run.validation),
         steps=len(best.losses),
         first_loss=float(np.mean(best.losses[:tenth])),
         last_loss=float(np.mean(best.losses[-tenth:])),
         seed=best.trial.seed,
         scale=best.trial.scale,
         threshold=stricter_point(
-            work.validation,
+            run.validation,
             best.scores,
-            work.baseline_scores,
+            run.baseline_scores,
             mined,
             mined_scores,
             prompt_threshold,
-            work.settings.max_newly_blocked,
+            run.settings.max_newly_blocked,
         ),
-        response_threshold=same_share(work.baseline_scores[responses], best.scores[responses], response_threshold),
-        temperature=temperature(work.validation, best.scores),
-        validation_auprc_baseline=ranking(work.validation, work.baseline_scores),
+        response_threshold=same_share(run.baseline_scores[responses], best.scores[responses], response_threshold),
+        temperature=temperature(run.validation, best.scores),
+        validation_auprc_baseline=ranking(run.validation, run.baseline_scores),
         validation_auprc=best.trial.validation_auprc,
         trials=[replace(trial, chosen=trial is best.trial) for trial in trials],
     )
 
 
-def _describe(work: Work, trained: Trained, data_hash: str, folder: Path) -> None:
+def _describe(run: TrainingRun, trained: Trained, data_hash: str, folder: Path) -> None:
     """Write what is to be known of the adapter: guard.json for the guard, README.md for people."""
-    guard = work.guard
+    guard = run.guard
     point = {name: getattr(trained, name) for name in ("threshold", "response_threshold", "temperature")}
     metadata = {
-        "family": work.metadata.get("family", guard.family),
+        "family": run.metadata.get("family", guard.family),
         "base": guard.base,
-        "base_revision": guard.revision or getattr(work.model.config, "_commit_hash", None),
+        "base_revision": guard.revision or getattr(run.model.config, "_commit_hash", None),
         "baseline_adapter": guard.adapter,
         "data_hash": data_hash,
         **point,
         CHECKSUM: checksum(folder / WEIGHTS),
-        "training": {**asdict(trained), "settings": work.settings.plain()},
+        "training": {**asdict(trained), "settings": run.settings.plain()},
     }
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(model_card(metadata), "utf-8")
 
 
-def _tell_plan(work: Work) -> None:
-    settings = work.settings
-    per_epoch, total = step_counts(len(work.training), settings)
+def _tell_plan(run: TrainingRun) -> None:
+    settings = run.settings
+    per_epoch, total = step_counts(len(run.training), settings)
     log.info(
         "training on %d examples (%d unsafe), %d more for validation: %d steps of %d examples%s, validated every %d",
-        *(len(work.training), unsafe_count(work.training), len(work.validation), total, settings.batch_size),
+        *(len(run.training), unsafe_count(run.training), len(run.validation), total, settings.batch_size),
         *(f" for each of {settings.seeds} seeds" if settings.seeds > 1 else "", min(per_epoch, total)),
     )
 
 
-def _tell_outcome(work: Work, trained: Trained) -> None:
+def _tell_outcome(run: TrainingRun, trained: Trained) -> None:
     log.info(
         "AUPRC on the validation examples: %s, the baseline's %s. Threshold for prompts %.3f (was %.3f), for responses "
         "%.3f (was %.3f). Next: the candidate is compared with the baseline on the test set",
         *(_shown(trained.validation_auprc), _shown(trained.validation_auprc_baseline)),
-        *(trained.threshold, work.thresholds[0], trained.response_threshold, work.thresholds[1]),
+        *(trained.threshold, run.thresholds[0], trained.response_threshold, run.thresholds[1]),
     )
 
 
