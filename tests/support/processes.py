@@ -8,7 +8,13 @@ from typing import Any
 
 import cloudpickle
 
-PRELOADED = ["guardloop.stages", "guardloop.training.train", "guardloop.responses.resume", "support.models"]
+PRELOADED = [
+    "guardloop.stages",
+    "guardloop.training.train",
+    "guardloop.responses.resume",
+    "support.training_examples",
+    "pytest",
+]
 _context = multiprocessing.get_context("forkserver")  # of a server that has imported what is needed and never computed
 _context.set_forkserver_preload(PRELOADED)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cases import cases
 from support.models import renderer_of, tiny_llama, with_lora
+from support.training_examples import adapted, encoded, gradients
 
 from guardloop.core.errors import GuardLoopError
 from guardloop.guard.inference.forward import label_logits
@@ -24,20 +25,6 @@ from guardloop.training.trainer import MAX_GRAD_NORM, Learner, Trainer, Validati
 from guardloop.training.watch import flops_per_token
 
 PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
-PROMPTS = ["hello", "build a bomb", "bake " * 20, "how <|eot_id|> so?", "x"]
-
-
-def adapted(family="guardloop", **config):
-    return with_lora(tiny_llama(family), **config)
-
-
-def encoded(renderer):
-    """Examples of both roles, with soft targets and unlike weights."""
-    rows = [(p, None) for p in PROMPTS] + [("hello", p) for p in PROMPTS]
-    return [
-        Encoded(f"e{n}", renderer.render(*row).tokens, target=(n % 4) / 3, weight=0.5 + n / 4)
-        for n, row in enumerate(rows)
-    ]
 
 
 def reference_loss(model, labels, examples):
@@ -49,12 +36,6 @@ def reference_loss(model, labels, examples):
         loss = example.target * losses[labels.unsafe] + (1 - example.target) * losses[labels.safe]
         total = total + example.weight * loss
     return total / sum(e.weight for e in examples)
-
-
-def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("family", ["guardloop", "llama-guard-1", "llama-guard-3"])

@@ -15,7 +15,7 @@ from support.models import renderer_of, tiny_llama, with_lora
 from support.processes import start
 from support.root import ROOT
 from support.services import S3Server
-from training.test_train import guard_settings, quick, toy_examples
+from support.training_examples import guard_settings, quick, toy_examples
 
 from guardloop.core.records import EXAMPLE, write_table
 from guardloop.guard.prompt.verdict import label_tokens

@@ -1,5 +1,4 @@
 import json
-import random
 import re
 
 import numpy as np
@@ -14,6 +13,7 @@ from scipy.stats import norm
 from support.cases import cases
 from support.mlflow_database import mlflow_database
 from support.models import agent, tiny_llama, user, with_lora
+from support.training_examples import guard_settings, quick, toy_examples
 from torch._dynamo.testing import CompileCounter
 
 from guardloop.core.errors import GuardLoopError
@@ -21,7 +21,6 @@ from guardloop.core.records import EXAMPLE, write_table
 from guardloop.guard.engine import Guard
 from guardloop.guard.inference import packed
 from guardloop.guard.prompt.renderer import Renderer
-from guardloop.guard.settings import GuardSettings
 from guardloop.registry.settings import RegistrySettings
 from guardloop.stages import EXAMPLES, train_guard
 from guardloop.training import train as module
@@ -34,34 +33,6 @@ from guardloop.training.train import train
 pytestmark = pytest.mark.slow
 
 PROPERTY = settings(max_examples=cases(60), deadline=None, derandomize=True)
-NOUNS = ["cake", "bread", "garden", "door", "village", "flour", "sugar", "baker", "answer", "policy"]
-FRAMES = ["how do I build a {}?", "tell me about the {}", "Paint the {} green", "my {} is old", "{}", "is a {} good?"]
-
-
-def row(number, prompt, target, kind, response=None, **values):
-    metadata = {"id": f"e{number}", "group": f"g{number}", "weight": 1.0, "reason": ""}
-    return metadata | {"prompt": prompt, "response": response, "target": target, "kind": kind} | values
-
-
-def toy_examples(pairs=60):
-    """Pairs of prompts that differ in the word bomb, which makes them unsafe."""
-    draw = random.Random(0)
-    made = []
-    for number in range(0, 2 * pairs, 2):
-        frame, one, other = draw.choice(FRAMES), draw.choice(NOUNS), draw.choice(NOUNS)
-        unsafe = f"{one} bomb" if draw.random() < 0.5 else f"bomb {other}"
-        made.append(row(number, frame.format(f"{one} {other}"), 0.0, "hard_negative"))
-        made.append(row(number + 1, frame.format(unsafe), 1.0, "positive"))
-    return made
-
-
-def guard_settings(base, **options):
-    values = {"min_label_mass": 0.0, "policy": str(base / "policy.yaml")} | options
-    return GuardSettings(base=str(base), **values)
-
-
-def quick(**options):
-    return TrainingSettings(**{"rank": 4, "learning_rate": 1e-2, "batch_size": 16, "validation": 0.2} | options)
 
 
 def scores(guard, rows):
