@@ -385,7 +385,7 @@ def test_a_scaled_adapter_is_itself_again_afterwards(scale):
 def test_another_strength_of_the_adapter_needs_no_other_code(monkeypatch):
     torch._dynamo.reset()
     compiled = CompileCounter()
-    monkeypatch.setattr(packed, "_compiled", lambda layer: torch.compile(layer, backend=compiled, dynamic=False))
+    monkeypatch.setattr(packed, "_fresh_compile", lambda layer: torch.compile(layer, backend=compiled, dynamic=False))
     model = fresh_adapter(tiny_llama(), TrainingSettings(rank=2)).eval()
     counts = []
     for scale in (1.0, 0.5):
