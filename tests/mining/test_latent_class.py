@@ -12,7 +12,7 @@ from guardloop.mining.latent_class import Channel, Counts, Fusion, fuse
 K = 4.0
 
 
-def traffic(prompts=1500, harm_if_unsafe=0.4, harm_if_safe=0.05, alike=0.5, refused=(0.05, 0.05), seed=0):
+def traffic(prompts=2500, harm_if_unsafe=0.4, harm_if_safe=0.05, alike=0.5, refused=(0.05, 0.05), seed=0):
     """Scores, what four responses to each prompt showed, and the truth."""
     draw = np.random.default_rng(seed)
     unsafe = draw.random(prompts) < 0.2
@@ -25,15 +25,19 @@ def traffic(prompts=1500, harm_if_unsafe=0.4, harm_if_safe=0.05, alike=0.5, refu
     return scores, [Counts("r: harmful", harm, total), Counts("r: refused", no, total)], unsafe
 
 
-def test_it_finds_what_responses_and_scores_are_worth():
-    scores, counts, unsafe = traffic()
-    found = fuse(scores, counts)
+@pytest.fixture(scope="module")
+def fitted():
+    scores, counts, _ = traffic()
+    return fuse(scores, counts)
 
-    harm, refusals = found.channels
+
+def test_it_finds_what_responses_and_scores_are_worth(fitted):
+    scores, counts, unsafe = traffic()
+    harm, refusals = fitted.channels
     assert (harm.if_unsafe, harm.if_safe) == (pytest.approx(0.4, abs=0.12), pytest.approx(0.05, abs=0.03))
     assert harm.alike == pytest.approx(0.5, abs=0.15)
     assert refusals.if_unsafe == pytest.approx(refusals.if_safe, abs=0.03)
-    posterior = found.posterior(scores, counts)
+    posterior = fitted.posterior(scores, counts)
     assert posterior.mean() == pytest.approx(unsafe.mean(), abs=0.08)
     ranked = [average_precision_score(unsafe, scores) for scores in (posterior, scores, counts[0].seen)]
     assert ranked[0] > ranked[1] + 0.1 and ranked[0] > ranked[2] + 0.1
@@ -65,12 +69,6 @@ def test_no_harm_from_a_responder_that_never_complies_is_no_sign_of_safety():
     assert found.channels[0].log_ratio(Counts("", np.zeros(1), np.full(1, K)))[0] == pytest.approx(0, abs=0.1)
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    scores, counts, _ = traffic()
-    return fuse(scores, counts)
-
-
 @hypothesis_settings(max_examples=cases(80), deadline=None, derandomize=True)
 @given(score=st.floats(-200, 200), harm=st.floats(0, 8), more=st.floats(0, 1), total=st.integers(0, 8))
 def test_more_harm_and_a_higher_score_never_lower_it(fitted, score, harm, more, total):
@@ -86,7 +84,7 @@ def test_more_harm_and_a_higher_score_never_lower_it(fitted, score, harm, more, 
 
 def test_large_traffic_is_learnt_from_a_sample_and_weighed_whole(monkeypatch):
     monkeypatch.setattr("guardloop.mining.latent_class.SAMPLE", 600)
-    scores, counts, unsafe = traffic()
+    scores, counts, unsafe = traffic(prompts=1500)
     found = fuse(scores, counts)
     again = fuse(scores, counts)
 
