@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from guardloop.cli.checkout import use_checkout
 from guardloop.cli.connection import check_needs, connect, make_order, platform_of
 from guardloop.cli.options import (
     DEMO,
@@ -51,6 +52,7 @@ def submit(
     as_json: Annotated[bool, typer.Option("--json", help="Checks and run as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Run the pipeline on a cluster, through Kubeflow Pipelines."""
+    use_checkout()
     console = Terminal(stderr=as_json)
     where = load_platform(platform)
     order = make_order(config, pipeline, platform, where, artifact, fresh)

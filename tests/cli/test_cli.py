@@ -268,3 +268,22 @@ def test_as_a_process_bad_input_ends_with_2_before_any_model_library_loads(tmp_p
     )
     assert ended.returncode == 2 and ended.stdout == "False"
     assert ended.stderr.startswith("error: check:") and "Traceback" not in ended.stderr
+
+
+# Two guards side by side
+
+
+@pytest.mark.slow
+def test_check_against_shows_both_verdicts(guardloop, tmp_path):
+    first, second = save_guard(tmp_path / "first", threshold=-100.0), save_guard(tmp_path / "second", threshold=100.0)
+    (tmp_path / "mine.yaml").write_text(f"guard: {{base: {first}, min_label_mass: 0}}\n")
+
+    call = ("check", "hello", "--config", str(tmp_path / "mine.yaml"), "--against", str(second))
+    shown, told = guardloop(*call), guardloop(*call, "--json")
+
+    assert shown.code == told.code == 0, shown.err
+    line = shown.out.splitlines()[-1].split()
+    assert line[0] == "unsafe" and line[2] == "safe" and str(second) in shown.out
+    row = json.loads(told.out)
+    assert row["verdict"] == "unsafe" and row["against"]["verdict"] == "safe"
+    assert row["score"] == pytest.approx(row["against"]["score"], abs=1e-5)

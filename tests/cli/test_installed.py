@@ -1,5 +1,6 @@
 """The installed package: guardloop alone, whose commands work anywhere or say that they need the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,26 +25,39 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def call(installed: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    # without site-packages' editable install of the checkout, whose dependencies are wanted nevertheless
-    program = (
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-        f"sys.path.insert(0, {str(installed)!r})\n"
-        "import guardloop.cli.main as cli\n"
-        f"assert cli.__file__.startswith({str(installed)!r}), cli.__file__\n"
-        "cli.main()"
-    )
+PROGRAM = """
+import contextlib, io, json, sys
+# without the editable install of the checkout, whose dependencies are wanted nevertheless
+sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]
+sys.path.insert(0, sys.argv[1])
+import guardloop.cli.main as cli
+assert cli.__file__.startswith(sys.argv[1]), cli.__file__
+ends = []
+for arguments in json.loads(sys.argv[2]):
+    sys.argv = ["guardloop", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            cli.main()
+        except SystemExit as end:
+            ends.append((end.code or 0, err.getvalue()))
+print(json.dumps(ends))
+"""
+
+
+def ends(installed: Path, folder: Path, *commands: list[str]) -> list[tuple[int, str]]:
+    """(exit code, what went to stderr) of each command, as the installed package has it, started in `folder`."""
     surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    surroundings["GUARDLOOP_HOME"] = str(folder / "home")
-    return subprocess.run(
-        [sys.executable, "-I", "-c", program, *arguments],
+    surroundings["GUARDLOOP_HOME"] = str(installed.parent / "home")
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", PROGRAM, str(installed), json.dumps(commands)],
         cwd=folder,
         env=surroundings,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert ended.returncode == 0, ended.stderr
+    return [(code, err) for code, err in json.loads(ended.stdout)]
 
 
 @pytest.mark.slow
@@ -54,25 +68,21 @@ def test_only_guardloop_is_installed(installed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments", [["config", "show"], ["review"], ["demo-report", "--out", "page.html"], ["check", "--help"]]
-)
-def test_what_works_anywhere(installed: Path, tmp_path: Path, arguments: list[str]) -> None:
-    ended = call(installed, tmp_path, *arguments)
-    assert ended.returncode == 0, ended.stderr
+def test_what_works_anywhere(installed: Path, tmp_path: Path) -> None:
+    commands = [["config", "show"], ["config", "fields"], ["demo-report", "--out", "page.html"], ["review"]]
+    for code, err in ends(installed, tmp_path, *commands):
+        assert code == 0, err
+    assert (tmp_path / "page.html").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [["run"], ["reproduce"], ["compile"], ["plan"], ["doctor"], ["runs"], ["submit"], ["schedule", "list"]],
-)
-def test_what_needs_a_checkout_says_so(installed: Path, tmp_path: Path, arguments: list[str]) -> None:
-    refused = call(installed, tmp_path, *arguments)
-    assert refused.returncode == 2 and "needs GuardLoop's repository" in refused.stderr, refused.stderr
+def test_what_needs_a_checkout_says_so(installed: Path, tmp_path: Path) -> None:
+    names = ["run", "reproduce", "compile", "plan", "doctor", "submit", "follow", "runs", "schedule list"]
+    for name, (code, err) in zip(names, ends(installed, tmp_path, *(n.split() for n in names)), strict=True):
+        assert code == 2 and "needs GuardLoop's repository" in err, (name, err)
 
 
 @pytest.mark.slow
 def test_a_checkout_is_the_current_folder(installed: Path) -> None:
-    ended = call(installed, ROOT, "plan", "--past", "no-such-run")
-    assert ended.returncode == 2 and "no run 'no-such-run'" in ended.stderr, ended.stderr
+    ((code, err),) = ends(installed, ROOT, ["plan", "--past", "no-such-run"])
+    assert code == 2 and "no run 'no-such-run'" in err, err
