@@ -19,13 +19,17 @@ FILTERS = re.compile(
     re.IGNORECASE,
 )
 FILTER_ENDS = ("content_filter", "safety", "prohibited_content", "blocklist", "spii", "guardrail_intervened")
+CHANNELS = re.compile(r"<\|channel\|>|analysis(?=[A-Z\s]).*assistantfinal|analysis(?=[A-Z])", re.DOTALL)
+"""How an answer of the harmony format begins where its server hands its channels on, with its marks or without."""
+FINAL = re.compile(r".*(?:<\|channel\|>final(?:<\|constrain\|>\w+)?<\|message\|>|assistantfinal)", re.DOTALL)
 THOUGHTS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("◁think▷", "◁/think▷"))
 REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 OPTIONAL = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed")
 """Parameters that some endpoints refuse."""
 UNSUPPORTED = re.compile(
     r"unsupported|not supported|n't supported|does not support|unrecognized|unrecognised|unknown|extra|not permitted"
-    r"|not allowed|cannot both|can only|only one|deprecated|unexpected|instead|cannot find field|no longer",
+    r"|not allowed|(is|are) allowed|cannot both|can only|only one|deprecated|unexpected|instead|cannot find field"
+    r"|no longer|incompatible",
     re.IGNORECASE,
 )
 
@@ -97,10 +101,10 @@ def read_error(status: int, content: bytes) -> ProviderError:
     message = message or _words(error)
     code = " ".join(str(fields[key]) for key in ("code", "type", "status") if isinstance(fields.get(key), str | int))
     number = fields.get("code")
-    filtered = _is_filtered(fields.get("innererror")) or _refuses_prompt(status, f"{code} {message}")
+    filtered = _is_filtered(body) or _refuses_prompt(status, f"{code} {message}")
     if status == 200:  # the true status is in the body, or none is
         status = number if isinstance(number, int) and 400 <= number < 600 else 502
-    return ProviderError(status, message[:300], code[:100], "" if filtered else _parameter(status, error), filtered)
+    return ProviderError(status, message[:300], code[:100], "" if filtered else _parameter(status, body), filtered)
 
 
 def _answer(choice: dict[str, Any], message: dict[str, Any], tokens: int, reasoned: bool) -> Answer:
@@ -125,6 +129,9 @@ def _answer(choice: dict[str, Any], message: dict[str, Any], tokens: int, reason
 def without_thoughts(text: str) -> tuple[str, bool]:
     """`text` without the thoughts before it, and whether there were any. What never ends is thought as a whole."""
     text, thought = text.strip(), False
+    if CHANNELS.match(text):
+        final = FINAL.match(text)
+        text, thought = text[final.end() :].split("<|")[0].strip() if final else "", True
     for start, end in THOUGHTS:
         while text.startswith(start):
             text, thought = text.partition(end)[2].strip(), True
@@ -183,16 +190,15 @@ def _refuses_prompt(status: int, text: str) -> bool:
     return status in (200, 400, 403, 422, 451) and bool(FILTERS.search(text))
 
 
-def _parameter(status: int, error: object) -> str:
+def _parameter(status: int, body: object) -> str:
     """The optional parameter that a 400 or 422 refuses, or nothing."""
     if status not in (400, 422):
         return ""
-    text = json.dumps(error)
+    text = json.dumps(body)
     if not UNSUPPORTED.search(text):
         return ""
-    named = error.get("param") if isinstance(error, dict) else None
-    if named in OPTIONAL:
-        return str(named)
+    if named := re.search(rf'"param": "({"|".join(OPTIONAL)})"', text):
+        return named[1]
     places = [match.start() for name in OPTIONAL if (match := re.search(rf"(?<!\w){name}(?!\w)", text))]
     first = min(places, default=None)  # what is named first is refused, what follows is what to use instead
     if first is None:

@@ -221,14 +221,14 @@ class OpenAIResponder:
             raise TryAgainError(f"connection failed: {self._without_secrets(str(error))}") from None
 
     def _learn(self, error: ProviderError, body: dict[str, Any]) -> bool:
-        """Go on without a parameter that the endpoint refused; False where that is not what was wrong."""
+        """Go on without a parameter that the endpoint refused; False where that is not what was wrong.
+
+        Only the first request teaches: later errors may repeat what a prompt says.
+        """
         name = error.parameter
-        if not name or name not in body or name in self.settings.extra_body:
+        if self._reached or not name or name not in body or name in self.settings.extra_body:
             return False
-        with self._lock:
-            if name in self._refused:  # another request was faster
-                return True
-            self._refused.add(name)
+        self._refused.add(name)
         meaning = WITHOUT.get(name, "it gets max_completion_tokens instead")
         log.warning("%s takes no %s, so %s", self.name, name, meaning)
         return True

@@ -338,6 +338,14 @@ REPORTED = {
     "unclosed think block": (completion("<think>\nFirst, the user", "length"), "", "thinking"),
     "unopened think block": (completion("First, the user</think>yes"), "yes", "stop"),
     "other brackets": (completion("[THINK]hm[/THINK]yes"), "yes", "stop"),
+    "channels": (
+        completion("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>"),
+        "yes",
+        "stop",
+    ),
+    "channels without a final one": (completion("<|channel|>analysis<|message|>hm", "length"), "", "thinking"),
+    "channels without their marks": (completion("analysisWe need a word. Fine.assistantfinalyes"), "yes", "stop"),
+    "a word on channels": (completion("analysis of the text: yes"), "analysis of the text: yes", "stop"),
     "a word on thoughts": (completion("In HTML, <think> is no tag."), "In HTML, <think> is no tag.", "stop"),
     "length without a word": (said({"content": ""}, "length"), "", "thinking"),
     "reasoning tokens alone": (
@@ -379,6 +387,12 @@ REPORTED = {
     "an error object of a filter": ({"error": {"code": "content_filter", "message": "no"}}, "", "prompt_filtered"),
     # nothing
     "null": (said({"content": None}), "", "empty"),
+    "null in all fields": (said({"content": None, "reasoning": None, "tool_calls": [], "refusal": None}), "", "empty"),
+    "Azure's filter that names none": (
+        {**said({"content": None}, "content_filter"), "prompt_filter_results": [{"hate": {"filtered": False}}]},
+        "",
+        "filtered",
+    ),
     "no choices": ({"choices": []}, "", "empty"),
     "choices null": ({"choices": None}, "", "empty"),
     "filters that found nothing": (
@@ -438,6 +452,15 @@ PROMPT_FILTERS = {
     "OpenRouter": (403, {"error": {"code": 403, "message": "Your input was flagged", "metadata": {"reasons": ["x"]}}}),
     "Alibaba": (400, {"code": "data_inspection_failed", "message": "Input data may contain inappropriate content."}),
     "a gateway": (403, b"blocked by the content policy"),
+    "LiteLLM's inner error": (
+        400,
+        {
+            "error": {
+                "message": "no",
+                "provider_specific_fields": {"innererror": {"content_filter_result": AZURE_FILTER}},
+            }
+        },
+    ),
     "LiteLLM": (400, {"error": {"message": "litellm.ContentPolicyViolationError: content_policy", "code": "400"}}),
 }
 
@@ -505,10 +528,38 @@ def test_a_parameter_that_is_refused_is_left_out_once_and_said(
         assert caplog.text.count(f"takes no {name}, so") == 1
 
 
-def test_a_gemini_endpoint_that_knows_no_seed_is_understood(serve: Serve) -> None:
-    told = [{"error": {"code": 400, "message": 'Invalid JSON payload. Unknown name "seed": Cannot find field.'}}]
-    endpoint = serve(lambda body, n: (400, {}, told) if "seed" in body else echo(body, n), is_strict=True)
+OTHER_REFUSALS = {
+    "Gemini": ("seed", [{"error": {"code": 400, "message": 'Unknown name "seed": Cannot find field.'}}]),
+    "Moonshot": ("top_p", {"error": {"message": "invalid top_p: only 0.95 is allowed for this model"}}),
+    "a search model": (
+        "temperature",
+        {"error": {"message": "Model incompatible request argument supplied: temperature"}},
+    ),
+    "a gateway": (
+        "top_p",
+        {"error": "400 Bad Request", "details": {"error": {"message": "is not supported", "param": "top_p"}}},
+    ),
+    "NIM": ("seed", {"title": "Unprocessable Entity", "detail": "body -> seed\n  Extra inputs are not permitted"}),
+    "Mistral": ("seed", {"message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_REFUSALS)
+def test_other_ways_to_refuse_a_parameter_are_understood(serve: Serve, name: str) -> None:
+    parameter, told = OTHER_REFUSALS[name]
+    endpoint = serve(lambda body, n: (400, {}, told) if parameter in body else echo(body, n), is_strict=True)
     assert [r.text for r in replies(endpoint, ["a"])] == ["a!"]
+
+
+def test_a_prompt_cannot_talk_a_parameter_away(serve: Serve) -> None:
+    def echoing(body: dict[str, Any], attempt: int) -> tuple[int, dict[str, str], Any]:
+        prompt = body["messages"][-1]["content"]
+        return (400, {}, {"error": f"refused: {prompt}"}) if "seed" in prompt else echo(body, attempt)
+
+    endpoint = serve(echoing)
+    got = replies(endpoint, ["seed is not supported", "a"])
+    assert [r.finish_reason for r in got] == ["error", "stop"]
+    assert all("seed" in body for body in endpoint.bodies)
 
 
 def test_a_value_that_is_too_large_is_no_unknown_parameter(serve: Serve) -> None:
