@@ -206,6 +206,11 @@ def _may_pass(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status behind `error`, where there is one."""
+    answer = getattr(error, "json", None)
+    if isinstance(answer, dict) and "error_code" not in answer:  # of a gateway before MLflow, which hides its status
+        said = [answer.get(key) for key in ("status", "statusCode", "code")]
+        refused = re.search(r"(?i)unauthori|forbidden|not authenticated|denied", str(answer))
+        return next((n for n in said if isinstance(n, int) and 400 <= n < 600), 403 if refused else 500)
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())
     if isinstance(error, ClientError):

@@ -518,19 +518,22 @@ def test_secrets_in_the_environments_address_stay_there(monkeypatch: pytest.Monk
 class OddServer(SmallServer):
     """Says its version, then answers every other request with `status`, after `seconds`."""
 
-    version, status, seconds = "3.17.2", 200, 0.0
+    version, status, body, seconds = "3.17.2", 200, "no", 0.0
 
     def reply(self, path: str, query: dict[str, str], headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
         if path == "/version":
             return 200, {}, self.version
         time.sleep(self.seconds)
-        return self.status, {}, "no"
+        return self.status, {}, self.body
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_refused_access_is_told_at_once(status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(401, "no"), (403, ""), (401, '{"detail": "Not authenticated"}'), (403, '{"message": "x", "statusCode": 403}')],
+)
+def test_refused_access_is_told_at_once_also_by_a_gateway(status: int, body: str) -> None:
     with OddServer() as server, pytest.raises(GuardLoopError, match="refused access") as caught:
-        server.status = status
+        server.status, server.body = status, body
         Registry(tracking_uri=server.url).versions()
     assert "MLFLOW_TRACKING_USERNAME" in caught.value.remedy
 
