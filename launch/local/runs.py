@@ -81,7 +81,7 @@ def find_run(name: str) -> Run:
 
 def _is_run(name: str) -> bool:
     """Whether it is the name of a run, not a path to somewhere else."""
-    return Path(name).name == name and (home() / "runs" / name / "run.json").is_file()
+    return any(path.name == name and (path / "run.json").is_file() for path in (home() / "runs").glob("*"))
 
 
 def new_run(
