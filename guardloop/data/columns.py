@@ -82,7 +82,11 @@ def _column(name: str) -> Column:
         expression = jmespath.compile(name)
     except JMESPathError:
         return Column(name)
-    first = expression.parsed
-    while first["children"] and first["type"] != "field":
-        first = first["children"][0]
-    return Column(name, expression, str(first.get("value", "")))
+    return Column(name, expression, _root(expression.parsed))
+
+
+def _root(node: dict[str, Any]) -> str:
+    """The first field of an expression; "" where there is none."""
+    if node["type"] == "field":
+        return str(node["value"])
+    return next(filter(None, map(_root, node["children"])), "")

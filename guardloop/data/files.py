@@ -1,6 +1,7 @@
 """Which files a source names: one file, the files of a folder, of a glob, or of an `s3://` prefix, in a fixed order."""
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,10 @@ def list_files(path: str, where: str) -> list[DataFile]:
     """
     remote = path.startswith("s3://")
     root, names = _remote_names(path, where) if remote else _local_names(path, where)
-    names = [name for name in names if not any(part.startswith(("_", ".")) for part in name.split("/"))]
     if not names:
         raise GuardLoopError(f"{where}: no data file at {path}", KNOWN)
-    several = len(names) > 1 or names[0] != root.rpartition("/")[2]
-    if several:  # a folder may hold a README beside its parts
-        names = [name for name in names if _kind(name)[0]] or names
-    files = [_file(root, name, where) for name in sorted(names)]
+    known = [name for name in names if _kind(name)[0]]  # a folder may hold a README beside its parts
+    files = [_file(root, name, where) for name in sorted(known or names)]
     kinds = {file.kind for file in files}
     if len(kinds) > 1:
         raise GuardLoopError(
@@ -62,10 +60,10 @@ def local_path(text: str, where: str) -> Path:
 
 
 def _local_names(text: str, where: str) -> tuple[str, list[str]]:
-    """A root, and the names of files below it; one file is its own root."""
+    """A folder, and the names of the files below it that are meant."""
     path = local_path(text, where)
     if path.is_file():
-        return str(path), [path.name]
+        return str(path.parent), [path.name]
     pattern = ""
     if _is_pattern(text) and not path.exists():
         root = path
@@ -77,7 +75,7 @@ def _local_names(text: str, where: str) -> tuple[str, list[str]]:
             f"{where}: no such file or folder: {path}", "check the path; paths are relative to where you started"
         )
     files = path.glob(pattern) if pattern else path.rglob("*")
-    return str(path), [file.relative_to(path).as_posix() for file in files if file.is_file()]
+    return str(path), _visible(file.relative_to(path).as_posix() for file in files if file.is_file())
 
 
 def _remote_names(uri: str, where: str) -> tuple[str, list[str]]:
@@ -89,16 +87,21 @@ def _remote_names(uri: str, where: str) -> tuple[str, list[str]]:
         pattern = f"{last}/{pattern}".rstrip("/")
     names = list_keys(root if pattern else uri)
     if names == [""]:  # the object itself
-        return root, [root.rpartition("/")[2]]
+        folder, _, name = root.rpartition("/")
+        return folder, [name]
     if pattern:
         names = [name for name in names if fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")]
     if not names:
         raise GuardLoopError(f"{where}: no such object or prefix: {uri}", "check the address and the credentials")
-    return root, names
+    return root, _visible(names)
 
 
-def _file(root: str, name: str, where: str) -> DataFile:
-    uri = root if root.rpartition("/")[2] == name else f"{root.rstrip('/')}/{name}"
+def _visible(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not any(part.startswith(("_", ".")) for part in name.split("/"))]
+
+
+def _file(folder: str, name: str, where: str) -> DataFile:
+    uri = f"{folder.rstrip('/')}/{name}"
     kind, packing = _kind(name)
     if not kind:
         raise GuardLoopError(f"{where}: {uri} is not a kind of file that is read", KNOWN)

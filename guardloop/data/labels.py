@@ -5,6 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from guardloop.core.errors import GuardLoopError
@@ -32,10 +33,10 @@ class LabelCounts:
         """Whether `value` means unsafe; None where it is missing or in no list. `row` names its place."""
         word = as_word(value)
         shown = _shown(value)
-        if word in map(as_word, source.unsafe_labels):
+        if word in _words(*source.unsafe_labels):
             self._count(self.unsafe, shown)
             return True
-        if word in map(as_word, source.safe_labels):
+        if word in _words(*source.safe_labels):
             self._count(self.safe, shown)
             return False
         if word in MISSING:
@@ -48,14 +49,13 @@ class LabelCounts:
 
     def read_any(self, values: Sequence[Any], source: SourceSettings, row: str) -> bool | None:
         """The same of several columns: unsafe if any is, else safe if any is; an unknown value is neither."""
-        words = [as_word(value) for value in values]
-        unsafe, safe = ({as_word(label) for label in labels} for labels in (source.unsafe_labels, source.safe_labels))
-        ranked = sorted(
-            range(len(values)),
-            key=lambda i: (words[i] not in unsafe, words[i] in safe, words[i] in MISSING),
-        )
-        present = [i for i in ranked if words[i] not in MISSING] or ranked
-        return self.read(values[present[0]], source, row)
+        unsafe, safe = _words(*source.unsafe_labels), _words(*source.safe_labels)
+
+        def rank(value: Any) -> int:
+            word = as_word(value)
+            return 0 if word in unsafe else 2 if word in safe else 3 if word in MISSING else 1
+
+        return self.read(min(values, key=rank), source, row)
 
     def check(self, source: SourceSettings, where: str) -> None:
         """Raises GuardLoopError for values in no list, and for missing ones if `unlabelled` is refuse."""
@@ -90,6 +90,11 @@ class LabelCounts:
 
     def _count(self, counts: Counter[str], value: str) -> None:
         counts[value if value in counts or len(counts) < MAX_VALUES else OTHERS] += 1
+
+
+@cache
+def _words(*labels: str) -> frozenset[str]:
+    return frozenset(map(as_word, labels))
 
 
 def as_word(value: Any) -> str:

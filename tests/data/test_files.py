@@ -214,10 +214,8 @@ def test_nested_fields_are_reached_by_an_expression(tmp_path, kind):
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_the_delimiter_is_found_from_the_header(tmp_path, delimiter):
     path = tmp_path / "rows.csv"
-    path.write_text(
-        f'id{delimiter}user_text, as typed\n1{delimiter}"one; two, three"\n'.replace("_text, as typed", "_text")
-    )
-    assert texts(path, columns={"prompt": "user_text"}) == ["one; two, three"]
+    path.write_text(f'id{delimiter}text\n1{delimiter}"one; two, three"\n')
+    assert texts(path, columns={"prompt": "text"}) == ["one; two, three"]
 
 
 def test_the_delimiter_may_be_given(tmp_path):
@@ -282,7 +280,20 @@ def test_a_response_that_is_not_used_is_not_refused(tmp_path, response):
         assert type(response).__name__ in refusal(path).what
 
 
-def test_a_link_out_of_a_folder_or_an_odd_name_is_just_a_file(tmp_path):
+def test_a_file_that_is_named_is_read_whatever_its_name(placed, tmp_path):
+    folder = parts(tmp_path / "x.csv", ["_rows.jsonl", "x.csv"])
+    place = placed(folder)
+    assert texts(f"{place}/_rows.jsonl") == ["_rows.jsonl"] and texts(place) == ["x.csv"]
+
+
+@pytest.mark.parametrize("expression", ["join(' ', parts[])", "parts[0]", '"parts"[0]', "nothing || parts[1]"])
+def test_an_expression_may_call_and_choose(tmp_path, expression):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"parts": ["a", "b"], "nothing": None}))
+    assert texts(path, columns={"prompt": expression})[0] in {"a b", "a", "b"}
+
+
+def test_a_file_with_an_odd_name_is_just_a_file(tmp_path):
     folder = parts(tmp_path / "with space and ümlaut", ["größe [1].jsonl"])
     assert texts(folder / "größe [1].jsonl") == texts(folder) == ["größe [1].jsonl"]
     assert [file.kind for file in list_files(str(folder), "x")] == ["json"]
