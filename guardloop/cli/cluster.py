@@ -26,7 +26,7 @@ from guardloop.cli.options import (
 from guardloop.cli.terminal import Terminal
 from guardloop.config import load_platform
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.text import visible, without_secrets
+from guardloop.core.text import clean
 
 if TYPE_CHECKING:
     from launch.kubeflow.cluster import Cluster
@@ -150,7 +150,7 @@ def logs(
     for log in stage_logs(cluster, cluster.find_run(run), stage):
         part = f", shard {log.shard + 1}" if log.shard is not None else ""
         console.print(f"[bold]── {escape(log.stage)}{part}[/] [dim]{escape(log.pod)}[/]", soft_wrap=True)
-        typer.echo(visible(without_secrets(log.text if everything else log.own)).rstrip("\n"))
+        typer.echo(clean(log.text if everything else log.own).rstrip("\n"))
 
 
 @app.command()

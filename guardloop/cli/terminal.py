@@ -7,7 +7,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from guardloop.core.text import visible, without_secrets
+from guardloop.core.text import clean
 
 
 class Terminal(Console):
@@ -18,9 +18,9 @@ class Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """`text` as rich reads it, cleaned before its width is measured."""
-        return super().render_str(visible(without_secrets(text)), **options)
+        return super().render_str(clean(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Segments of `renderable`, as rich makes them, with clean texts."""
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(without_secrets(segment.text)), segment.style)
+            yield segment if segment.control else Segment(clean(segment.text), segment.style)

@@ -1,6 +1,6 @@
 """Errors that are shown to people: what is wrong, where, and what to do about it."""
 
-from guardloop.core.text import visible, without_secrets
+from guardloop.core.text import clean
 
 
 class GuardLoopError(Exception):
@@ -10,7 +10,7 @@ class GuardLoopError(Exception):
     """
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        self.what, self.remedy = visible(without_secrets(what)), visible(without_secrets(remedy))
+        self.what, self.remedy = clean(what), clean(remedy)
         super().__init__(f"{self.what}\n  -> {self.remedy}" if remedy else self.what)
 
 

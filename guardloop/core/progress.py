@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.text import clean, visible, without_secrets
+from guardloop.core.text import clean, indented
 
 log = logging.getLogger("guardloop")
 T = TypeVar("T")
@@ -101,11 +101,11 @@ def show_clean_text() -> None:
 
     def make_clean(*args: Any, **values: Any) -> logging.LogRecord:
         record = make(*args, **values)
-        record.msg, record.args = clean(record.getMessage()), None
+        record.msg, record.args = indented(record.getMessage()), None
         return record
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.stderr.write(visible(without_secrets("".join(traceback.format_exception(kind, error, trace)))))
+        sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
 
     make_clean.is_clean = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(make_clean)

@@ -14,7 +14,7 @@ CREDENTIAL = (
 HEADER = r"(?i)\b(x-api-key|api-key|authorization)(['\"]?\s*[:=]\s*['\"]?)(?!\s|bearer|basic)[^\s'\",]{8,}"
 SECRETS = (
     # who logs in: `user@`, `user:password@` with any characters in the password, `KEY:SECRET@` of a store
-    (re.compile(r"(\w://)(?:[^\s@/?#]{0,512}|[^\s@/?#:]{0,256}:\S{0,1024})@"), r"\1"),
+    (re.compile(r"(\w://)(?:[^\s@/?#:]{0,256}:\S{0,1024}|[^\s/?#]{0,512})@"), r"\1"),
     (re.compile(rf"([?&;#]{CREDENTIAL}=)[^&\s'\"#]+", re.IGNORECASE), r"\1***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w+/=.~-]{8,}"), r"\1 ***"),
     (
@@ -57,11 +57,16 @@ def visible(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` as it may be shown. Further lines are indented, so that none can pass for a line of ours."""
-    return visible(without_secrets(text)).replace("\n", "\n  ").replace("\n    ->", "\n  ->")
+    """`text` as it may be shown: first visible, as unseen characters may split a secret, then without secrets."""
+    return without_secrets(visible(text))
+
+
+def indented(text: str) -> str:
+    """`text`, clean, with its further lines indented, so that none can pass for a line of ours."""
+    return clean(text).replace("\n", "\n  ").replace("\n    ->", "\n  ->")
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """`text` of others as one visible line of at most `limit` characters."""
-    line = visible(" ".join(without_secrets(text).split()))
+    """`text` of others as one clean line of at most `limit` characters."""
+    line = clean(" ".join(text.split()))
     return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.cases import cases
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.core.text import clean, holds_secret, one_line, visible, without_secrets
+from guardloop.core.text import clean, holds_secret, indented, one_line, visible, without_secrets
 
 many = hypothesis_settings(max_examples=cases(150), deadline=None, derandomize=True)
 SECRET = "hunter2/hunter'2+Zz9="
@@ -93,9 +93,22 @@ def test_whatever_is_shown_is_visible(text):
     assert len(one_line(text).splitlines()) <= 1 and len(one_line("x" * 999)) == 300
 
 
+@many
+@given(
+    secret=st.text("abcdef0123456789", min_size=8, max_size=20),
+    unseen=st.sampled_from("\x00\x0b\x1b\x1f\x85\u200b\u202e\u2028"),
+    place=st.integers(0, 20),
+)
+def test_unseen_characters_hide_no_secret(secret, unseen, place):
+    split = secret[:place] + unseen + secret[place:]
+    for text in (f"https://me:{split}@host", f"https://host?token={split}", f"s3://key:{split}@bucket"):
+        shown = clean(text)
+        assert not any(part in shown for part in (secret[:place], secret[place:]) if len(part) > 3)
+
+
 def test_further_lines_cannot_pass_for_ours():
-    assert clean("no\nPromoted: all checks passed") == "no\n  Promoted: all checks passed"
-    assert clean("what\n  -> remedy") == "what\n  -> remedy"
+    assert indented("no\nPromoted: all checks passed") == "no\n  Promoted: all checks passed"
+    assert indented("what\n  -> remedy") == "what\n  -> remedy"
 
 
 def test_an_error_says_nothing_secret_and_nothing_that_acts():

@@ -22,6 +22,7 @@ from support.root import ROOT
 from guardloop.config import load_platform, load_settings
 from guardloop.core.errors import GuardLoopError
 from guardloop.core.records import CONVERSATION, SAID, count_rows, read_metadata, read_table, write_table
+from guardloop.core.text import UNSEEN, clean, without_secrets
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.guard.adapter_files import check_adapter_files
@@ -210,11 +211,28 @@ def _write_answer(folder: Path) -> None:
     (folder / "error.json").write_text(json.dumps(REFUSAL))
 
 
+def _read_text(folder: Path) -> None:
+    """What is shown of a text has nothing in it that a terminal acts on, and nothing that the filter knows."""
+    shown = clean((folder / "message.txt").read_bytes().decode("utf-8", "surrogateescape"))
+    assert not UNSEEN.search(shown)
+    assert len(shown) > 1000 or without_secrets(shown) == shown
+
+
+def _write_text(folder: Path) -> None:
+    lines = (
+        "no answer of https://me:hunter2@host.example.org:8443/v1?token=hunter2",
+        "\x1b[31mred\x1b[0m",
+        "s3://K:hunter2@b",
+    )
+    (folder / "message.txt").write_text("\n".join(lines))
+
+
 TARGETS = {
+    "text": Target(_write_text, ("message.txt",), _read_text, 50),
     "endpoint": Target(_write_answer, ("answer.json", "error.json"), _read_answer, 150),
-    "jsonl": _table(".jsonl", 200),
+    "jsonl": _table(".jsonl", 180),
     "jsonl.gz": _table(".jsonl.gz", 60),
-    "csv": _table(".csv", 180),
+    "csv": _table(".csv", 150),
     "csv.gz": _table(".csv.gz", 60),
     "parquet": _table(".parquet", 100),
     "records": Target(_record_table, ("table",), _read_records, 80),

@@ -16,7 +16,7 @@ from guardloop.responses.engine import Reply, Request
 from guardloop.responses.engines.transformers import WINDOW_BATCHES, TransformersResponder
 from guardloop.responses.resume import Parts
 
-MANY = 200_000
+MANY = 80_000
 GROWTH_MIB = 24  # all rows of MANY prompts, held as Python objects, are some hundred
 
 

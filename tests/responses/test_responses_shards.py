@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -61,11 +62,13 @@ def answers(paths: Iterable[Path]) -> Answers:
     return set(rows)
 
 
-def run_shard(folder: Path, guard: dict[str, Any], responder: ResponderSettings, shard: int, shards: int) -> Path:
+def run_shard(
+    folder: Path, guard: dict[str, Any], responder: ResponderSettings, shard: int, shards: int, **more: float
+) -> Path:
     """Screen and answer one shard of the traffic; its table of responses."""
     verdicts, responses = folder / f"verdicts-{shards}-{shard}", folder / f"responses-{shards}-{shard}"
     stages.screen(folder / "traffic", verdicts, guard, shard=shard, shards=shards)
-    stages.generate_responses(verdicts, responses, [responder.plain()], shard=shard)
+    stages.generate_responses(verdicts, responses, [responder.plain()], shard=shard, **more)
     return responses
 
 
@@ -199,33 +202,40 @@ def test_a_responder_that_fails_too_often_is_not_hidden_by_another(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_pipeline_in_two_shards_gives_what_it_gives_in_one(tmp_path: Path, tiny_folder: Path) -> None:
-    guard = save_guard(tmp_path / "guard", threshold=10.0)
+def test_the_pipeline_in_two_shards_gives_what_its_stages_give_in_one(tmp_path: Path, tiny_folder: Path) -> None:
+    guard = {"base": str(save_guard(tmp_path / "guard", threshold=10.0)), "min_label_mass": 0, "threshold": 10.0}
+    responder = {"model": str(tiny_folder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}
     settings = {
         "dataset": {"traffic": {"path": "traffic", "limit": 24}, "test": {"path": "test", "limit": 40}},
-        "guard": {"base": str(guard), "min_label_mass": 0, "threshold": 10.0},
-        "responders": [{"model": str(tiny_folder), "samples": 2, "max_new_tokens": 4, "max_prompt_tokens": 256}],
+        "guard": guard,
+        "responders": [responder],
         "max_error_share": 1.0,
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    made = {}
-    for shards in (1, 2):
-        platform, home = tmp_path / f"{shards}.yaml", tmp_path / f"home-{shards}"
-        platform.write_text(yaml.safe_dump({"runner": "subprocess", "shards": shards}))
-        where = ["--config", str(tmp_path / "config.yaml"), "--platform", str(platform)]
-        ended = subprocess.run(
-            [sys.executable, "-m", "guardloop.cli.main", "run", "--pipeline", "process", *where],
-            env={**os.environ, "GUARDLOOP_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""},
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        run = (home / "runs" / "latest").resolve()
-        tables = list((run / "artifacts").rglob("responses"))
-        assert len(tables) == shards
-        mined = next(path for path in (run / "artifacts").rglob("mining.json") if path.is_file())
-        made[shards] = (answers(tables), json.loads(mined.read_text())["counts"])
-    assert made[1] == made[2]
-    assert len(made[1][0]) == 48
+    (tmp_path / "platform.yaml").write_text(yaml.safe_dump({"runner": "subprocess", "shards": 2}))
+    where = ["--config", str(tmp_path / "config.yaml"), "--platform", str(tmp_path / "platform.yaml")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "guardloop.cli.main", "run", "--pipeline", "process", *where],
+        env={**os.environ, "GUARDLOOP_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    artifacts = (tmp_path / "home" / "runs" / "latest").resolve() / "artifacts"
+    tables = list(artifacts.rglob("responses"))
+    assert len(tables) == 2
+
+    (traffic,) = artifacts.rglob("traffic")
+    shutil.copy(traffic, tmp_path / "traffic")
+    whole = run_shard(tmp_path, guard, ResponderSettings.model_validate(responder), 0, 1, max_error_share=1.0)
+    stages.screen(whole, tmp_path / "judged", guard)
+    stages.mine_feedback([tmp_path / "verdicts-1-0"], [tmp_path / "judged"], tmp_path / "training_set", {})
+    assert answers(tables) == answers([whole])
+    assert len(answers([whole])) == 48
+    (mined,) = artifacts.rglob(stages.MINING)
+    assert (
+        json.loads(mined.read_text())["counts"]
+        == json.loads((tmp_path / "training_set" / stages.MINING).read_text())["counts"]
+    )
