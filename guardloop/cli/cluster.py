@@ -102,7 +102,7 @@ def runs(
 ) -> None:
     """List the runs on a cluster."""
     cluster = connect(platform_of(platform), host, namespace)
-    from launch.kubeflow.tasks import moment
+    from launch.kubeflow.tasks import moment, was_stopped
 
     experiment_id = None
     if experiment and (experiment_id := cluster.find_experiment(experiment)) is None:
@@ -114,7 +114,7 @@ def runs(
             {
                 "id": run.run_id,
                 "name": run.display_name,
-                "state": run.state or "unknown",
+                "state": "CANCELED" if was_stopped(run) else run.state or "unknown",
                 "created": started.isoformat() if started else None,
                 "seconds": (ended - started).total_seconds() if started and ended else None,
                 "page": cluster.target.run_page(run.run_id),

@@ -159,4 +159,5 @@ def message_of(part: Any) -> str:
 
 def was_stopped(run: Any) -> bool:
     """Whether someone stopped the run: Kubeflow Pipelines calls such runs failed, and only their history tells."""
-    return run.state == "CANCELED" or any(status.state == "CANCELING" for status in run.state_history or [])
+    asked = any(status.state == "CANCELING" for status in run.state_history or [])
+    return run.state == "CANCELED" or (asked and run.state == "FAILED")

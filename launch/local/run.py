@@ -18,7 +18,7 @@ from guardloop.core.errors import GuardLoopError
 from guardloop.core.places import tracking_uri
 from guardloop.core.settings import read_section
 from launch.local.containers import ready
-from launch.local.drawing import draw
+from launch.local.drawing import draw, title
 from launch.local.runs import Run, new_run, stage_threads
 from launch.pipelines import artifacts, parameters
 
@@ -132,7 +132,7 @@ def _environment(run: Run, platform: PlatformSettings) -> dict[str, str]:
 def _failure(run: Run) -> GuardLoopError:
     """What went wrong: the stage's own words, or where the log is."""
     if run.failure:
-        return GuardLoopError(f"{run.failure['stage']}: {run.failure['error']}", f"the whole log: {run.log}")
+        return GuardLoopError(f"{title(run.failure['stage'])}: {run.failure['error']}", f"the whole log: {run.log}")
     lines = run.log.read_text("utf-8", "replace").splitlines()
     if errors := [line.partition("GuardLoopError: ")[2] for line in lines if "GuardLoopError: " in line]:
         return GuardLoopError(errors[-1], f"the whole log: {run.log}")  # before its stage began

@@ -102,6 +102,15 @@ def test_a_run_that_was_stopped_did_not_fail(replayed: Call) -> None:
     assert any(line.startswith("■ screen responses 2/2") and line.endswith("stopped") for line in lines_of(ended))
 
 
+def test_a_stopped_run_is_listed_as_such(submits: Call, server: KubeflowServer, guardloop: Call) -> None:
+    submits("--no-wait")
+    (run,) = server.runs.values()
+    run |= {name: recorded("terminated")[name] for name in ("state", "state_history")}
+
+    (row,) = json.loads(guardloop("runs", "--host", server.url, "--json").out)
+    assert (run["state"], row["state"]) == ("FAILED", "CANCELED")
+
+
 def test_why_a_pod_does_not_start_is_told(
     replayed: Call, kubernetes: Kubernetes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
