@@ -48,4 +48,4 @@ class Metrics:
 
     def text(self) -> bytes:
         """All figures, in Prometheus' text format."""
-        return generate_latest(self._all)
+        return bytes(generate_latest(self._all))

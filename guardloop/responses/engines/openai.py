@@ -145,7 +145,7 @@ class OpenAIResponder:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TryAgainError),
-            stop=tenacity.stop_any(enough, tenacity.stop_when_event_set(self._stop)),
+            stop=lambda state: enough(state) or self._stop.is_set(),
             wait=_wait_seconds,
             sleep=tenacity.sleep_using_event(self._stop),
             reraise=True,
