@@ -16,7 +16,7 @@ from guardloop.core.progress import Stage
 from guardloop.data.settings import SourceSettings
 from guardloop.data.sources import read_conversations
 from guardloop.demo import SAMPLE
-from guardloop.guard.adapter_files import CHECKSUM, WEIGHTS, checksum
+from guardloop.guard.adapter_files import CHECKSUM, checksum
 from guardloop.guard.prompt.renderer import TEMPLATES
 from guardloop.models.embedded import GUARD_ADAPTER, embedded_model
 from guardloop.training.adapter import save_adapter
@@ -49,8 +49,8 @@ def make_embedded_guard(folder: Path) -> None:
             "base": "embedded:smollm2",
             "threshold": 0.0,
             "recipe": recipe(),
-            CHECKSUM: checksum(folder / WEIGHTS),
         }
+        metadata[CHECKSUM] = checksum(folder, metadata)
         (folder / "guard.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
         stage.done(len(rows), f"adapter in {folder}")
 

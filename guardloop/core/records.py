@@ -54,7 +54,7 @@ CONVERSATION = pa.schema(
 VERDICT_FIELDS = [
     pa.field("score", pa.float32()),  # logit(unsafe) - logit(safe); null where the row could not be judged
     pa.field("label_mass", pa.float32()),  # P(safe) + P(unsafe)
-    pa.field("flagged", pa.bool_(), nullable=False),  # score above the guard's threshold for what was judged
+    pa.field("flagged", pa.bool_(), nullable=False),  # score above the guard's threshold, or none
     pa.field("truncated", pa.bool_(), nullable=False),
     pa.field("error", pa.string()),
     pa.field("probability", pa.float32()),  # P(unsafe) of the two labels, after the guard's temperature

@@ -17,7 +17,7 @@ from guardloop.guard.inference.float8 import to_float8
 from guardloop.guard.inference.scorer import PACK_TOKENS, Scored, Scorer
 from guardloop.guard.loading import attach_adapter, load_renderer
 from guardloop.guard.metadata import guard_metadata, thresholds
-from guardloop.guard.prompt.renderer import Renderer
+from guardloop.guard.prompt.renderer import MAX_WINDOWS, Renderer
 from guardloop.guard.prompt.verdict import UNSAFE, LabelTokens, label_tokens, parse_verdict
 from guardloop.guard.settings import GuardSettings
 from guardloop.models.loading import load_causal_lm, pick_device, pick_dtype
@@ -25,7 +25,7 @@ from guardloop.models.locate import fetch_adapter, locate
 
 WINDOW = 4096  # conversations sorted into packs or batches at a time
 MASS_SAMPLE = 256  # conversations before the label mass is judged
-LONGEST_ANSWER = 24  # tokens of `unsafe` and its codes
+MAX_ANSWER_TOKENS = 24  # tokens of `unsafe` and its codes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Verdict:
     label_mass: float | None
     """P(safe) + P(unsafe) at the label position."""
     flagged: bool
+    """The score is above the threshold, or there is none: what could not be judged never passes."""
     truncated: bool
+    """A message was longer than `max_text_tokens`: the verdict is the worst of its windows'."""
     error: str | None = None
     probability: float | None = None
     """P(unsafe) of the two labels, after the guard's calibrated temperature."""
@@ -130,6 +132,8 @@ class Guard:
     def score(self, conversations: Iterable[Row]) -> Iterator[Verdict]:
         """Verdicts for rows with `prompt` and (to judge the response) `response`, in order, in bounded memory.
 
+        The last message is judged whole: a long one in up to MAX_WINDOWS overlapping windows, each a forward pass, of
+        which the worst counts. A row that cannot be judged has an `error`, is flagged, and fails no other row.
         Raises GuardLoopError once the median label mass shows that this is not a guard's answer.
         """
         masses: list[float] = []
@@ -143,48 +147,56 @@ class Guard:
             yield from self._finish(started, masses)
 
     def _start(self, rows: Sequence[Row]) -> Started:
-        """Render a window and send it through the model; nothing is waited for."""
-        judged = [i for i, row in enumerate(rows) if (row["prompt"] or "").strip()]
-        prompts = self.renderer.render_all([(rows[i]["prompt"], rows[i].get("response")) for i in judged])
-        tokens = [[*prompt.tokens, *self.labels.before] for prompt in prompts]
-        limits = [self.threshold if rows[i].get("response") is None else self.response_threshold for i in judged]
-        return Started(len(rows), judged, tokens, limits, [p.truncated for p in prompts], self.scorer.score(tokens))
+        """Render a window of rows and send it through the model; nothing is waited for."""
+        verdicts = [Verdict(None, None, True, False, _problem(row)) for row in rows]
+        judged = [i for i, verdict in enumerate(verdicts) if verdict.error is None]
+        conversations = [(rows[i]["prompt"] or "", rows[i].get("response")) for i in judged]
+        passes: list[Pass] = []
+        for row, (_, response), prompts in zip(
+            judged, conversations, self.renderer.render_windows(conversations), strict=True
+        ):
+            limit = self.threshold if response is None else self.response_threshold
+            passes += [Pass(row, [*p.tokens, *self.labels.before], limit, p.truncated) for p in prompts]
+            if not prompts:
+                verdicts[row] = Verdict(None, None, True, True, f"too long: more than {MAX_WINDOWS} windows")
+        return Started(verdicts, passes, self.scorer.score([p.tokens for p in passes]))
 
     def _finish(self, started: Started, masses: list[float]) -> list[Verdict]:
-        verdicts = [Verdict(None, None, False, False, "empty prompt")] * started.rows
+        verdicts = started.verdicts
+        worst: dict[int, int] = {}  # the pass whose verdict is the row's
         for indices, scores, label_masses in started.scored:
             for index, score, mass in zip(indices, scores.tolist(), label_masses.tolist(), strict=True):
-                limit, truncated = started.limits[index], started.truncated[index]
-                verdicts[started.judged[index]] = self._verdict(score, mass, limit, truncated)
+                one = started.passes[index]
+                verdict, so_far = self._verdict(score, mass, one.limit, one.truncated), verdicts[one.row]
+                if one.row not in worst or _is_worse(verdict, so_far):
+                    verdicts[one.row], worst[one.row] = verdict, index
         if len(masses) < MASS_SAMPLE:
             masses += [v.label_mass for v in verdicts if v.label_mass is not None]
             self._check_mass(masses)
         if self.categories:
-            self._add_categories(verdicts, started)
+            self._add_categories(verdicts, {row: started.passes[index].tokens for row, index in worst.items()})
         return verdicts
 
     def _verdict(self, score: float, mass: float, limit: float, truncated: bool) -> Verdict:
         if not (isfinite(score) and isfinite(mass)):
             # overflow in half precision, or broken weights; it counts as no label mass at all
-            return Verdict(None, 0.0, False, truncated, "the guard's answer is not a number")
+            return Verdict(None, 0.0, True, truncated, "the guard's answer is not a number")
         probability = 1 / (1 + exp(min(-score / self.temperature, 700.0)))
         return Verdict(score, mass, score > limit, truncated, None, probability)
 
-    def _add_categories(self, verdicts: list[Verdict], started: Started) -> None:
-        """A second pass over the flagged rows: what the guard writes after `unsafe`, token by token."""
-        flagged = {index for index, row in enumerate(started.judged) if verdicts[row].flagged}
+    def _add_categories(self, verdicts: list[Verdict], tokens: dict[int, list[int]]) -> None:
+        """A second pass over the flagged rows, given their prompts: what the guard writes after `unsafe`."""
         unsafe = self.renderer.answer(UNSAFE)[len(self.labels.before) :]
-        written = {index: list(unsafe) for index in flagged}
-        open_rows = sorted(flagged)
-        while open_rows and len(written[open_rows[0]]) < LONGEST_ANSWER:
-            prompts = [[*started.tokens[index], *written[index]] for index in open_rows]
-            for index, token in zip(open_rows, self.scorer.next_tokens(prompts), strict=True):
-                written[index].append(token)
-            open_rows = [index for index in open_rows if written[index][-1] not in self.renderer.ends]
-        for index in flagged:
-            text = self.renderer.tokenizer.decode(written[index], skip_special_tokens=True)
+        open_rows = sorted(row for row in tokens if verdicts[row].flagged and verdicts[row].error is None)
+        written = {row: list(unsafe) for row in open_rows}
+        while open_rows and len(written[open_rows[0]]) < MAX_ANSWER_TOKENS:
+            prompts = [[*tokens[row], *written[row]] for row in open_rows]
+            for row, token in zip(open_rows, self.scorer.next_tokens(prompts), strict=True):
+                written[row].append(token)
+            open_rows = [row for row in open_rows if written[row][-1] not in self.renderer.ends]
+        for row, answer in written.items():
+            text = self.renderer.tokenizer.decode(answer, skip_special_tokens=True)
             read = parse_verdict(text, self.renderer.codes)
-            row = started.judged[index]
             verdicts[row] = (
                 replace(verdicts[row], categories=",".join(read.categories))
                 if read and read.label == "unsafe"
@@ -201,14 +213,37 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Started:
-    """A window on its way through the model."""
+class Pass:
+    """One prompt on its way through the model: a row's, or a window's of a row with a long message."""
 
-    rows: int
-    judged: list[int]
-    """The rows that are judged; all below is indexed by these."""
-    tokens: list[list[int]]
-    limits: list[float]
-    """Scores above which they are flagged."""
-    truncated: list[bool]
+    row: int
+    tokens: list[int]
+    limit: float
+    """The score above which it is flagged."""
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Started:
+    """A window of rows on its way through the model."""
+
+    verdicts: list[Verdict]
+    """Those of rows that are not judged; the others' are not known yet."""
+    passes: list[Pass]
     scored: list[Scored]
+
+
+def _problem(row: Row) -> str | None:
+    """Why a row cannot be judged."""
+    prompt, response = row.get("prompt"), row.get("response")
+    for name, text in (("prompt", prompt), ("response", response)):
+        if text is not None and not isinstance(text, str):
+            return f"{name} is {type(text).__name__}, not text"
+    return None if (prompt or "").strip() or (response or "").strip() else "empty prompt"
+
+
+def _is_worse(verdict: Verdict, other: Verdict) -> bool:
+    """Whether a window's verdict takes the place of another's: one that is none counts most, then the highest score."""
+    if verdict.score is None or other.score is None:
+        return other.score is not None
+    return verdict.score > other.score

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 
 from guardloop.core.errors import GuardLoopError
-from guardloop.guard.adapter_files import WEIGHTS, check_adapter_files
+from guardloop.guard.adapter_files import WEIGHTS, adapted_modules, check_adapter_files
 from guardloop.guard.metadata import guard_metadata
 from guardloop.guard.prompt.family import family_of
 from guardloop.guard.prompt.policy import read_policy
@@ -36,9 +36,12 @@ def attach_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """`model` with the LoRA adapter in `folder`. Raises GuardLoopError if the folder does not hold one that fits."""
     check_adapter_files(folder, guard_metadata(folder))
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        config = LoraConfig.from_pretrained(str(folder))
+        if isinstance(config.target_modules, str):  # a pattern, or `all-linear`
+            config.target_modules = adapted_modules(folder)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            stored = {key for key in file.keys() if "lora_" in key}  # noqa: SIM118  (a file, not a dict)
+            stored = set(file.keys())
         # else peft asks the hub for the base that the adapter names
         loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         # peft itself only warns where the adapter has other layers than the model

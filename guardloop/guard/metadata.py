@@ -1,11 +1,15 @@
 """What a guard says of itself in the file beside its weights."""
 
 import json
-from math import isfinite
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from guardloop.core.errors import GuardLoopError
+
+MAX_THRESHOLD = 60.0
+"""A score beyond it is none that a guard gives: such a threshold would flag nothing, or all."""
+TEMPERATURES = (0.01, 100.0)
 
 
 def guard_metadata(folder: str | Path) -> dict[str, Any]:
@@ -20,13 +24,13 @@ def guard_metadata(folder: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise GuardLoopError(f"{path} must hold a JSON object", "restore or delete the file")
     for name, wanted, fits in (
-        ("threshold", "a finite number", _is_finite),
-        ("response_threshold", "a finite number", _is_finite),
-        ("temperature", "a finite number above 0", lambda value: _is_finite(value) and value > 0),
+        ("threshold", f"a number from -{MAX_THRESHOLD:g} to {MAX_THRESHOLD:g}", _is_threshold),
+        ("response_threshold", f"a number from -{MAX_THRESHOLD:g} to {MAX_THRESHOLD:g}", _is_threshold),
+        ("temperature", "a number from {:g} to {:g}".format(*TEMPERATURES), _is_temperature),
         ("family", "text", lambda value: isinstance(value, str)),
-        ("adapter_sha256", "text", lambda value: isinstance(value, str)),
+        ("checksum", "text", lambda value: isinstance(value, str)),
     ):
-        if metadata.get(name) is not None and not fits(metadata[name]):  # a threshold of NaN lets everything pass
+        if metadata.get(name) is not None and not fits(metadata[name]):  # one of NaN or 1e9 lets everything pass
             raise GuardLoopError(
                 f"{path}: {name} is {str(metadata[name])[:80]!r}, not {wanted}", "restore or delete the file"
             )
@@ -45,5 +49,13 @@ def thresholds(
     return prompt, response
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and isfinite(value)
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and not isnan(value))
+
+
+def _is_threshold(value: Any) -> bool:
+    return _is_number(value) and -MAX_THRESHOLD <= value <= MAX_THRESHOLD
+
+
+def _is_temperature(value: Any) -> bool:
+    return _is_number(value) and TEMPERATURES[0] <= value <= TEMPERATURES[1]

@@ -90,7 +90,7 @@ def _make_guard(folder: Path) -> None:
     merged.to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
     metadata = json.loads((GUARD_ADAPTER / "guard.json").read_text("utf-8"))
-    metadata.pop("adapter_sha256")  # merged, the adapter is no file any more
+    metadata.pop("checksum")  # merged, the adapter is no file any more
     (folder / "guard.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
 
 

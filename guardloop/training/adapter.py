@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
-from guardloop.core.errors import GuardLoopError
 from guardloop.guard.inference.forward import decoder_of
 from guardloop.training.settings import TrainingSettings
 
@@ -121,13 +120,6 @@ def save_adapter(model: PeftModel, scale: float, folder: Path) -> None:
 def _stacked(model: PeftModel, config: LoraConfig) -> PeftModel:
     """`model` with a second, trainable adapter over its own."""
     (own,) = model.peft_config
-    old = model.peft_config[own]
-    unlike_lora = {"DoRA": old.use_dora, "bias": old.bias != "none", "other modules": old.modules_to_save}
-    if names := [name for name, present in unlike_lora.items() if present]:
-        raise GuardLoopError(
-            f"training: the baseline's adapter has {names[0]}, so that no other one can be joined with it",
-            "merge the baseline's adapter into its base, and name that as guard.base",
-        )
     model.add_adapter(TRAINED, config)
     model.base_model.set_adapter([own, TRAINED])
     for layer in (layer for _, layer in lora_layers(model) if own in layer.lora_A):

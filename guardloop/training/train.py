@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from guardloop.core.records import Row
-from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum
+from guardloop.guard.adapter_files import CHECKSUM, CONFIG, WEIGHTS, checksum, file_checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.inference.forward import is_sharded
 from guardloop.guard.loading import attach_adapter, load_renderer
@@ -295,9 +295,9 @@ def _describe(run: TrainingRun, trained: Trained, data_hash: str, folder: Path) 
         "baseline_adapter": guard.adapter,
         "data_hash": data_hash,
         **point,
-        CHECKSUM: checksum(folder / WEIGHTS),
         "training": {**asdict(trained), "settings": run.settings.plain()},
     }
+    metadata[CHECKSUM] = checksum(folder, metadata)
     (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(model_card(metadata), "utf-8")
 
@@ -326,7 +326,7 @@ def _shown(value: float | None) -> str:
 
 
 def _digest(adapter: Path | None) -> list[str]:
-    return [checksum(adapter / name) for name in (CONFIG, WEIGHTS)] if adapter else []
+    return [file_checksum(adapter / name) for name in (CONFIG, WEIGHTS)] if adapter else []
 
 
 def _hash(value: object) -> str:

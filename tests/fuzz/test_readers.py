@@ -62,7 +62,7 @@ def test_any_guard_json_is_judged_and_its_numbers_are_finite(scratch: Path, meta
 
     def read() -> None:
         found = guard_metadata(scratch)
-        assert all(abs(float(found.get(name, 0.0))) < 1e300 for name in POINTS)
+        assert all(abs(float(found.get(name, 0.0))) <= 60 for name in POINTS)
         assert float(found.get("temperature", 1.0)) > 0
 
     refused_or(read)

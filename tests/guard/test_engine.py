@@ -41,7 +41,11 @@ def guard_of(family, lora=False, packed=False):
 @torch.no_grad()
 def by_full_forward(guard, row):
     """Score and label mass of one conversation, from all logits of the whole prompt by itself."""
-    tokens = guard.renderer.render(row["prompt"], row["response"]).tokens
+    return by_tokens(guard, guard.renderer.render(row["prompt"], row["response"]).tokens)
+
+
+@torch.no_grad()
+def by_tokens(guard, tokens):
     logits = guard.model(torch.tensor([[*tokens, *guard.labels.before]])).logits[0, -1]
     safe, unsafe = guard.labels.safe, guard.labels.unsafe
     return float(logits[unsafe] - logits[safe]), float(logits.softmax(-1)[[safe, unsafe]].sum())
@@ -225,9 +229,9 @@ def test_the_role_changes_the_score():
 def test_an_empty_prompt_is_recorded_and_the_rest_is_scored():
     guard = guard_of("guardloop")
     verdicts = list(guard.score([*user("", "hello", " \n"), *agent(("", "an answer"), ("hello", ""))]))
-    assert [v.error for v in verdicts] == ["empty prompt", None, "empty prompt", "empty prompt", None]
-    assert [v.score is None for v in verdicts] == [True, False, True, True, False]
-    assert not any(v.flagged for v in verdicts if v.error)
+    assert [v.error for v in verdicts] == ["empty prompt", None, "empty prompt", None, None]
+    assert [v.score is None for v in verdicts] == [True, False, True, False, False]
+    assert all(v.flagged for v in verdicts if v.error)
     assert verdicts[1].score == pytest.approx(by_full_forward(guard, user("hello")[0])[0], abs=NEAR)
     assert list(guard.score([])) == []
     assert [v.error for v in guard.score(user(""))] == ["empty prompt"]
@@ -236,6 +240,46 @@ def test_an_empty_prompt_is_recorded_and_the_rest_is_scored():
 def test_truncation_is_recorded():
     guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=16), min_label_mass=0.0)
     assert [v.truncated for v in guard.score(user("short", "long " * 50))] == [False, True]
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("row", [{"prompt": 5}, {"prompt": ["x"]}, {"prompt": "x", "response": {"text": "y"}}, {}])
+def test_a_row_of_a_wrong_type_fails_no_other_and_never_passes(row):
+    guard = tiny_guard(threshold=50.0)
+    before, bad, after = guard.score([*user("hello"), row, *user("hello")])
+    assert bad.flagged and bad.score is None and bad.error
+    assert before == after and not before.flagged
+
+
+@pytest.mark.security
+def test_a_blank_prompt_does_not_switch_judging_off():
+    guard = tiny_guard()
+    (blank, absent) = guard.score([*agent((" ", "build a bomb")), {"prompt": None, "response": "build a bomb"}])
+    assert blank.error is absent.error is None
+    assert blank.score == pytest.approx(absent.score, abs=NEAR)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("role", ["prompt", "response"])
+def test_the_middle_of_a_long_message_is_judged(role):
+    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=64), min_label_mass=0.0)
+    words = "we bake a cake and paint the door green "
+    text = words * 20 + "build a bomb. " + words * 20
+    row = {"prompt": text} if role == "prompt" else {"prompt": "hello", "response": text}
+    windows = guard.renderer.render_windows([(row["prompt"], row.get("response"))])[0]
+    read = [guard.renderer.tokenizer.decode(window.tokens) for window in windows]
+    assert any("build a bomb" in text for text in read)
+    alone = [by_tokens(guard, window.tokens)[0] for window in windows]
+    (verdict,) = guard.score([row])
+    assert verdict.truncated and verdict.score == pytest.approx(max(alone), abs=NEAR)
+
+
+@pytest.mark.security
+def test_a_message_of_too_many_windows_never_passes():
+    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=16), min_label_mass=0.0, threshold=50.0)
+    (long, short) = guard.score(user("word " * 2000, "word"))
+    assert long.flagged and long.truncated and long.score is None and "too long" in long.error
+    assert not short.flagged and short.error is None
 
 
 def test_a_prompt_off_every_prefix_falls_back_to_a_whole_pass(family):
@@ -306,7 +350,7 @@ def test_an_answer_that_is_not_a_number_is_no_verdict():
     with torch.no_grad():
         guard.model.model.norm.weight.fill_(float("nan"))
     (verdict,) = guard.score(user("hello"))
-    assert (verdict.score, verdict.flagged, verdict.error) == (None, False, "the guard's answer is not a number")
+    assert (verdict.score, verdict.flagged, verdict.error) == (None, True, "the guard's answer is not a number")
     guard.min_label_mass = 0.95
     with pytest.raises(GuardLoopError, match="label mass"):
         list(guard.score(user("hello")))

@@ -46,6 +46,8 @@ def test_the_embedded_guards_scores_stay(guard):
 
 @pytest.mark.slow
 def test_the_embedded_guards_score_of_a_long_message_stays(guard):
-    (verdict,) = guard.score([{"prompt": LONG, "response": None}])
-    assert verdict.score == pytest.approx(-3.578832, abs=1e-5)
-    assert verdict.truncated
+    """Cut to head and tail, as it is in training; judged, it is read in windows."""
+    (prompt,) = guard.renderer.render_all([(LONG, None)])
+    ((_, scores, _),) = guard.scorer.score([prompt.tokens])
+    assert scores.tolist() == pytest.approx([-3.578832], abs=1e-5)
+    assert prompt.truncated

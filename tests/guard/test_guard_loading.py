@@ -5,9 +5,12 @@ import os
 import pickle
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support.models import agent, renderer_of, save_guard, tiny_guard, tiny_llama, user, with_lora
 
 from guardloop.core.errors import GuardLoopError
+from guardloop.guard.adapter_files import checksum
 from guardloop.guard.engine import Guard
 from guardloop.guard.settings import GuardSettings
 
@@ -104,7 +107,7 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path, shape, config):
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
 def test_an_adapter_on_the_embeddings_or_the_head_is_refused(base, tmp_path, layer):
     folder = adapter(tmp_path / "lora", target_modules=["q_proj", layer])
-    with pytest.raises(GuardLoopError, match="changes the embeddings or the output head"):
+    with pytest.raises(GuardLoopError, match=r"changes the embeddings or the output head|a plain LoRA has no"):
         load(base, folder)
 
 
@@ -115,6 +118,101 @@ def test_the_hub_is_not_asked_for_what_an_adapter_names(base, tmp_path, monkeypa
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *args: asked.append(args))
     load(base, folder)
     assert not asked
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"use_dora": True}, "use_dora"),
+    ],
+)
+def test_an_adapter_that_is_more_than_a_plain_lora_is_refused_by_name(base, tmp_path, config, named):
+    folder = adapter(tmp_path / "lora", target_modules=["q_proj"], **config)
+    with pytest.raises(GuardLoopError, match=named):
+        load(base, folder)
+    if named == "bias":
+        return  # this model has none, so nothing is left of it in the weights
+    plain = adapter(tmp_path / "plain", target_modules=["q_proj"])
+    (folder / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())  # said to be plain
+    with pytest.raises(GuardLoopError, match="a plain LoRA has no"):
+        load(base, folder)
+
+
+@pytest.mark.security
+def test_weights_of_no_lora_are_refused_by_name(base, tmp_path):
+    folder = adapter(tmp_path / "lora")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    zero = {"base_model.model.model.norm.weight": torch.zeros(64)}
+    save_file(tensors | zero, folder / "adapter_model.safetensors")
+    with pytest.raises(GuardLoopError, match=r"a plain LoRA has no 'base_model\.model\.model\.norm\.weight'"):
+        load(base, folder)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"corda_config": None, "eva_config": None, "lora_bias": False, "trainable_token_indices": None},  # peft#2275
+        {"enable_lora": None, "merge_weights": False},  # peft before 0.3
+        {"layer_replication": None},
+        {"target_modules": r"(?:.*\.)?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"},  # unsloth
+        {"target_modules": "all-linear"},
+        {"target_modules": "((a+)+)+$"},  # never matched: the weights say where they belong
+    ],
+)
+def test_adapters_of_other_tools_load_where_nothing_changes_the_result(base, tmp_path, extra):
+    rows = user("hello", "build a bomb")
+    folder = adapter(tmp_path / "lora")
+    expected = scores(load(base, folder), rows)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | extra))
+    assert scores(load(base, folder), rows) == pytest.approx(expected, abs=NEAR)
+
+
+def test_an_adapter_that_repeats_layers_is_refused_by_name(base, tmp_path):
+    folder = adapter(tmp_path / "lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"layer_replication": [[0, 2], [1, 2]]}))
+    with pytest.raises(GuardLoopError, match="layer_replication"):
+        load(base, folder)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"threshold": value} for value in (1e299, 61, -1e9, float("nan"), "0", True)),
+        *({"response_threshold": 1e5}, {"temperature": 0.0}, {"temperature": 1e9}, {"temperature": -1}),
+    ],
+)
+def test_an_operating_point_that_switches_a_guard_off_is_refused(base, tmp_path, changed):
+    folder = adapter(tmp_path / "lora", metadata={"threshold": 0.5} | changed)
+    with pytest.raises(GuardLoopError, match=rf"guard\.json: {next(iter(changed))} is .*, not a number from"):
+        load(base, folder)
+
+
+@pytest.mark.security
+@pytest.mark.parametrize("name", ["threshold", "response_threshold", "temperature", "family"])
+def test_a_checksum_holds_for_the_operating_point_too(base, tmp_path, name):
+    point = {"family": "guardloop", "threshold": 0.5, "response_threshold": 0.25, "temperature": 2.0}
+    folder = adapter(tmp_path / "lora")
+    sealed = point | {"checksum": checksum(folder, point)}
+    (folder / "guard.json").write_text(json.dumps(sealed))
+    assert load(base, folder).threshold == 0.5
+    other = "llama-guard-1" if name == "family" else point[name] + 1
+    (folder / "guard.json").write_text(json.dumps(sealed | {name: other}))
+    with pytest.raises(GuardLoopError, match="checksum differs"):
+        load(base, folder)
+
+
+def test_an_adapter_of_an_earlier_version_is_refused_in_words(base, tmp_path):
+    folder = adapter(tmp_path / "lora", metadata={"threshold": 0.5, "adapter_sha256": "0" * 64})
+    with pytest.raises(GuardLoopError, match="of an earlier version"):
+        load(base, folder)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

@@ -58,17 +58,36 @@ def longest_prefix(prefixes: Sequence[Sequence[int]], tokens: Sequence[int]) -> 
 
 
 def label_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """All logits `float32[B, V]` of hidden states `[B, H]`."""
+    """All logits `float32[B, V]` of hidden states `[B, H]`, as the model itself gives them."""
     head: torch.Tensor = model.get_output_embeddings()(hidden)
-    return head.float()
+    return _as_the_model(model, head.float())
 
 
 def scores_of(model: Any, hidden: torch.Tensor, labels: LabelTokens) -> torch.Tensor:
-    """logit(unsafe) - logit(safe), `float32[B]`: the difference of the two rows of the head, taken before rounding."""
-    weight = model.get_output_embeddings().weight
-    direction = weight[labels.unsafe].float() - weight[labels.safe].float()
-    scores: torch.Tensor = hidden.float() @ direction
-    return scores
+    """logit(unsafe) - logit(safe), `float32[B]`: of the difference of the head's two rows, taken before rounding."""
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if _soft_cap(model) is None:
+        scores: torch.Tensor = hidden.float() @ (weight[labels.unsafe].float() - weight[labels.safe].float())
+        if bias is not None:
+            scores = scores + (bias[labels.unsafe] - bias[labels.safe]).float()
+        return _as_the_model(model, scores)
+    pair = [labels.safe, labels.unsafe]
+    logits = hidden.float() @ weight[pair].float().t()
+    safe, unsafe = _as_the_model(model, logits if bias is None else logits + bias[pair].float()).unbind(-1)
+    return unsafe - safe
+
+
+def _soft_cap(model: Any) -> float | None:
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return float(cap) if cap else None
+
+
+def _as_the_model(model: Any, logits: torch.Tensor) -> torch.Tensor:
+    """What some architectures do to the head's outputs: divided (Granite), multiplied (Cohere), capped (Gemma 2)."""
+    config, cap = model.config.get_text_config(), _soft_cap(model)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def is_sharded(model: Any) -> bool:

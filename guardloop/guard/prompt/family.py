@@ -32,7 +32,9 @@ class Family(Section):
     policy: str | None = None
     """The policy that goes with our template."""
     markers: list[str] = []
-    """Block ends and role marks written as plain text; inside a message they are broken up."""
+    """Block ends and the like, written as plain text; inside a message they are broken up."""
+    roles: list[str] = ["User", "Agent"]
+    """Words for who speaks; inside a message they are broken up before a colon at the start of a line."""
 
 
 @cache

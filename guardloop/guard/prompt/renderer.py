@@ -1,8 +1,8 @@
 """The one place that turns a conversation into a guard's prompt, as tokens.
 
 The text around the messages is the guard's own chat template, byte for byte. The messages are hostile: a special
-token written in one stays plain text, and a block end written in one is broken up, so that no message can change
-the structure. Only messages are ever truncated.
+token written in one stays plain text, and what else reads as structure is broken up (guardloop.models.untrusted), so
+that no message can change the structure. Only messages are ever cut.
 """
 
 import re
@@ -17,6 +17,7 @@ from guardloop.guard.prompt.family import FOLDER as FAMILY_FOLDER
 from guardloop.guard.prompt.family import Family
 from guardloop.guard.prompt.policy import FOLDER as POLICIES
 from guardloop.guard.prompt.policy import Policy, read_policy
+from guardloop.models.untrusted import Disarmer, Plain
 
 TEMPLATES = FAMILY_FOLDER.parent / "templates"
 SLOTS = ("\ue000q\ue001", "\ue000a\ue001")  # private-use characters stand in for the two messages
@@ -24,6 +25,9 @@ TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
 )
 """What a chat template, which is a program of its own, can fail with."""
+MAX_WINDOWS = 64
+WINDOW = 4  # a long message is judged in windows of the 4th part of the limit: in larger ones, a sentence drowns
+OVERLAP = 8  # each shares the 8th part of its tokens with the next
 MAX_RESYNC = 4  # tokens after a cut that may differ until both tokenisations agree
 PROBES = ("a", "Zeta 9", "été", "?", "(x)", "\n0", "日本", "[c]", "<b>", "'s", "- x")
 
@@ -80,6 +84,7 @@ class Renderer:
         self.ends = {i for name in ends if (i := getattr(tokenizer, name, None)) is not None}
         self.ends |= {i for i, t in tokenizer.added_tokens_decoder.items() if str(t) in ("<|eot_id|>", "<|im_end|>")}
         self._special = self._special_pattern()
+        self._disarm = Disarmer(tokenizer, family.markers, family.roles)
         self._start = starting_tokens(tokenizer) if family.template else []  # a chat template writes its own
         self._skeletons = {turns: self._skeleton(turns) for turns in (1, 2)}
         self._plans = {turns: self._plan(skeleton) for turns, skeleton in self._skeletons.items()}
@@ -92,13 +97,31 @@ class Renderer:
 
     def render_all(self, conversations: Sequence[tuple[str, str | None]]) -> list[GuardPrompt]:
         """The guard's prompts for many conversations, tokenised together (on all cores, with a fast tokenizer)."""
-        turns = [1 if response is None else 2 for _, response in conversations]
-        cleaned = iter(self._clean([text for pair in conversations for text in pair if text is not None]))
-        messages = [[next(cleaned) for _ in range(count)] for count in turns]
-        encoded = self._encode_all(
-            [(self._plans[n], [text for text, _ in m]) for n, m in zip(turns, messages, strict=True)]
-        )
-        return [GuardPrompt(t, any(cut for _, cut in m)) for t, m in zip(encoded, messages, strict=True)]
+        messages = [[self._cut(plain) for plain in turns] for turns in self._by_conversation(conversations)]
+        return self._prompts([([text for text, _ in m], any(cut for _, cut in m)) for m in messages])
+
+    def render_windows(self, conversations: Sequence[tuple[str, str | None]]) -> list[list[GuardPrompt]]:
+        """For each conversation the guard's prompts, one for each window of the last message: the worst counts.
+
+        What is before that message is cut to the token limit. None where it would take more than MAX_WINDOWS.
+        """
+        windows = []
+        for *before, last in self._by_conversation(conversations):
+            context = [self._cut(plain) for plain in before]
+            texts = self._windows(last)
+            cut = len(texts) != 1 or any(cut for _, cut in context)
+            windows.append([([*(text for text, _ in context), text], cut) for text in texts])
+        prompts = iter(self._prompts([window for group in windows for window in group]))
+        return [[next(prompts) for _ in group] for group in windows]
+
+    def _by_conversation(self, conversations: Sequence[tuple[str, str | None]]) -> list[list[Plain]]:
+        plain = iter(self._plain_messages([text for pair in conversations for text in pair if text is not None]))
+        return [[next(plain) for text in pair if text is not None] for pair in conversations]
+
+    def _prompts(self, filled: Sequence[tuple[list[str], bool]]) -> list[GuardPrompt]:
+        """Prompts of harmless messages, with whether these were cut."""
+        tokens = self._encode_all([(self._plans[len(messages)], messages) for messages, _ in filled])
+        return [GuardPrompt(ids, cut) for ids, (_, cut) in zip(tokens, filled, strict=True)]
 
     def answer(self, answer: str) -> list[int]:
         """Tokens of `answer` as they follow a prompt. Raises GuardLoopError if the answer would change the prompt."""
@@ -242,30 +265,29 @@ class Renderer:
             return []
         return list(self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _clean(self, texts: list[str]) -> list[tuple[str, bool]]:
-        """Messages without structure of their own, cut to the token limit: head and tail are kept."""
-        plain = [self._disarm(text) for text in texts]
-        if not plain:
-            return []
-        options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-        cleaned = []
-        for text, offsets in zip(plain, self.tokenizer(plain, **options)["offset_mapping"], strict=True):
-            if len(offsets) <= self.max_text_tokens:
-                cleaned.append((text, False))
-            else:
-                half = (self.max_text_tokens - 2) // 2
-                cut = f"{text[: offsets[half][0]].rstrip()} ... {text[offsets[-half][0] :].lstrip()}"
-                cleaned.append((cut, True))
-        return cleaned
+    def _plain_messages(self, texts: Sequence[str]) -> list[Plain]:
+        """Messages without structure of their own."""
+        return self._disarm([_valid(text) for text in texts])
 
-    def _disarm(self, text: str) -> str:
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        for slot in "\ue000\ue001":
-            text = text.replace(slot, "")
-        text = text.strip()
-        for marker in self.family.markers:
-            text = re.sub(re.escape(marker), f"{marker[0]} {marker[1:]}", text, flags=re.IGNORECASE)
-        return text
+    def _cut(self, plain: Plain) -> tuple[str, bool]:
+        """A message within the token limit: of a longer one, head and tail are kept."""
+        text, offsets = plain
+        if len(offsets) <= self.max_text_tokens:
+            return text, False
+        half = (self.max_text_tokens - 2) // 2
+        return f"{text[: offsets[half][0]].rstrip()} ... {text[offsets[-half][0] :].lstrip()}", True
+
+    def _windows(self, plain: Plain) -> list[str]:
+        """A message within the token limit, or its overlapping windows; none where these are more than MAX_WINDOWS."""
+        text, offsets = plain
+        if len(offsets) <= self.max_text_tokens:
+            return [text]
+        size = max(1, self.max_text_tokens // WINDOW)
+        overlap = size // OVERLAP
+        starts = range(0, len(offsets) - overlap, size - overlap)
+        if len(starts) > MAX_WINDOWS:
+            return []
+        return [text[offsets[s][0] : offsets[min(s + size, len(offsets)) - 1][1]].strip() for s in starts]
 
     def _special_pattern(self) -> re.Pattern[str] | None:
         added = self.tokenizer.added_tokens_decoder.values()  # `all_special_tokens` lacks those without a name
@@ -294,3 +316,8 @@ def starting_tokens(tokenizer: Any) -> list[int]:
 def _fill(texts: list[str], messages: list[str]) -> str:
     """`texts` with the messages between them."""
     return texts[0] + "".join(m + t for m, t in zip(messages, texts[1:], strict=True))
+
+
+def _valid(text: str) -> str:
+    """The text as valid Unicode, without what stands in for messages, and stripped as templates strip it."""
+    return text.encode("utf-8", "replace").decode("utf-8").replace("\ue000", "").replace("\ue001", "").strip()
