@@ -111,7 +111,7 @@ def _file(folder: str, name: str, where: str) -> DataFile:
 
 def _kind(name: str) -> tuple[str, str | None]:
     """The file's kind, or "", and how it is packed, by its suffixes."""
-    path = Path(name)
+    path = Path(name.lower())
     packing = PACKINGS.get(path.suffix)
     kind = KINDS.get(Path(path.stem).suffix if packing else path.suffix, "")
     return ("" if packing and kind == "parquet" else kind), packing

@@ -24,6 +24,7 @@ BATCH = 1024  # rows of a Parquet file in memory
 DELIMITERS = ",;\t|"
 PEEK = 4096  # bytes
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
 Numbered = Iterator[tuple[int, Row]]
 
 
@@ -57,8 +58,13 @@ def read_rows(
 def _parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         names = [name for name in file.schema_arrow.names if name in wanted] if wanted else None
+        binary = [field.name for field in file.schema_arrow if field.type in (pa.binary(), pa.large_binary())]
         for batch in file.iter_batches(batch_size=BATCH, columns=names):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                for name in binary:  # some programs write text without saying that it is text
+                    if row.get(name) is not None:
+                        row[name] = row[name].decode("utf-8", "replace")
+                yield row
 
 
 @contextmanager
@@ -82,7 +88,10 @@ def _opened(path: Path, packing: str | None) -> Iterator[Any]:
 def _utf8_lines(raw: IO[bytes], path: Path) -> Iterator[str]:
     """The lines of a UTF-8 text, which may begin with a byte order mark."""
     head = raw.read(PEEK)
-    if head[:2] in UTF16 or b"\0" in head[:64]:
+    for magic, suffix in MAGIC.items():
+        if head.startswith(magic):
+            raise GuardLoopError(f"{path} is no text", f"its content is that of a {suffix} file: name it so")
+    if head[:2] in UTF16 or 4 * max(head[::2].count(0), head[1::2].count(0)) > len(head):
         raise GuardLoopError(
             f"{path} is UTF-16 text, not UTF-8", "convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW, or export it as UTF-8"
         )
@@ -151,12 +160,14 @@ def _csv(lines: Iterator[str], path: Path, wanted: Collection[str], delimiter: s
     if header is None:
         return
     csv.field_size_limit(sys.maxsize)
+    if header.lower().startswith("sep=") and len(header.strip()) == len("sep=;"):  # as Excel writes it
+        delimiter, header = header.strip()[-1], next(lines, "")
     delimiter = delimiter or _delimiter(header, wanted)
     # strict, else an open quote swallows the rest of the file
     reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True)
     last = 1  # the line of the last whole row: an open quote swallows those that follow
     try:
-        names = next(reader)
+        names = [name.strip() for name in next(reader)]
         if repeated := {name for name in names if names.count(name) > 1} & set(wanted):
             raise GuardLoopError(
                 f"{path}: the header names {', '.join(sorted(repeated))} twice", "give each column a name of its own"

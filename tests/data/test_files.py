@@ -1,6 +1,7 @@
 """Files as other programs write them: folders of parts, globs, stores, packings, encodings and shapes."""
 
 import bz2
+import gzip
 import json
 import os
 import tracemalloc
@@ -164,8 +165,6 @@ def test_a_json_file_may_be_one_array(tmp_path, suffix, indent):
     text = "\n  " + json.dumps([{"prompt": "a"}, {"prompt": "b"}], indent=indent)
     path = tmp_path / f"rows{suffix}"
     if suffix.endswith(".gz"):
-        import gzip
-
         path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
     else:
         path.write_text("\ufeff" + text)
@@ -232,6 +231,10 @@ def test_the_delimiter_may_be_given(tmp_path):
         ("prompt,id,\na,1,\n", ["a"]),
         ("prompt,id\na,1,\nb,2,,\n", ["a", "b"]),
         ("prompt,id\n\na,1\n\n", ["a"]),
+        ("sep=;\nid;prompt\n1;a, b\n", ["a, b"]),  # Excel
+        ("id, prompt ,x\n1,a,2\n", ["a"]),
+        ('"id";"prompt"\n"1";"a;b,c,d,e"\n', ["a;b,c,d,e"]),
+        ("prompt,id\ra,1\rb,2\r", ["a", "b"]),  # old Macs
         ("prompt\n", []),
     ],
 )
@@ -264,6 +267,26 @@ def test_parquet_reads_only_the_columns_that_are_needed(tmp_path, monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert asked == [["prompt"]] and peak < 8 * 2**20
+
+
+def test_text_that_is_stored_as_bytes_is_text(tmp_path):
+    rows = pa.table({"prompt": pa.array([b"gr\xc3\xb6\xc3\x9fe"]), "label": pa.array([b"unsafe"])})
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    (row,) = read(tmp_path / "rows.parquet")
+    assert (row["prompt"], row["unsafe"]) == ("größe", True)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".parquet"])
+def test_a_file_under_a_wrong_name_is_named(tmp_path, suffix):
+    content = as_bytes([{"prompt": "a"}], suffix if suffix == ".parquet" else ".jsonl")
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": lambda b: pa.compress(b, codec="zstd", asbytes=True)}
+    (tmp_path / "rows.jsonl").write_bytes(packers.get(suffix, bytes)(content))
+    assert suffix in refusal(tmp_path / "rows.jsonl").remedy
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path):
+    (tmp_path / "ROWS.CSV").write_text("prompt\na\n")
+    assert texts(tmp_path / "ROWS.CSV") == ["a"]
 
 
 # What is not used
