@@ -99,3 +99,12 @@ def test_the_gates_page_has_every_check() -> None:
     named = set(re.findall(r'name="(\w+)"', "".join(inspect.getsource(one) for one in (harm, improvement, soundness))))
     named |= set(re.findall(r'_gain_check\(\s*"(\w+)"', inspect.getsource(improvement)))
     assert len(named) > 6 and not [name for name in named if not re.search(rf"^\| [^|]*\b{name}\b", page, re.M)]
+
+
+def test_every_attack_of_the_page_is_tried_in_the_test_that_it_names() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/security.md").read_text())
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test or 'test_'}" in (ROOT / file).read_text(), f"docs/security.md: no {file}::{test}"
+    table = re.findall(r"^\|.*\|$", (ROOT / "docs/security.md").read_text(), re.M)[2:]
+    assert all("`tests/" in row.split("|")[4] for row in table), "each row names the test that shows it"
