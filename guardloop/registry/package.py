@@ -27,6 +27,7 @@ SIGNATURE = ModelSignature(
             ColSpec(DataType.double, "score", required=False),
             ColSpec(DataType.double, "probability", required=False),
             ColSpec(DataType.boolean, "flagged"),
+            ColSpec(DataType.boolean, "truncated"),
             ColSpec(Array(DataType.string), "categories", required=False),
             ColSpec(DataType.string, "error", required=False),
         ]

@@ -23,11 +23,11 @@ class ServedGuard:
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """A verdict for each row of a DataFrame with `prompt` and perhaps `response`.
 
-        `categories` are those of what is flagged. `score` and `probability` are null, and `error` says why, where a
-        row could not be judged.
+        `categories` are those of what is flagged; of a long message the worst part counts, and it is `truncated`.
+        Where a row could not be judged, `score` and `probability` are null, `error` says why, and it is flagged.
         """
         rows = [
-            {"prompt": row["prompt"], "response": row.get("response") or None}
+            {"prompt": row["prompt"], "response": _said(row.get("response"))}
             for row in frame.astype(object).where(frame.notna(), None).to_dict("records")
         ]
         with self._one_at_a_time:
@@ -37,11 +37,17 @@ class ServedGuard:
                 "score": verdict.score,
                 "probability": verdict.probability,
                 "flagged": verdict.flagged,
+                "truncated": verdict.truncated,
                 "categories": verdict.categories.split(",") if verdict.categories else None,
                 "error": verdict.error,
             }
             for verdict in verdicts
         ]
+
+
+def _said(response: Any) -> Any:
+    """The response; none where it is blank, so that the prompt is judged."""
+    return None if isinstance(response, str) and not response.strip() else response
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> ServedGuard:

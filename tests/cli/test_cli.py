@@ -275,7 +275,7 @@ def test_as_a_process_bad_input_ends_with_2_before_any_model_library_loads(tmp_p
 
 @pytest.mark.slow
 def test_check_against_shows_both_verdicts(guardloop, tmp_path):
-    first, second = save_guard(tmp_path / "first", threshold=-100.0), save_guard(tmp_path / "second", threshold=100.0)
+    first, second = save_guard(tmp_path / "first", threshold=-50.0), save_guard(tmp_path / "second", threshold=50.0)
     (tmp_path / "mine.yaml").write_text(f"guard: {{base: {first}, min_label_mass: 0}}\n")
 
     call = ("check", "hello", "--config", str(tmp_path / "mine.yaml"), "--against", str(second))

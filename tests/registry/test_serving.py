@@ -110,7 +110,7 @@ def test_a_served_guard_gives_the_scores_of_the_guard(server: ModelServer, guard
         server.ask({"dataframe_records": [{"text": "no prompt"}]})
 
     for answer, verdict in zip(answers, wanted, strict=True):
-        assert set(answer) == {"score", "probability", "flagged", "categories", "error"}
+        assert set(answer) == {"score", "probability", "flagged", "truncated", "categories", "error"}
         assert answer["score"] == (None if verdict.score is None else pytest.approx(verdict.score, abs=1e-5))
         assert (answer["flagged"], answer["error"]) == (verdict.flagged, verdict.error)
         assert answer["categories"] == (verdict.categories.split(",") if verdict.categories else None)
