@@ -28,12 +28,14 @@ def workers() -> Iterator[Workers]:
         yield both
 
 
+@pytest.mark.slow
 def test_what_fails_beside_others_is_done_again_by_itself(workers: Workers, tmp_path: Path) -> None:
     made = workers.map(partial(fails_at_first, tmp_path), range(5))
     assert [item for item, _ in made] == [0, 1, 2, 3, 4]
     assert made[1] == (1, 4)  # when all others were done
 
 
+@pytest.mark.slow
 def test_an_error_that_comes_again_is_raised(workers: Workers) -> None:
     with pytest.raises(ValueError, match="0 is wrong"):
         workers.map(always_fails, range(2))

@@ -105,6 +105,7 @@ def test_a_sample_report(guardloop, tmp_path, monkeypatch):
     refused(guardloop("demo-report", "--out", str(tmp_path / "file" / "page.html")), "cannot write", "--out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

@@ -55,6 +55,7 @@ def listing(root: Path) -> dict[str, bytes]:
     return {file.relative_to(root).as_posix(): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_the_copy_of_an_adapter_goes_with_its_process(s3: S3Server, folder: Path, tmp_path: Path) -> None:
     """A store's files may change, so they are fetched anew."""
     put(folder, "s3://guardloop/adapter")
@@ -103,6 +104,7 @@ def test_addressing_is_path_style(s3: S3Server, folder: Path, monkeypatch: pytes
     assert (s3.files / "guardloop" / "named" / "adapter_config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_exists_tells_objects_folders_and_nothing_apart(s3: S3Server, folder: Path) -> None:
     put(folder, "s3://guardloop/there/adapter")
     assert exists("s3://guardloop/there/adapter/adapter_config.json")
@@ -124,6 +126,7 @@ def test_local_paths(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.slow
 def test_nothing_there(s3: S3Server, tmp_path: Path) -> None:
     for uri in ("s3://guardloop/no/such", "s3://guardloop/no/", str(tmp_path / "no")):
         with pytest.raises(GuardLoopError, match="no such file or folder"):
@@ -142,6 +145,7 @@ def test_wrong_addresses(uri: str, tmp_path: Path) -> None:
         fetch(uri, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, {"AWS_ACCESS_KEY_ID": "nobody-known"}]
 )

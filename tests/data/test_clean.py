@@ -207,6 +207,7 @@ def test_which_are_kept_and_their_group_depend_on_all_rows(dataset):
     assert {r["group"] for r in first}.isdisjoint(r["group"] for r in prepare(dataset(rows, LABELLED), seed=1)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["template", "ids"])
 def test_the_time_grows_with_the_rows_whatever_they_hold(dataset, kind):
     def seconds(count: int) -> float:

@@ -77,11 +77,13 @@ def placed(request, server, monkeypatch):
 # Several files
 
 
+@pytest.mark.slow
 def test_a_folder_of_parts_is_one_table_in_a_fixed_order(placed, tmp_path):
     place = placed(parts(tmp_path / "table", SPARK[::-1], *SPARK_EXTRAS))
     assert texts(place) == texts(f"{place}/") == SPARK
 
 
+@pytest.mark.slow
 def test_a_glob_is_one_table(placed, tmp_path):
     names = ["2026/a.jsonl", "2026/b.jsonl", "2027/a.jsonl"]
     place = placed(parts(tmp_path / "logs", names, "2026/notes.txt"))
@@ -112,6 +114,7 @@ def test_preflight_says_what_the_reader_says(tmp_path):
         assert caught.value.what == refusal(path).what
 
 
+@pytest.mark.slow
 def test_folders_named_as_partitions_give_columns(placed, tmp_path):
     """A hive layout: the column may be in the path only, or in the files too, which then decide."""
     folder = tmp_path / "hive"

@@ -217,6 +217,7 @@ def test_a_sample_is_seeded_without_repeats_and_in_order(write):
     assert sample_of(path, 50, seed=1) == sample_of(path, 99, seed=1) == list(range(50))
 
 
+@pytest.mark.slow
 def test_every_row_is_as_likely_to_be_sampled(write):
     path = numbered(write, 20)
     drawn = Counter(i for seed in range(600) for i in sample_of(path, 5, seed))
@@ -252,6 +253,7 @@ def s3(server, monkeypatch):
     return server
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [".jsonl.gz", ".csv", ".parquet"])
 def test_a_source_in_s3_is_read_like_a_file(s3, write, kind):
     local = write(ROWS, f"rows{kind}")

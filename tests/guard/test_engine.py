@@ -69,6 +69,7 @@ def test_scores_equal_a_full_forward_pass_of_each_conversation(lora, family, bat
         assert verdict.error is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 @given(family=st.sampled_from(FAMILIES), conversations=st.lists(rows, min_size=12, max_size=60))
 @settings(PROPERTY, max_examples=cases(8))
@@ -92,6 +93,7 @@ def test_many_conversations_are_packed_and_few_are_not():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory\nSearch for")]
 )
@@ -114,6 +116,7 @@ def test_where_memory_runs_out_packs_and_batches_are_halved_for_good(monkeypatch
     assert max(tried[3:]) == 2048
 
 
+@pytest.mark.slow
 def test_where_packs_cannot_be_computed_batches_serve_and_a_log_line_says_so(monkeypatch, caplog):
     conversations = user(*[f"hello there {n}" for n in range(600)])
     expected = [verdict.score for verdict in tiny_guard().score(conversations)]

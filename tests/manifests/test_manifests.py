@@ -24,6 +24,7 @@ ARGO = "workflows.argoproj.io/workflow"
 # Schemas
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_object_is_valid(overlay: Overlay, version: str) -> None:
     for found in (*overlay.objects, *overlay.examples):

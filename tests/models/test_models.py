@@ -136,6 +136,7 @@ def test_a_want_of_memory_is_known_by_who_reports_it(error, expected):
     assert is_out_of_memory(error) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_tokenizer_that_lost_its_merges_is_told_of(
     whole: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

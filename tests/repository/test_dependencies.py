@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from support.root import ROOT
 
 from scripts.locked import members, normalize, package_of
@@ -56,6 +57,7 @@ def test_what_launches_the_pipelines_imports_what_kubeflow_declares() -> None:
     assert declared - imported == {"kfp-kubernetes"}
 
 
+@pytest.mark.slow
 def test_development_needs_what_it_declares() -> None:
     declared = members(["dev"])
     imported = imported_by("tests", "bench", "scripts")

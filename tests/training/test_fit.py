@@ -195,6 +195,7 @@ def reference_curve(model, labels, examples, options, total):
     return losses
 
 
+@pytest.mark.slow
 def test_the_loss_curve_lies_on_that_of_whole_prompts(monkeypatch):
     monkeypatch.setattr(trainer_module, "PACK_TOKENS", 100)  # some steps are taken in micro-batches
     renderer = renderer_of("guardloop")
@@ -344,6 +345,7 @@ def computed(model):
     return seen
 
 
+@pytest.mark.slow
 def test_a_step_of_more_tokens_than_fit_is_computed_in_micro_batches_of_like_length(monkeypatch):
     renderer, seen = renderer_of("guardloop"), []
     prompts = [f"{n} " + "tea " * (40 * (n % 3) ** 2) for n in range(24)]
@@ -372,6 +374,7 @@ def small_memory(rows):
     return lambda model: model.get_base_model().model.register_forward_pre_hook(check, with_kwargs=True)
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_the_same_steps_are_taken_with_less_at_once(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING, "guardloop"):
         fitted, found = fitted_state(before=small_memory(1))
@@ -443,6 +446,7 @@ def test_packs_are_halved_to_whole_blocks_until_they_are_small(caplog, monkeypat
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "best"),
     [((0.5, 0.9, 0.7, 0.8), 2), ((None, None, None, None), 4), ((0.5, 0.5, 0.5, 0.5), 1), ((None, 0.2, 0.1, 0.2), 2)],

@@ -91,6 +91,7 @@ def test_layers_are_compiled_without_helpers_that_may_hang(tmp_path, monkeypatch
     forward(rows).sum().backward()
 
 
+@pytest.mark.slow
 def test_a_process_compiles_the_layers_of_any_number_of_guards(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True), torch.no_grad():

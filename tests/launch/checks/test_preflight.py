@@ -335,6 +335,7 @@ def test_the_artifact_store_is_written_to(look: Look, s3: S3Server, monkeypatch:
     assert (s3.files / "guardloop" / "runs").is_dir()
 
 
+@pytest.mark.slow
 def test_data_on_s3(look: Look, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, value in s3.client_environment.items():
         monkeypatch.setenv(name, value)

@@ -174,6 +174,7 @@ def test_a_schedule(schedules: Call, at: Call, server: KubeflowServer) -> None:
     assert "guardloop-demo" in at("schedule", "list").out
 
 
+@pytest.mark.slow
 def test_scheduled_runs_read_the_data_again_and_submitted_ones_when_asked(
     schedules: Call, submits: Call, server: KubeflowServer
 ) -> None:

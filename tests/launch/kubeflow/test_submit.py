@@ -181,6 +181,7 @@ def test_a_namespace_is_sent_where_users_are_kept_apart(guardloop: Call, tmp_pat
 # When Kubeflow Pipelines fails
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_timeout")
 @pytest.mark.parametrize("fault", [500, 502, 503, 429, TIMEOUT, HANG_UP])
 @pytest.mark.parametrize(
@@ -230,6 +231,7 @@ def test_a_fault_that_stays_ends_with_what_the_server_said(server: KubeflowServe
     assert ended.code == 2 and "500 Internal Server Error: scripted 500" in ended.err and "ml-pipeline" in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("body", ["<html>Welcome</html>", "", "plain", [], {}, {"pipeline_id": 7}, {"runs": "no"}])
 @pytest.mark.parametrize("path", ["/healthz", "/runs", "/pipelines/names/guardloop"])

@@ -61,6 +61,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_too(family: str, tokenizer: Any) -> None:
     torch.manual_seed(0)
@@ -93,6 +94,7 @@ def test_samples_are_what_the_plain_way_gives(responder: Callable[..., Transform
     assert len(set(replies.values())) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"batch_size": 1}, {"batch_size": 2}, {"batch_size": 64}, {"batch_tokens": 256}])
 def test_batches_do_not_matter(responder: Callable[..., TransformersResponder], shape: dict[str, int]) -> None:
     usual, other = responder(), responder(**shape)
