@@ -16,7 +16,7 @@ LIMIT = 2**20
 MARGIN = 0.97  # of the limit: the reckoning is off by less
 FIXED = 25_000  # the object itself, its shared templates, the first nodes
 TASK_TEMPLATE, GRAPH_NODES = 2_200, 6_600  # a task in a template; a graph's node, its driver's and their inputs
-DRIVER_NODE, STAGE_NODES, RETRY_NODE = 1_400, 2_500, 1_240  # beside the patch and the inputs that stand in them
+DRIVER_NODE, STAGE_NODES, RETRY_NODE = 1_400, 2_070, 1_020  # beside the patch and the inputs that stand in them
 URI = "minio://mlpipeline/v2/artifacts/guardloop/" + "0" * 36 + "/generate-responses/" + "0" * 36 + "/"
 STORE = {
     "Provider": "minio",
@@ -69,8 +69,11 @@ def workflow_bytes(spec: Spec, platform: Spec, arguments: dict[str, Any], shards
         container, pod = executors[label]["container"], pods.get(label, {})
         patch = _escaped(_patch(component, task, container, pod, arguments, shards))
         inputs = sum(_escaped(part) for part in (component, task, container, pod))
-        nodes = DRIVER_NODE + inputs + STAGE_NODES + 3 * patch
-        size += times * (nodes + (RETRY_NODE + patch if "retryPolicy" in task else 0))
+        marks = pod.get("podMetadata", {})
+        pairs = [*marks.get("labels", {}).items(), *marks.get("annotations", {}).items()]
+        metadata = sum(len(key) + len(value) + 75 for key, value in pairs)  # inputs of each node but the driver's
+        nodes = DRIVER_NODE + inputs + STAGE_NODES + 3 * patch + 2 * metadata
+        size += times * (nodes + (RETRY_NODE + patch + metadata if "retryPolicy" in task else 0))
     return size
 
 
