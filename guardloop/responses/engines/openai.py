@@ -141,11 +141,11 @@ class OpenAIResponder:
         def enough(state: tenacity.RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
             silent = isinstance(error, TryAgainError) and error.reply is not None
-            return state.attempt_number >= (EMPTY_ATTEMPTS if silent else ATTEMPTS)
+            return self._stop.is_set() or state.attempt_number >= (EMPTY_ATTEMPTS if silent else ATTEMPTS)
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TryAgainError),
-            stop=lambda state: enough(state) or self._stop.is_set(),
+            stop=enough,
             wait=_wait_seconds,
             sleep=tenacity.sleep_using_event(self._stop),
             reraise=True,
