@@ -132,10 +132,11 @@ def make_plan(settings: Settings, past: Past | None) -> Plan:
     return Plan(device, source, stages, list(filter(None, [without_prefill(settings.responders)])))
 
 
-def measure(source: SourceSettings, where: str, seed: int = 0) -> Rows:
-    """Count the rows of a source, and measure a sample of them."""
+def measure(source: SourceSettings, where: str, seed: int = 0, *, with_response: bool = False) -> Rows:
+    """Count the rows of a source, and measure a sample of them; responses only where they are judged."""
     draw, rows, sample = random.Random(seed), 0, list[Row]()
-    for row in read_conversations(source.model_copy(update={"limit": None}), where=where):
+    whole = source.model_copy(update={"limit": None})
+    for row in read_conversations(whole, where=where, with_response=with_response):
         rows += 1
         if len(sample) < SAMPLE_ROWS:
             sample.append(row)
@@ -158,8 +159,9 @@ def _works(settings: Settings, past: Past | None) -> list[Work]:
     """What each stage has to do, in the order of the pipeline: how it follows from the data and the settings."""
     dataset = settings.dataset
     traffic = measure(dataset.traffic, "dataset.traffic", settings.seed)
-    tests = [measure(table, "dataset.test", settings.seed) for table in (dataset.test, dataset.response_test) if table]
-    test = sum(tests, Rows())
+    test = measure(dataset.test, "dataset.test", settings.seed)
+    if dataset.response_test:
+        test += measure(dataset.response_test, "dataset.response_test", settings.seed, with_response=True)
     share, why_share = _passed_share(past)
     length, why_length = _tokens_per_response(settings, past)
     passed = Number(traffic.rows).times(share, why_share)
@@ -190,7 +192,10 @@ def _works(settings: Settings, past: Past | None) -> list[Work]:
 
 def _benchmark_works(settings: Settings) -> list[Work]:
     """Both guards score every row of the benchmarks, where there are any."""
-    tables = [measure(benchmark.source, f"benchmark {benchmark.name}") for benchmark in settings.evaluation.benchmarks]
+    tables = [
+        measure(benchmark.source, f"benchmark {benchmark.name}", with_response=benchmark.judged == "response")
+        for benchmark in settings.evaluation.benchmarks
+    ]
     if not tables:
         return []
     why, table = "rows like something in the training set are left out", sum(tables, Rows())
