@@ -9,6 +9,8 @@ import pytest
 # Models compute in float32, as on a processor without bfloat16: figures are then compared closely everywhere. Torch
 # reads it when it is first imported, also in processes that tests start.
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+# Tests run side by side, on tiny models: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 SHOWN = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/security.md").read_text("utf-8")))

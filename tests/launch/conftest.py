@@ -8,6 +8,7 @@ import pytest
 from support.ended import Ended
 from support.kubeflow_server import KubeflowServer
 from support.root import ROOT
+from support.shared import shared
 
 from guardloop.cli import main as cli
 from guardloop.config import load_platform
@@ -20,10 +21,12 @@ read_once = cache(submit.Package.read)  # reading YAML takes longer than a test
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled pipelines: made once, for compiling takes longer than a test."""
-    folder = tmp_path_factory.mktemp("packages")
-    compile_all(folder, load_platform("minikube"))
-    compile_all(folder / "fresh", load_platform("minikube"), fresh=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        compile_all(folder, load_platform("minikube"))
+        compile_all(folder / "fresh", load_platform("minikube"), fresh=True)
+
+    return shared(tmp_path_factory, "packages", make)
 
 
 @pytest.fixture(autouse=True)

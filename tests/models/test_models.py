@@ -163,7 +163,7 @@ def test_a_process_computes_its_first_cosines_to_the_last_digit() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 
     told = subprocess.run(
-        [sys.executable, "-c", FIRST_COSINES, "1000"],
+        [sys.executable, "-c", FIRST_COSINES, "300"],
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
 

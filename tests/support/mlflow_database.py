@@ -2,19 +2,20 @@
 
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
-from mlflow import __version__
-from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-_TEMPLATE = Path(tempfile.gettempdir()) / f"guardloop-mlflow-{__version__}.db"
+_TEMPLATE = Path(tempfile.gettempdir()) / f"guardloop-mlflow-{version('mlflow')}.db"
 
 
 def mlflow_database(path: Path) -> str:
     """Put an empty database at `path`; its address."""
     with FileLock(f"{_TEMPLATE}.lock"):
         if not _TEMPLATE.is_file():
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
             with tempfile.TemporaryDirectory() as folder:
                 made = Path(folder) / "mlflow.db"
                 SqlAlchemyStore(f"sqlite:///{made}", f"{folder}/artifacts")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.mlflow_database import mlflow_database
 from support.models import save_guard
 from support.root import ROOT
 from support.tiny_responder import save as save_responder
@@ -23,6 +24,7 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment: dict[str, str] = {}
+        mlflow_database(folder / "home" / "mlflow.db")
         guard = save_guard(folder / "guard", threshold=0.0)
         responder = folder / "responder"
         responder.mkdir()
