@@ -19,7 +19,6 @@ from guardloop.responses.respond import respond
 from guardloop.responses.settings import ResponderSettings
 
 Script = Callable[[dict[str, Any], int], tuple[int, dict[str, str], Any]]
-
 Serve = Callable[..., Any]
 
 
@@ -40,23 +39,22 @@ class Endpoint:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.busiest = busy = 0
-        lock, attempts = threading.Lock(), dict[str, int]()
-        endpoint = self
+        endpoint, lock, attempts = self, threading.Lock(), dict[str, int]()
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 nonlocal busy
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                hello = body["messages"][-1]["content"] == "Hello."
                 with lock:
                     busy += 1
                     endpoint.busiest = max(endpoint.busiest, busy)
-                    if body["messages"][-1]["content"] != "Hello.":
+                    if not hello:
                         endpoint.bodies.append(body | {"path": self.path})
                         endpoint.headers.append(dict(self.headers))
                         endpoint.times.append(time.monotonic())
                     key = json.dumps(body)
                     attempts[key] = attempts.get(key, 0) + 1
-                hello = body["messages"][-1]["content"] == "Hello."
                 endpoint.greetings += hello
                 if hello and not endpoint.is_strict:
                     status, headers, content = 200, {}, completion("Hi.")
