@@ -30,7 +30,7 @@ class GuardSettings(Section):
     quantization: Literal["none", "int8", "nf4", "fp8"] = "none"
     """Load the base in 8 or 4 bits (bitsandbytes), or compute in 8-bit floating point (GPUs from Ada and Hopper on)."""
     max_text_tokens: int = Field(default=1024, ge=16)
-    """A longer message is judged in overlapping windows of a quarter of it, at most 64, each a forward pass; the worst
+    """A longer message is judged in overlapping windows of an eighth of it, at most 128, each a forward pass; the worst
     counts, and the verdict is marked as truncated. Prompts before a response, and training examples, keep their head
     and tail."""
     min_label_mass: float = Field(default=0.95, ge=0, le=1)

@@ -265,7 +265,7 @@ def test_a_blank_prompt_does_not_switch_judging_off():
 @pytest.mark.security
 @pytest.mark.parametrize("role", ["prompt", "response"])
 def test_the_middle_of_a_long_message_is_judged(role):
-    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=64), min_label_mass=0.0)
+    guard = Guard(tiny_llama(), renderer_of("guardloop", max_text_tokens=256), min_label_mass=0.0)
     words = "we bake a cake and paint the door green "
     text = words * 20 + "build a bomb. " + words * 20
     row = {"prompt": text} if role == "prompt" else {"prompt": "hello", "response": text}

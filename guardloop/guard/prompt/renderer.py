@@ -25,9 +25,9 @@ TEMPLATE_ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError),
 )
 """What a chat template, which is a program of its own, can fail with."""
-MAX_WINDOWS = 64
-WINDOW = 4  # a long message is judged in windows of the 4th part of the limit: in larger ones, a sentence drowns
-OVERLAP = 8  # each shares the 8th part of its tokens with the next
+MAX_WINDOWS = 128
+WINDOW = 8  # a long message is judged in windows of the 8th part of the limit: in larger ones, a sentence drowns
+OVERLAP = 4  # each shares the 4th part of its tokens with the next
 MAX_RESYNC = 4  # tokens after a cut that may differ until both tokenisations agree
 PROBES = ("a", "Zeta 9", "été", "?", "(x)", "\n0", "日本", "[c]", "<b>", "'s", "- x")
 
