@@ -31,7 +31,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", TARGETS)
 def test_damaged_files_are_read_or_refused(name: str, scratch: Path) -> None:
     outcomes = [try_case(name, number, scratch) for number in (*range(CASES), *SEEDS.get(name, ()))]
-    assert "refused" in outcomes  # else nothing was damaged
+    if name not in ("text", "endpoint"):  # whatever is in these is read
+        assert "refused" in outcomes  # else nothing was damaged
 
 
 def refused_or(read: Callable[[], object]) -> None:

@@ -142,7 +142,7 @@ def test_pickled_adapters_are_not_read(adapter: Path, trace: Path) -> None:
     with pytest.raises(GuardLoopError, match=r"adapter_model\.safetensors is missing"):
         attach_adapter(tiny_llama(), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(GuardLoopError, match="does not fit"):
+    with pytest.raises(GuardLoopError, match="is not readable"):
         attach_adapter(tiny_llama(), adapter)
     assert not trace.exists()
 
@@ -158,7 +158,6 @@ def test_pickled_adapters_are_not_read(adapter: Path, trace: Path) -> None:
         ("eva_config", {"rho": 1}),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
-        ("target_modules", "((a+)+)+$"),
         ("target_modules", ["q_proj", "(a|a)*b"]),
         ("layers_pattern", "(.*)*x"),
         ("rank_pattern", {"(a+)+$": 3}),
@@ -176,6 +175,12 @@ def test_an_adapter_that_is_more_than_a_plain_lora_is_refused(adapter: Path, key
     with pytest.raises(GuardLoopError, match=re.escape(key)) as caught:
         attach_adapter(tiny_llama(), adapter)
     assert "someone you trust" in caught.value.remedy
+
+
+def test_a_pattern_for_modules_is_never_matched(adapter: Path) -> None:
+    """Others' trainers write one; the weights name the modules, so it need not run, however long it would."""
+    change(adapter / "adapter_config.json", target_modules="((a+)+)+$")
+    attach_adapter(tiny_llama(), adapter)
 
 
 def test_plain_adapters_of_peft_are_taken(adapter: Path) -> None:

@@ -99,8 +99,8 @@ def attack(seed: int, share: float, topic_share: float, newly_blocked: float = D
         }
         for i in range(TEST)
     ]
-    guards = GuardRun("default", 0.0, 0.99, 0), GuardRun("candidate", threshold, 0.99, 0)
-    found = evaluate(rows, *guards, EvaluationSettings(resamples=300, slices=(), seed=seed), GATE)
+    guards = GuardRun("baseline", 0.0, 0.99, 0), GuardRun("candidate", threshold, 0.99, 0)
+    found = evaluate(rows, *guards, EvaluationSettings(resamples=300, slices=()), GATE, seed=seed)
     benign = points(rng, MANY, 0.0, topic_share)[0]
     topic = points(rng, MANY, 0.0, 1.0)[0]
     rises = [
@@ -130,7 +130,7 @@ def test_the_threshold_alone_holds_the_false_positive_rate_but_not_that_of_the_t
     outcomes = [attack(seed, 0.05, topic_share) for seed in range(RUNS) for topic_share in (0.03, 0.2)]
     assert max(outcome.rise for outcome in outcomes) < 0
     assert sum(outcome.promoted for outcome in outcomes) >= RUNS
-    assert 0.04 < max(outcome.topic_rise for outcome in outcomes) < 0.1
+    assert 0.03 < max(outcome.topic_rise for outcome in outcomes) < 0.1
 
 
 @pytest.mark.slow
