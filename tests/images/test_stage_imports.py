@@ -47,7 +47,7 @@ def test_a_run_needs_nothing_that_the_images_lack(
     assert "torch" in hidden["register_model"]
     assert "torch" not in hidden["screen"]
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "register_model" in ended.stdout
+    assert "register model" in ended.stdout
 
 
 def packages(stage: str) -> set[str]:

@@ -24,6 +24,8 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment: dict[str, str] = {}
+        self.unset: tuple[str, ...] = ()
+        """Variables of this process that a run does not get."""
         mlflow_database(folder / "home" / "mlflow.db")
         guard = save_guard(folder / "guard", threshold=0.0)
         responder = folder / "responder"
@@ -51,7 +53,8 @@ class Workshop:
         config.write_text(yaml.safe_dump(settings))
         platform.write_text(yaml.safe_dump({"shards": shards, **(runner or {})}))
         environment = {**os.environ, "GUARDLOOP_HOME": str(self.folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
-        environment.pop("MLFLOW_TRACKING_URI", None)
+        for name in ("MLFLOW_TRACKING_URI", *self.unset):
+            environment.pop(name, None)
         environment |= self.environment
         where = ["--config", str(config), "--platform", str(platform)]
         command = [sys.executable, "-m", "guardloop.cli.main", "run", *where, *arguments]
