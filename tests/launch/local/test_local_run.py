@@ -54,7 +54,7 @@ def test_the_loop_runs_to_a_decision_and_its_parts_run_alone(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GUARDLOOP_HOME", str(workshop.folder / "home"))
-    loose = {"guard": {"threshold": workshop.middle_score()}}
+    loose = {"guard": {"threshold": workshop.middle_of_sample()}}
     whole = workshop.guardloop(**loose)
 
     assert whole.returncode == 0, whole.stdout + whole.stderr
